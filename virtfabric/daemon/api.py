@@ -1,0 +1,143 @@
+"""The facade's contract: what every edge (D-Bus, hooks, card, fabric) may ask of the agent.
+
+Skins code against `AgentApi`. All calls are synchronous, thread-safe, and authorise their
+`caller`; results are JSON-ready dictionaries whose keys are documented in docs/dbus-api.md.
+All raise RefusedError (a "no") or a VirtfabricError; reads never wait for a running plan.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from virtfabric.model.ids import JobId
+    from virtfabric.model.request import Principal
+
+    Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who is on the other end of an edge, from the kernel (SO_PEERCRED) or the bus."""
+
+    principal: Principal
+    uid: int
+    gids: frozenset[int]
+    pid: int = 0
+
+
+class JobState(StrEnum):
+    """Life of a job."""
+
+    RUNNING = "running"
+    DONE = "done"
+    REFUSED = "refused"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+
+
+@dataclass(frozen=True, slots=True)
+class Notice:
+    """Something for subscribers (D-Bus signals, `watch`): `kind` dotted, body JSON-ready.
+
+    Kinds: `job.progress` {job, fraction, text}, `job.done` {job, state, result},
+    `guest.started|stopped|placed|changed`, `grant.made|ended`, `drift.found|repaired`,
+    `alert` {text}, `agent.connected|disconnected`.
+    """
+
+    kind: str
+    at: float
+    body: Mapping[str, Any]
+
+
+class AgentApi(Protocol):
+    """What skins may call."""
+
+    def status(self, caller: Caller) -> Json:
+        """Host, guests, grants and loans in one consistent view (see `host`, `guests`...)."""
+
+    def host(self, caller: Caller) -> Json:
+        """Topology, capacity, pool, housekeeping, who is on each pCPU, memory by node."""
+
+    def guests(self, caller: Caller) -> list[Json]:
+        """One entry per guest."""
+
+    def grants(self, caller: Caller) -> list[Json]:
+        """Open grants."""
+
+    def loans(self, caller: Caller) -> list[Json]:
+        """Open loans."""
+
+    def policy_show(self, caller: Caller, guest: str) -> Json:
+        """The policy of a guest (by name or UUID), with `xml` as it stands in the metadata."""
+
+    def policy_set(self, caller: Caller, guest: str, changes: Mapping[str, str]) -> Json:
+        """Change policy fields; keys as in the command: priority, cpu `1:4`, memory `512M:4G`,
+        shares, placement, smt, admission, drift. Returns the new policy and, for a running guest,
+        `job`: its re-placement.
+        """
+
+    def policy_clear(self, caller: Caller, guest: str) -> Json:
+        """Make a guest unmanaged; its pins and caps are lifted (`job`)."""
+
+    def allocate(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
+        """Start an allocation job. `wants`: cpu `2|+1|-500m`, memory `1G|+64M`, for `10m`,
+        partial `yes`, deadline `30`, key TEXT. Returns `{"job": id, "request": id}`.
+        """
+
+    def plan(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
+        """`--dry-run`: decision and the exact steps, nothing changed.
+
+        `{"decision": ..., "steps": [{"text", "data"}], "offers": [...], "generation": n}`
+        """
+
+    def release(self, caller: Caller, grant: str) -> Json:
+        """Start a job that ends a grant; loans go home. Returns `{"job": id}`."""
+
+    def explain(self, caller: Caller, subject: str) -> Json:
+        """The story of a request, grant, loan, job or transaction, from the audit log alone:
+        `{"subject", "lines": [str], "records": [...]}`.
+        """
+
+    def audit(self, caller: Caller, since: float, subject: str) -> list[Json]:
+        """Audit records; since 0 and subject "" mean no bound."""
+
+    def audit_verify(self, caller: Caller, head: str) -> Json:
+        """`{"whole": bool, "records": n, "head": hex, "problem": str}`."""
+
+    def drift(self, caller: Caller) -> list[Json]:
+        """`{"guest", "name", "what", "intended", "found", "policy"}` for each difference."""
+
+    def drift_repair(self, caller: Caller) -> Json:
+        """Start a job that mends what `drift` shows. Returns `{"job": id}`."""
+
+    def job(self, caller: Caller, job: JobId) -> Json:
+        """`{"id","state","fraction","text","result","error":{"reason","detail",...}|None}`."""
+
+    def jobs(self, caller: Caller) -> list[Json]:
+        """Running and recent jobs."""
+
+    def job_cancel(self, caller: Caller, job: JobId) -> Json:
+        """Cancel and undo; answers at once."""
+
+    def health(self, caller: Caller) -> Json:
+        """Agent version, libvirt version and connection, state directory, uptime, generation,
+        alerts, open residues."""
+
+    def subscribe(self, listener: Callable[[Notice], None]) -> Callable[[], None]:
+        """Deliver notices (from any thread; must not block); returns the way to stop."""
+
+    # The hook edge: never calls libvirt, never waits for a lock that a plan holds.
+
+    def hook_prepare(self, caller: Caller, xml: str, *, wait_s: float) -> str:
+        """Admission. Returns "" to allow, else the one line that virsh shows."""
+
+    def hook_notify(self, caller: Caller, name: str, operation: str, xml: str) -> None:
+        """`started`, `release`, `reconnect`: remembered at once, worked on afterwards."""
+
+    def hook_filter(self, caller: Caller, operation: str, xml: str) -> str:
+        """`migrate` and `restore`: the XML with this host's placement instead of stale pins."""

@@ -1,0 +1,178 @@
+"""Executes a transaction's steps: journal, apply, verify; undo newest first on failure.
+
+A loop that knows no step type: each has one handler in an adapter. The executor decides nothing
+about amounts; who conducts it (`daemon.conductor`) answers a shortfall with further steps or a
+rollback.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from virtfabric.model.errors import (
+    JournalError,
+    ShortfallError,
+    StepCancelledError,
+    VirtfabricError,
+)
+from virtfabric.model.ledger import Residue
+from virtfabric.model.plan import SetVcpuCount
+from virtfabric.ports import StepState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+    from virtfabric.model.ids import TransactionId
+    from virtfabric.model.plan import Step
+    from virtfabric.ports import Clock, Handlers, Journal
+
+log = logging.getLogger(__name__)
+
+
+class Progress:
+    """What a handler sees of the job it works for; maps a step's progress to the whole plan's."""
+
+    def __init__(
+        self, report: Callable[[float, str], None], cancelled: threading.Event | None = None
+    ) -> None:
+        self._report = report
+        self._cancelled = cancelled or threading.Event()
+        self._base = 0.0
+        self._span = 1.0
+
+    @property
+    def cancelled(self) -> threading.Event:
+        """Set when the caller gave up."""
+        return self._cancelled
+
+    def enter(self, done: int, total: int, text: str) -> None:
+        """Step number `done` of `total` begins."""
+        self._base, self._span = done / max(total, 1), 1 / max(total, 1)
+        self._report(self._base, text)
+
+    def progress(self, fraction: float, text: str) -> None:
+        """A handler reports 0..1 of its step."""
+        self._report(self._base + self._span * min(max(fraction, 0.0), 1.0), text)
+
+
+@dataclass(frozen=True, slots=True)
+class Shortfall:
+    """A guest stopped short in a step that the plan depends on."""
+
+    step: Step
+    reached: int
+    detail: str
+
+
+class Execution:
+    """One transaction under way. Not thread-safe: it belongs to the thread that runs it."""
+
+    def __init__(
+        self,
+        txn: TransactionId,
+        journal: Journal,
+        handlers: Handlers,
+        clock: Clock,
+        progress: Progress,
+    ) -> None:
+        self._txn = txn
+        self._journal = journal
+        self._handlers = handlers
+        self._clock = clock
+        self._progress = progress
+        self._waiting: list[tuple[int, Step]] = []
+        self._done: list[tuple[int, Step]] = []
+        self._total = 0
+        self.residues: list[Residue] = []
+
+    @property
+    def applied(self) -> tuple[Step, ...]:
+        """Steps that changed something, in order."""
+        return tuple(step for _, step in self._done)
+
+    def extend(self, steps: Sequence[Step]) -> None:
+        """Journal further steps; what was waiting before is dropped (it was planned anew).
+
+        Raises:
+            JournalError: nothing was added.
+        """
+        for index, _ in self._waiting:
+            self._journal.mark(self._txn, index, StepState.SKIPPED)
+        first = self._journal.extend(self._txn, steps)
+        self._waiting = [(first + i, step) for i, step in enumerate(steps)]
+        self._total = len(self._done) + len(self._waiting)
+
+    def run(self) -> Shortfall | None:
+        """Run what waits. A shortfall of a guest is an answer; anything else that fails raises.
+
+        Raises:
+            VirtfabricError: the step that failed may be half done; call `rollback`.
+        """
+        while self._waiting:
+            index, step = self._waiting.pop(0)
+            self._progress.enter(len(self._done), self._total, str(step))
+            if self._progress.cancelled.is_set():
+                raise StepCancelledError("cancelled by the caller")
+            self._journal.mark(self._txn, index, StepState.APPLYING)
+            self._done.append((index, step))
+            try:
+                self._carry_out(index, step)
+            except ShortfallError as error:
+                if not step.optional:
+                    self._journal.mark(self._txn, index, StepState.APPLIED)
+                    return Shortfall(step, error.reached, str(error))
+                self._leave_residue(index, step, str(error), reached=error.reached)
+            except StepCancelledError:
+                raise
+            except VirtfabricError as error:
+                if not step.optional or isinstance(error, JournalError):
+                    raise
+                self._leave_residue(index, step, str(error), reached=None)
+        return None
+
+    def _carry_out(self, index: int, step: Step) -> None:
+        handler = self._handlers.for_step(step)
+        handler.apply(step, self._progress)
+        self._journal.mark(self._txn, index, StepState.APPLIED)
+        handler.verify(step)
+        self._journal.mark(self._txn, index, StepState.VERIFIED)
+
+    def _leave_residue(self, index: int, step: Step, why: str, *, reached: int | None) -> None:
+        log.warning("%s: %s; the rest is a residue", step, why)
+        self._journal.mark(self._txn, index, StepState.SKIPPED)
+        self._done.pop()
+        if isinstance(step, SetVcpuCount):
+            left = (reached if reached is not None else step.before) - step.after
+            self._note("vcpu", step, left * 1000, why)
+
+    def _note(self, what: str, step: Step, amount: int, why: str) -> None:
+        if amount:
+            self.residues.append(Residue(step.guest, what, amount, self._clock.now(), why))
+
+    def rollback(self) -> list[str]:
+        """Undo everything applied, newest first; keeps going whatever fails.
+
+        Returns:
+            What could not be undone (text for the outcome); the journal entry of such a step
+            stays as it is, so that the next start of the agent tries again.
+        """
+        problems: list[str] = []
+        while self._done:
+            index, step = self._done.pop()
+            self._progress.progress(0.0, f"undoing: {step.inverse()}")
+            try:
+                left = self._handlers.for_step(step).undo(step)
+            except VirtfabricError as error:
+                log.exception("cannot undo %s", step)
+                problems.append(f"{step.inverse()}: {error}")
+                continue
+            what = "vcpu" if isinstance(step, SetVcpuCount) else "memory"
+            self._note(what, step, left * 1000 if what == "vcpu" else left, "left by an undo")
+            with contextlib.suppress(JournalError):
+                # the disk may be full: the undo is what counts, and repeating it is safe
+                self._journal.mark(self._txn, index, StepState.UNDONE)
+        return problems

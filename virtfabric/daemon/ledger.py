@@ -1,0 +1,125 @@
+"""The ledger: who holds what, and what running plans have reserved.
+
+Two locks: `_lock` guards the view and is held for microseconds only; `_commit` serialises those
+who change the books, and is held while the journal fsyncs. Deciding never waits for executing.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from virtfabric.model.amounts import Amounts
+from virtfabric.model.ledger import Books
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from virtfabric.model.ids import GuestId, TransactionId
+
+
+@dataclass(frozen=True, slots=True)
+class Reservation:
+    """What one running plan has taken hold of: amounts of free capacity, and guests."""
+
+    amounts: Amounts
+    guests: frozenset[GuestId]
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerView:
+    """One consistent look at the ledger."""
+
+    generation: int
+    books: Books
+    pending: Amounts
+    busy: frozenset[GuestId]
+
+
+class Ledger:
+    """Reserve, then commit or abort."""
+
+    def __init__(self, books: Books) -> None:
+        self._lock = threading.Lock()
+        self._changed = threading.Condition(self._lock)
+        self._commit = threading.Lock()
+        self._books = books
+        self._generation = books.generation
+        self._reserved: dict[TransactionId, Reservation] = {}
+
+    def view(self, without: TransactionId | None = None) -> LedgerView:
+        """The ledger as it is now; `without` leaves out one transaction's own reservation."""
+        with self._lock:
+            books, generation = self._books, self._generation
+            reserved = [r for t, r in self._reserved.items() if t != without]
+        pending = Amounts()
+        busy: set[GuestId] = set()
+        for reservation in reserved:
+            pending = pending + reservation.amounts
+            busy |= reservation.guests
+        return LedgerView(generation, books, pending, frozenset(busy))
+
+    def reserve(
+        self,
+        txn: TransactionId,
+        generation: int,
+        amounts: Amounts,
+        guests: frozenset[GuestId],
+    ) -> bool:
+        """Take hold of capacity and guests, if nothing has changed since `generation`.
+
+        Repeating for the same transaction replaces its reservation. Returns False for a stale
+        generation or a guest that another plan holds; the caller decides anew.
+        """
+        with self._changed:
+            if generation != self._generation:
+                return False
+            others = (r for t, r in self._reserved.items() if t != txn)
+            if any(guests & r.guests for r in others):
+                return False
+            self._reserved[txn] = Reservation(amounts, guests)
+            self._generation += 1
+            return True
+
+    def commit(
+        self,
+        txn: TransactionId | None,
+        change: Callable[[Books], Books],
+        store: Callable[[Books], None],
+    ) -> Books:
+        """Apply `change` to the books, make it durable with `store`, publish it, end `txn`.
+
+        Raises:
+            JournalError: from `store`; the books are as before and the reservation stands.
+        """
+        with self._commit:
+            books = change(self._books)
+            with self._lock:
+                books = replace(books, generation=self._generation + 1)
+            store(books)
+            with self._changed:
+                self._books = books
+                if txn is not None:
+                    self._reserved.pop(txn, None)
+                self._generation += 1
+                self._changed.notify_all()
+            return books
+
+    def abort(self, txn: TransactionId) -> None:
+        """Let go of a reservation; safe to repeat."""
+        with self._changed:
+            if self._reserved.pop(txn, None) is not None:
+                self._generation += 1
+            self._changed.notify_all()
+
+    def touch(self) -> None:
+        """The structure changed (a guest came, went or got another policy): void open offers."""
+        with self._changed:
+            self._generation += 1
+            self._changed.notify_all()
+
+    def wait_change(self, timeout_s: float) -> None:
+        """Wait until a plan ends or the structure changes, at most `timeout_s`."""
+        with self._changed:
+            self._changed.wait(timeout_s)

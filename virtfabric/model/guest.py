@@ -1,0 +1,118 @@
+"""A guest as libvirt, QEMU and the kernel show it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from virtfabric.model.units import Bytes, CpuSet
+
+if TYPE_CHECKING:
+    from virtfabric.model.ids import GuestId
+    from virtfabric.model.policy import GuestPolicy
+
+
+class RunState(StrEnum):
+    """A guest's life, as far as a decision needs it."""
+
+    RUNNING = "running"
+    PAUSED = "paused"
+    SHUTOFF = "shutoff"
+
+
+class MemoryMechanism(StrEnum):
+    """How a guest's memory changes while it runs; never two on one guest."""
+
+    VIRTIO_MEM = "virtio-mem"
+    BALLOON = "balloon"
+    FIXED = "fixed"
+
+
+class NumaMode(StrEnum):
+    """libvirt's `<numatune><memory mode>`."""
+
+    STRICT = "strict"
+    PREFERRED = "preferred"
+    INTERLEAVE = "interleave"
+    RESTRICTIVE = "restrictive"
+
+
+@dataclass(frozen=True, slots=True)
+class VirtioMem:
+    """One virtio-mem device; sizes in bytes. `current` is what the guest really has."""
+
+    alias: str
+    node: int
+    size: Bytes
+    block: Bytes
+    requested: Bytes
+    current: Bytes
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerState:
+    """Live `<cputune>`. `shares` None: the kernel's default; quotas in us, -1 unlimited."""
+
+    shares: int | None = None
+    global_period: int = 100_000
+    global_quota: int = -1
+
+
+@dataclass(frozen=True, slots=True)
+class GuestState:
+    """A guest at one moment.
+
+    Attributes:
+        pid: QEMU's process id, None when not running.
+        vcpus_max: maximum of vCPUs declared.
+        vcpus_online: how many are plugged now.
+        vcpu_threads: kernel thread id by vCPU number, online ones.
+        vcpu_affinity: live pin by vCPU number, online ones (what libvirt says).
+        emulator_affinity: live emulator pin (what libvirt says).
+        boot_memory: bytes present without virtio-mem (`<memory>` less the devices).
+        memory_current: bytes the guest has now: boot memory or balloon, plus virtio-mem current.
+        memory_max: bytes it could have at most with its mechanism.
+        config_pins: vCPU number -> pCPUs from the persistent definition's `<vcpupin>`: a
+            constraint for placement, the operator's hand.
+        numa_mode, numa_nodes: live `<numatune>`, None and empty when not given.
+        config_numa_nodes: nodes named in the persistent definition.
+        job: name of the job running on it ("backup", "migration"), None when free.
+        policy: None for an unmanaged guest.
+        policy_error: why its policy metadata is invalid; the guest is unmanaged then.
+        marked_pins: whether this agent marked pins in the metadata as its own.
+    """
+
+    uuid: GuestId
+    name: str
+    state: RunState
+    pid: int | None = None
+    vcpus_max: int = 1
+    vcpus_online: int = 1
+    vcpu_threads: dict[int, int] = field(default_factory=dict)
+    vcpu_affinity: dict[int, CpuSet] = field(default_factory=dict)
+    emulator_affinity: CpuSet = CpuSet()
+    scheduler: SchedulerState = SchedulerState()
+    boot_memory: Bytes = Bytes(0)
+    memory_current: Bytes = Bytes(0)
+    memory_max: Bytes = Bytes(0)
+    mechanism: MemoryMechanism = MemoryMechanism.FIXED
+    virtio_mem: tuple[VirtioMem, ...] = ()
+    config_pins: dict[int, CpuSet] = field(default_factory=dict)
+    numa_mode: NumaMode | None = None
+    numa_nodes: CpuSet = CpuSet()
+    config_numa_nodes: CpuSet = CpuSet()
+    job: str | None = None
+    persistent: bool = True
+    policy: GuestPolicy | None = None
+    policy_error: str = ""
+
+    @property
+    def managed(self) -> bool:
+        """Whether the agent may touch it."""
+        return self.policy is not None
+
+    @property
+    def active(self) -> bool:
+        """Whether it has a QEMU process."""
+        return self.state is not RunState.SHUTOFF

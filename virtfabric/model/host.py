@@ -1,0 +1,105 @@
+"""A host as the kernel and libvirt show it, and the part of it that may be granted."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING
+
+from virtfabric.model.units import Bytes, CpuSet
+
+if TYPE_CHECKING:
+    from virtfabric.model.ids import HostId
+
+
+@dataclass(frozen=True, slots=True)
+class Pcpu:
+    """One logical CPU. `siblings` are the threads of its core, itself included."""
+
+    number: int
+    node: int
+    socket: int
+    core: int
+    siblings: CpuSet
+
+
+@dataclass(frozen=True, slots=True)
+class HugePages:
+    """Huge pages of one size on one node. Source: `/sys/devices/system/node/nodeN/hugepages`."""
+
+    size: Bytes
+    total: int
+    free: int
+
+
+@dataclass(frozen=True, slots=True)
+class NumaNode:
+    """One NUMA node; `cpus` is empty for a memory-only node.
+
+    Attributes:
+        memory_total: bytes, as `MemTotal` in the node's meminfo.
+        memory_free: bytes at the time of reading.
+        huge_pages: one entry per page size.
+        distances: by node id, from the SLIT (10 is local).
+    """
+
+    number: int
+    cpus: CpuSet
+    memory_total: Bytes
+    memory_free: Bytes
+    huge_pages: tuple[HugePages, ...] = ()
+    distances: dict[int, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HostTopology:
+    """Nodes by id and pCPUs by number (online ones only)."""
+
+    host_id: HostId
+    nodes: dict[int, NumaNode]
+    pcpus: dict[int, Pcpu]
+
+    @cached_property
+    def cpus(self) -> CpuSet:
+        """Every online pCPU."""
+        return CpuSet(self.pcpus)
+
+    @cached_property
+    def has_smt(self) -> bool:
+        """Whether any core has more than one thread online."""
+        return any(len(p.siblings) > 1 for p in self.pcpus.values())
+
+    @cached_property
+    def cores(self) -> tuple[CpuSet, ...]:
+        """The sibling sets, one per core, ordered by lowest pCPU."""
+        return tuple(sorted({p.siblings for p in self.pcpus.values()}, key=min))
+
+    @property
+    def memory_total(self) -> Bytes:
+        """Memory of all nodes."""
+        return Bytes(sum(n.memory_total for n in self.nodes.values()))
+
+
+@dataclass(frozen=True, slots=True)
+class Capacity:
+    """What may be granted (`[capacity]` of the configuration, resolved against the host).
+
+    Attributes:
+        cpus: managed pCPUs; dedicated sets and the shared pool come from here.
+        housekeeping: pCPUs for emulator and I/O threads; may overlap `cpus` on small hosts, and
+            are taken for dedicated guests last.
+        memory: bytes that may be granted, by node id.
+        reserve: bytes held back of the sum of `memory`; covers residues.
+        overhead: bytes counted for each guest's QEMU beside its memory.
+    """
+
+    cpus: CpuSet
+    housekeeping: CpuSet
+    memory: dict[int, Bytes]
+    reserve: Bytes
+    overhead: Bytes
+
+    @property
+    def grantable_memory(self) -> Bytes:
+        """Bytes that may be granted in all."""
+        return Bytes(max(0, sum(self.memory.values()) - self.reserve))

@@ -1,0 +1,257 @@
+"""A plan: exact ordered steps as data, each with what it undoes to.
+
+Every step names the value it expects to find (`before`) and the one it brings about (`after`), so
+its undo is the same step with the two exchanged, and both are safe to repeat. A step type has a
+versioned encoding, and one handler in an adapter; nothing here executes anything.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from virtfabric.model.errors import InvalidValueError
+from virtfabric.model.ids import GuestId
+from virtfabric.model.units import Bytes, CpuSet, MilliCpu
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from virtfabric.model.ids import RequestId
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Step:
+    """Base of all steps.
+
+    Attributes:
+        guest, name: whose hardware changes (the name is for people only).
+        optional: failing leaves a residue instead of undoing the plan (a vCPU that will not
+            leave although its time has been taken already).
+    """
+
+    kind: ClassVar[str] = ""
+    version: ClassVar[int] = 1
+    needs_guest: ClassVar[bool] = False
+
+    guest: GuestId
+    name: str = ""
+    optional: bool = False
+
+    def inverse(self) -> Self:
+        """The step that undoes this one."""
+        return replace(self, before=self.after, after=self.before)  # type: ignore[attr-defined, call-arg]
+
+    def to_json(self) -> dict[str, Any]:
+        """Versioned encoding for the journal: CPU sets as text, amounts as integers."""
+        body = {k: str(v) if isinstance(v, CpuSet) else v for k, v in asdict(self).items()}
+        return {"kind": self.kind, "version": self.version, **body}
+
+    def describe(self) -> str:
+        """One line for a person."""
+        raise NotImplementedError
+
+    def __str__(self) -> str:
+        return self.describe()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ResizeVirtioMem(Step):
+    """Ask a virtio-mem device for another size (bytes); `after` is reached within `tolerance`.
+
+    Source: https://libvirt.org/formatdomain.html#memory-devices, `<requested>`.
+    """
+
+    kind: ClassVar[str] = "resize-virtio-mem"
+    needs_guest: ClassVar[bool] = True
+    alias: str
+    before: int
+    after: int
+    tolerance: int = 4 << 20
+    deadline_s: float = 30.0
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.name}: virtio-mem {self.alias} {Bytes(self.before)} -> {Bytes(self.after)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetBalloon(Step):
+    """Bring a balloon guest to another amount of memory (bytes)."""
+
+    kind: ClassVar[str] = "set-balloon"
+    needs_guest: ClassVar[bool] = True
+    before: int
+    after: int
+    tolerance: int = 1 << 20
+    deadline_s: float = 30.0
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.name}: balloon {Bytes(self.before)} -> {Bytes(self.after)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetVcpuCount(Step):
+    """Plug or unplug vCPUs (count online)."""
+
+    kind: ClassVar[str] = "set-vcpu-count"
+    needs_guest: ClassVar[bool] = True
+    before: int
+    after: int
+    deadline_s: float = 30.0
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.name}: vCPUs online {self.before} -> {self.after}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinVcpu(Step):
+    """Let one vCPU run on these pCPUs. Applying to a vCPU that is not plugged is a no-op."""
+
+    kind: ClassVar[str] = "pin-vcpu"
+    vcpu: int
+    before: CpuSet
+    after: CpuSet
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.name}: vCPU {self.vcpu} on pCPU {self.before or 'any'} -> {self.after}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PinEmulator(Step):
+    """Let the emulator threads run on these pCPUs."""
+
+    kind: ClassVar[str] = "pin-emulator"
+    before: CpuSet
+    after: CpuSet
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.name}: emulator on pCPU {self.before or 'any'} -> {self.after}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetQuota(Step):
+    """Cap the whole guest: milli-CPU, -1 is uncapped (libvirt's `global_quota`)."""
+
+    kind: ClassVar[str] = "set-quota"
+    before: int
+    after: int
+
+    def describe(self) -> str:
+        """One line for a person."""
+
+        def word(value: int) -> str:
+            return "none" if value < 0 else f"{MilliCpu(value)} CPU"
+
+        return f"{self.name}: cap {word(self.before)} -> {word(self.after)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetShares(Step):
+    """Weight of the guest in policy shares (100 is the kernel's default)."""
+
+    kind: ClassVar[str] = "set-shares"
+    before: int
+    after: int
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.name}: shares {self.before} -> {self.after}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetNodeset(Step):
+    """Pull a movable (`restrictive`) guest's memory to these NUMA nodes."""
+
+    kind: ClassVar[str] = "set-nodeset"
+    before: CpuSet
+    after: CpuSet
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.name}: memory on node {self.before} -> {self.after}"
+
+
+STEP_TYPES: dict[str, type[Step]] = {
+    t.kind: t
+    for t in (
+        ResizeVirtioMem, SetBalloon, SetVcpuCount, PinVcpu, PinEmulator, SetQuota, SetShares,
+        SetNodeset,
+    )
+}  # fmt: skip
+
+
+def parse_step(data: Mapping[str, Any]) -> Step:
+    """Read a step from its journal encoding.
+
+    Raises:
+        InvalidValueError: unknown kind or version, or a field missing or of the wrong type.
+    """
+    kind = STEP_TYPES.get(str(data.get("kind")))
+    if kind is None:
+        raise InvalidValueError("step.kind", data.get("kind"), "is not a known step type")
+    if data.get("version") != kind.version:
+        raise InvalidValueError("step.version", data.get("version"), f"of {kind.kind} is unknown")
+    body = {f.name: data[f.name] for f in fields(kind) if f.name in data}
+    for name in ("before", "after"):
+        wants_cpus = kind in (PinVcpu, PinEmulator, SetNodeset)
+        value = body.get(name)
+        if not isinstance(value, str if wants_cpus else int):
+            raise InvalidValueError(f"step.{name}", value, "is missing or of the wrong type")
+        if isinstance(value, str):
+            body[name] = CpuSet.parse(value, field=f"step.{name}")
+    body["guest"] = GuestId.parse(str(body.get("guest")), field="step.guest")
+    try:
+        return kind(**body)
+    except TypeError as error:
+        raise InvalidValueError("step", dict(data), f"is incomplete: {error}") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Offer:
+    """One way to place a decision, with why it was preferred or not. Lower cost wins.
+
+    Attributes:
+        cost: (unmet locality, cores broken, vCPUs moved, first pCPU), compared in this order.
+        order: pCPU of each vCPU, for the guest the offer is about.
+    """
+
+    guest: GuestId
+    order: tuple[int, ...]
+    cost: tuple[int, ...]
+    why: str
+    chosen: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """For audit and clients."""
+        return {
+            "guest": self.guest, "order": list(self.order), "cost": list(self.cost),
+            "why": self.why, "chosen": self.chosen,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Exact ordered steps for one snapshot of the host.
+
+    Attributes:
+        generation: of the snapshot it was made from; a stale plan cannot be committed.
+        steps: in order of application, those that need a guest first.
+        orders: pCPU order of each dedicated guest afterwards.
+        offers: what was compared.
+    """
+
+    request: RequestId
+    generation: int
+    steps: tuple[Step, ...]
+    orders: dict[GuestId, tuple[int, ...]] = field(default_factory=dict)
+    offers: tuple[Offer, ...] = ()
+
+    @property
+    def guests(self) -> frozenset[GuestId]:
+        """Every guest that a step touches."""
+        return frozenset(step.guest for step in self.steps)

@@ -1,0 +1,290 @@
+"""The roles that the outside world plays. Each is small; real and simulated adapters play it alike.
+
+Everything here is synchronous and is called from worker threads, never from the event loop.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import threading
+    from collections.abc import Callable, Iterable, Mapping, Sequence
+
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.host import HostTopology
+    from virtfabric.model.ids import GuestId, TransactionId
+    from virtfabric.model.ledger import Books
+    from virtfabric.model.plan import Step
+    from virtfabric.model.policy import GuestPolicy
+
+
+class Clock(Protocol):
+    """Time, as an argument."""
+
+    def now(self) -> float:
+        """UNIX seconds."""
+
+    def monotonic(self) -> float:
+        """Seconds that never go back."""
+
+
+class HostReader(Protocol):
+    """Reads the machine; repeating is safe."""
+
+    def read_topology(self) -> HostTopology:
+        """Nodes, pCPUs, memory of now.
+
+        Raises:
+            HypervisorGoneError, HypervisorError
+        """
+
+
+class GuestReader(Protocol):
+    """Reads guests; repeating is safe. May block while a hook of the same guest runs."""
+
+    def read_guests(self) -> dict[GuestId, GuestState]:
+        """All guests that libvirt knows. Blocks while any guest's hook runs."""
+
+    def read_guest(self, guest: GuestId) -> GuestState | None:
+        """One guest through a handle already held where possible; None when it is gone."""
+
+
+class PolicyWriter(Protocol):
+    """Writes policy metadata; repeating is safe. Never touches anything else of the CONFIG."""
+
+    def write_policy(self, guest: GuestId, policy: GuestPolicy | None) -> None:
+        """Set the policy in the live and the persistent definition, None removes it.
+
+        Raises:
+            GuestGoneError, HypervisorError
+        """
+
+
+class EventKind(StrEnum):
+    """What happened beside us."""
+
+    STARTED = "started"
+    STOPPED = "stopped"
+    DEFINED = "defined"
+    UNDEFINED = "undefined"
+    SUSPENDED = "suspended"
+    RESUMED = "resumed"
+    TUNABLE = "tunable"
+    METADATA = "metadata"
+    MEMORY = "memory"
+    VCPUS = "vcpus"
+    JOB = "job"
+    CONNECTED = "connected"
+    DISCONNECTED = "disconnected"
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """A libvirt event, translated. `guest` is None for events of the connection."""
+
+    kind: EventKind
+    guest: GuestId | None = None
+    name: str = ""
+    detail: str = ""
+    values: Mapping[str, Any] = field(default_factory=dict)
+
+
+class EventSource(Protocol):
+    """Delivers events in its own thread; the callback must not block or call libvirt."""
+
+    def start(self, deliver: Callable[[Event], None]) -> None:
+        """Begin delivering; reconnects by itself and says so with CONNECTED (resync then)."""
+
+    def close(self) -> None:
+        """Stop and join the thread; safe to repeat."""
+
+
+class StepContext(Protocol):
+    """What a handler may ask for while it works on a step."""
+
+    @property
+    def cancelled(self) -> threading.Event:
+        """Set when the caller gave up; a waiting handler raises StepCancelledError."""
+
+    def progress(self, fraction: float, text: str) -> None:
+        """Report 0..1 of this step to the caller."""
+
+
+class StepHandler(Protocol):
+    """Carries out one type of step. `before`/`after` are absolute, so repeating is safe."""
+
+    kind: str
+
+    def apply(self, step: Step, context: StepContext) -> None:
+        """Bring about `step.after`; returns when libvirt and guest have followed.
+
+        Raises:
+            ShortfallError: the guest stopped short at `reached`; the request made to it is
+                brought to what was reached, so that nothing more moves by itself.
+            StepCancelledError, GuestGoneError, HypervisorError
+        """
+
+    def verify(self, step: Step) -> None:
+        """Check against the kernel (affinity, cgroup files) or live state; not against ourselves.
+
+        Raises:
+            VerificationError: names what was expected and what was found.
+            GuestGoneError, HypervisorError
+        """
+
+    def undo(self, step: Step) -> int:
+        """Restore entitlement to `step.before` at once; a vanished guest counts as undone.
+
+        Returns:
+            What the guest has not given back yet (bytes or vCPUs): a residue; 0 when complete.
+
+        Raises:
+            HypervisorError: it could not be restored; the journal keeps it for the next start.
+        """
+
+
+class Handlers(Protocol):
+    """The registry of step handlers."""
+
+    def for_step(self, step: Step) -> StepHandler:
+        """The one handler of this step's type.
+
+        Raises:
+            InvalidValueError: no handler for the type.
+        """
+
+
+class StepState(StrEnum):
+    """How far a journalled step has come."""
+
+    PLANNED = "planned"
+    APPLYING = "applying"
+    APPLIED = "applied"
+    VERIFIED = "verified"
+    UNDONE = "undone"
+    SKIPPED = "skipped"
+
+
+class TransactionState(StrEnum):
+    """How far a journalled transaction has come."""
+
+    OPEN = "open"
+    COMMITTED = "committed"
+    UNDONE = "undone"
+    REFUSED = "refused"
+
+
+@dataclass(frozen=True, slots=True)
+class JournalledStep:
+    """A step and how far it has come; `index` counts from 0 within the transaction."""
+
+    index: int
+    step: Step
+    state: StepState
+
+
+@dataclass(frozen=True, slots=True)
+class JournalledTransaction:
+    """A transaction as the journal has it; `body` is request, decision and offers as JSON."""
+
+    id: TransactionId
+    state: TransactionState
+    created: float
+    body: Mapping[str, Any]
+    steps: tuple[JournalledStep, ...]
+    outcome: Mapping[str, Any] | None = None
+
+
+class Journal(Protocol):
+    """The durable record; every call that returns has been fsynced.
+
+    Raises (all calls):
+        JournalError: disk full or I/O error; nothing of the call has happened.
+    """
+
+    def begin(self, txn: TransactionId, body: Mapping[str, Any], at: float) -> None:
+        """Open a transaction."""
+
+    def extend(self, txn: TransactionId, steps: Sequence[Step]) -> int:
+        """Append steps as PLANNED; returns the index of the first."""
+
+    def mark(self, txn: TransactionId, index: int, state: StepState) -> None:
+        """Move one step on."""
+
+    def close(
+        self,
+        txn: TransactionId,
+        state: TransactionState,
+        outcome: Mapping[str, Any],
+        books: Books | None,
+    ) -> None:
+        """End a transaction and, in the same fsync, store the books it leads to."""
+
+    def open_transactions(self) -> tuple[JournalledTransaction, ...]:
+        """What a crash left open, oldest first."""
+
+    def transaction(self, txn: TransactionId) -> JournalledTransaction | None:
+        """One transaction, open or ended."""
+
+    def store_books(self, books: Books) -> None:
+        """Store the books outside a transaction (a guest stopped, a lease was edited)."""
+
+    def load_books(self) -> Books:
+        """The books as last stored.
+
+        Raises:
+            JournalCorruptError
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class AuditRecord:
+    """One link of the chain. `kind` is dotted (`request.granted`); `subjects`: ids to find by."""
+
+    sequence: int
+    at: float
+    kind: str
+    subjects: tuple[str, ...]
+    body: Mapping[str, Any]
+    mac: str
+
+
+@dataclass(frozen=True, slots=True)
+class ChainVerdict:
+    """Result of checking the chain; `problem` is empty when it is whole."""
+
+    records: int
+    head: str
+    problem: str = ""
+
+
+class AuditLog(Protocol):
+    """Append-only, HMAC-chained under a root-only key; safe from several threads."""
+
+    def append(self, kind: str, subjects: Iterable[str], body: Mapping[str, Any]) -> AuditRecord:
+        """Add a record (fsynced) and export the new head to the system log."""
+
+    def read(
+        self, *, since: float | None = None, subject: str | None = None, limit: int = 10_000
+    ) -> tuple[AuditRecord, ...]:
+        """Records in order, of one subject and from a time on if given."""
+
+    def verify(self, head: str | None = None) -> ChainVerdict:
+        """Check every record, and that the chain still contains `head` (exported earlier)."""
+
+
+class HostLoad(Protocol):
+    """The host's own load, for telemetry."""
+
+    def sample(self) -> Mapping[str, float]:
+        """`cpu_percent`, `memory_available`, `agent_rss`, `agent_cpu_percent`."""
+
+
+class GuestStats(Protocol):
+    """Cheap statistics of all running guests (only the groups that are needed)."""
+
+    def sample(self) -> Mapping[GuestId, Mapping[str, int]]:
+        """By guest: `balloon.current` and such, in libvirt's names, KiB turned into bytes."""

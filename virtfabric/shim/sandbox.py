@@ -1,0 +1,504 @@
+"""A private host on this machine: own namespaces, system bus, libvirtd and cgroup subtree.
+
+Owns the outside of a sandbox: its directory, its cgroups, its processes. The inside is made by
+`sandbox_init.py`. It never talks to, restarts or reconfigures a libvirtd that runs already, and
+leaves nothing but `root` (logs and configuration, for a look afterwards) when it stops.
+
+A guest, libvirtd, the agent and everything else started in a sandbox are members of its PID
+namespace: when its init ends, or the process that owns it, the kernel ends them all.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, Self, cast
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping, Sequence
+    from types import TracebackType
+
+_INIT = Path(__file__).with_name("sandbox_init.py")
+_CLONE_NEWPID = 0x20000000  # linux/sched.h
+_POLL_S = 0.01
+_LAYERED = ("/etc", "/var/lib", "/var/log", "/var/cache")
+_BINDS = (
+    ("etc-libvirt", "/etc/libvirt"),
+    ("lib-libvirt", "/var/lib/libvirt"),
+    ("log-libvirt", "/var/log/libvirt"),
+    ("cache-libvirt", "/var/cache/libvirt"),
+    ("etc-virtfabric", "/etc/virtfabric"),
+    ("lib-virtfabric", "/var/lib/virtfabric"),
+)
+# A root below one of these would be hidden by the sandbox's own mounts.
+_HIDDEN = ("/etc", "/var/lib", "/var/log", "/var/cache", "/run", "/proc", "/sys", "/dev")
+_LIBVIRT_SOCKET = "/run/libvirt/libvirt-sock"
+_BUS_SOCKET = "/run/dbus/system_bus_socket"
+_UNIFIED_CONTROLLERS = ("cpuset", "cpu", "memory", "io", "pids")
+
+_LIBVIRTD_CONF = """\
+host_uuid = "{host_uuid}"
+auth_unix_ro = "none"
+auth_unix_rw = "none"
+unix_sock_rw_perms = "0770"
+log_outputs = "3:stderr"
+log_filters = "4:util.netdev 4:node_device"
+"""
+# namespaces: QEMU's private /dev costs a second mount tree for each guest and hides nothing here.
+# remember_owner: needs trusted xattrs on every file system that a test puts an image on.
+_QEMU_CONF = """\
+stdio_handler = "file"
+security_driver = "none"
+user = "root"
+group = "root"
+namespaces = []
+remember_owner = 0
+"""
+_INERT_HOOK = """\
+#!/bin/sh
+# Keeps hooks alive: a libvirtd that starts without any hook ignores those added later.
+exit 0
+"""
+# Debian's system.conf without activation, syslog and its own user: same default policy, so a policy
+# file has to grant here exactly what it has to grant on a real host.
+_BUS_CONF = """\
+<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
+ "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
+<busconfig>
+  <type>system</type>
+  <pidfile>/run/dbus/pid</pidfile>
+  <auth>EXTERNAL</auth>
+  <listen>unix:path=/run/dbus/system_bus_socket</listen>
+  <policy context="default">
+    <allow user="*"/>
+    <deny own="*"/>
+    <deny send_type="method_call"/>
+    <allow send_type="signal"/>
+    <allow send_requested_reply="true" send_type="method_return"/>
+    <allow send_requested_reply="true" send_type="error"/>
+    <allow receive_type="method_call"/>
+    <allow receive_type="method_return"/>
+    <allow receive_type="error"/>
+    <allow receive_type="signal"/>
+    <allow send_destination="org.freedesktop.DBus"/>
+  </policy>
+  <includedir>/usr/share/dbus-1/system.d</includedir>
+  <includedir>/etc/dbus-1/system.d</includedir>
+</busconfig>
+"""
+
+
+class SandboxError(Exception):
+    """A sandbox, or a command in it, failed; the message ends with the last lines of its log."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Cgroup:
+    """The sandbox's group in one hierarchy of the host."""
+
+    mountpoint: Path
+    directory: Path
+    unified: bool
+
+    def create(self) -> None:
+        if self.unified:
+            self._delegate_controllers()
+        self.directory.mkdir(exist_ok=True)
+        for name in ("cpuset.cpus", "cpuset.mems"):  # v1: empty at first, and nothing runs then
+            if not self.unified and (self.directory / name).exists():
+                (self.directory / name).write_text((self.mountpoint / name).read_text())
+
+    def _delegate_controllers(self) -> None:
+        offered = (self.mountpoint / "cgroup.controllers").read_text().split()
+        control = self.mountpoint / "cgroup.subtree_control"
+        for controller in _UNIFIED_CONTROLLERS:
+            if controller in offered and controller not in control.read_text().split():
+                control.write_text(f"+{controller}")
+
+    def read_members(self) -> set[int]:
+        """Host process ids in this group and below."""
+        members: set[int] = set()
+        for procs in (self.directory, *self.directory.rglob("*/")):
+            with contextlib.suppress(OSError):
+                members.update(map(int, (procs / "cgroup.procs").read_text().split()))
+        return members
+
+    def remove(self) -> bool:
+        """Removes the whole subtree; False while something in it is still in use."""
+        if not self.directory.exists():
+            return True
+        below = sorted((p for p in self.directory.rglob("*") if p.is_dir()), reverse=True)
+        try:
+            for directory in (*below, self.directory):
+                directory.rmdir()
+        except OSError:
+            return False
+        return True
+
+
+def _read_cgroups(name: str) -> tuple[_Cgroup, ...]:
+    found: dict[Path, _Cgroup] = {}
+    for line in Path("/proc/self/mounts").read_text().splitlines():
+        _, target, kind, *_ = line.split()
+        if kind in {"cgroup", "cgroup2"} and target.startswith("/sys/fs/cgroup"):
+            mount = Path(target)
+            found[mount] = _Cgroup(mount, mount / f"virtfabric-{name}", kind == "cgroup2")
+    if not found:
+        raise SandboxError("no cgroup hierarchy is mounted under /sys/fs/cgroup")
+    return tuple(found.values())
+
+
+def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 30.0) -> None:
+    """Polls `condition` until it holds.
+
+    Raises:
+        SandboxError: it did not hold within `timeout_s` seconds.
+    """
+    deadline = time.monotonic() + timeout_s
+    while not condition():
+        if time.monotonic() > deadline:
+            raise SandboxError(f"{what}: not within {timeout_s:g} s")
+        time.sleep(_POLL_S)
+
+
+def _read_tail(log: Path, lines: int = 15) -> str:
+    try:
+        text = log.read_text(errors="replace")
+    except OSError as error:
+        return f"({error})"
+    return "\n".join(text.splitlines()[-lines:])
+
+
+def _call_libc(function: str, *arguments: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if getattr(libc, function)(*arguments) != 0:
+        code = ctypes.get_errno()
+        raise SandboxError(f"{function}: {os.strerror(code)} (sandboxes need root)")
+
+
+def _popen_into(
+    choose: Callable[[], None], argv: Sequence[str], **kw: Any
+) -> subprocess.Popen[str]:
+    """Popen from a thread whose children go into the PID namespace that `choose` selects.
+
+    The kernel keeps that choice for each thread, so a thread that ends at once leaves the caller
+    alone. Compared with `unshare` or `nsenter` there is no process in between: the Popen *is* the
+    process inside, its pid (the host's view) can be signalled and its exit status is its own.
+    """
+
+    def start() -> subprocess.Popen[str]:
+        choose()
+        return subprocess.Popen(argv, text=True, **kw)
+
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        return thread.submit(start).result()
+
+
+class Sandbox:
+    """A host of its own; `with Sandbox("a", tmp_path / "a") as box: box.start_libvirtd()`.
+
+    Needs root. Default paths work inside: /run/libvirt, /run/virtfabric, the system bus,
+    /etc/virtfabric, /var/lib/virtfabric. `start` wipes `root`; `stop` leaves it for a look.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        root: Path,
+        *,
+        hooks_at_start: bool = True,
+        libvirtd_conf: str = "",
+        qemu_conf: str = "",
+    ) -> None:
+        """Describes a sandbox; nothing is touched before `start`.
+
+        Args:
+            name: unique on this machine; also its hostname and the suffix of its cgroups.
+            root: its directory, made when missing; not below /etc, /run or /var/lib.
+            hooks_at_start: whether libvirtd finds one inert hook script when it starts; without
+                any it ignores those added later.
+            libvirtd_conf: lines to append to libvirtd.conf.
+            qemu_conf: lines to append to qemu.conf.
+        """
+        self.name = name
+        self.root = root.resolve()
+        if any(self.root.is_relative_to(hidden) for hidden in _HIDDEN):
+            raise SandboxError(f"root {self.root} would be hidden inside the sandbox")
+        self._hooks_at_start = hooks_at_start
+        self._extra_conf = {"libvirtd.conf": libvirtd_conf, "qemu.conf": qemu_conf}
+        self._cgroups: tuple[_Cgroup, ...] = ()
+        self._claim: socket.socket | None = None
+        self._init: subprocess.Popen[str] | None = None
+        self._libvirtd: subprocess.Popen[str] | None = None
+        self._started: list[subprocess.Popen[str]] = []
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.stop()
+
+    def start(self, *, timeout_s: float = 20.0) -> None:
+        """Brings the host up (without libvirtd), after removing what a crashed one left.
+
+        Raises:
+            SandboxError: not root, the name is taken by a living sandbox, or a step failed.
+        """
+        self._claim_name()
+        try:
+            self._cgroups = _read_cgroups(self.name)
+            self._remove_cgroups()
+            self._write_root()
+            for group in self._cgroups:
+                group.create()
+            self._start_init(timeout_s)
+        except OSError as error:
+            self.stop()
+            raise SandboxError(f"sandbox {self.name}: {error}") from error
+        except BaseException:
+            self.stop()
+            raise
+
+    def stop(self) -> None:
+        """Ends everything in the sandbox and removes its cgroups; may be repeated."""
+        if self._init is not None:
+            self._init.kill()
+            # Its end waits until every member is reaped, and those from `popen` are our children.
+            for process in self._started:
+                process.wait()
+            self._init.wait()
+            for pipe in (self._init.stdin, self._init.stdout):
+                if pipe is not None:
+                    pipe.close()
+        self._init = self._libvirtd = None
+        self._started.clear()
+        try:
+            self._remove_cgroups()
+        finally:
+            if self._claim is not None:
+                self._claim.close()
+            self._claim = None
+
+    def _claim_name(self) -> None:
+        # An abstract socket: one holder, released by the kernel, nothing on disk.
+        claim = socket.socket(socket.AF_UNIX)
+        try:
+            claim.bind(f"\0virtfabric-sandbox-{self.name}")
+        except OSError as error:
+            claim.close()
+            raise SandboxError(f"a sandbox named {self.name} is running") from error
+        self._claim = claim
+
+    def _remove_cgroups(self) -> None:
+        """Kills the members of this sandbox's groups, which are its own by name, and the groups."""
+
+        def gone() -> bool:
+            for member in set[int]().union(*(g.read_members() for g in self._cgroups)):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(member, signal.SIGKILL)
+            # A list, not a generator: every one gets its turn in each round.
+            return all([group.remove() for group in self._cgroups])  # noqa: C419
+
+        wait_until(gone, f"removal of the cgroups of sandbox {self.name}")
+
+    def _write_root(self) -> None:
+        for directory, _ in _BINDS:
+            shutil.rmtree(self.root / directory, ignore_errors=True)
+            (self.root / directory).mkdir(parents=True)
+        conf = self.root / "etc-libvirt"
+        host = _LIBVIRTD_CONF.format(host_uuid=uuid.uuid4())
+        (conf / "libvirtd.conf").write_text(host + self._extra_conf["libvirtd.conf"])
+        (conf / "qemu.conf").write_text(_QEMU_CONF + self._extra_conf["qemu.conf"])
+        (conf / "qemu" / "networks" / "autostart").mkdir(parents=True)
+        if self._hooks_at_start:
+            (conf / "hooks" / "qemu.d").mkdir(parents=True)
+            hook = conf / "hooks" / "qemu.d" / "00-inert"
+            hook.write_text(_INERT_HOOK)
+            hook.chmod(0o755)
+        (self.root / "bus.conf").write_text(_BUS_CONF)
+        for log in ("init.log", "bus.log", "libvirtd.log"):
+            (self.root / log).write_text("")
+
+    def _describe(self, **extra: str) -> str:
+        return json.dumps(
+            {
+                "hostname": self.name,
+                "root": str(self.root),
+                "layered": _LAYERED,
+                "binds": [(str(self.root / source), target) for source, target in _BINDS],
+                "bus_config": str(self.root / "bus.conf"),
+                "bus_log": str(self.root / "bus.log"),
+                "cgroups": [
+                    {
+                        "mountpoint": str(group.mountpoint),
+                        "directory": str(group.directory),
+                        "unified": group.unified,
+                    }
+                    for group in self._cgroups
+                ],
+                **extra,
+            }
+        )
+
+    def _start_init(self, timeout_s: float) -> None:
+        with (self.root / "init.log").open("w") as log:
+            self._init = _popen_into(
+                lambda: _call_libc("unshare", _CLONE_NEWPID),
+                [sys.executable, "-IS", str(_INIT), "init", self._describe()],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+            )
+        output = cast("IO[str]", self._init.stdout)
+        ready, _, _ = select.select([output], [], [], timeout_s)
+        if not ready or output.readline() != "ready\n":
+            raise SandboxError(
+                f"sandbox {self.name} did not start:\n{_read_tail(self.root / 'init.log')}"
+            )
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    @property
+    def pid(self) -> int:
+        """Its init, as the host counts; `/proc/<pid>/root` is its file system."""
+        if self._init is None:
+            raise SandboxError(f"sandbox {self.name} is not running")
+        return self._init.pid
+
+    @property
+    def libvirt_pid(self) -> int:
+        """Its libvirtd, as the host counts."""
+        if self._libvirtd is None:
+            raise SandboxError(f"sandbox {self.name} has no libvirtd")
+        return self._libvirtd.pid
+
+    @property
+    def libvirt_uri(self) -> str:
+        """For a client *outside* of the sandbox; inside, qemu:///system is right."""
+        return f"qemu+unix:///system?socket={self.path(_LIBVIRT_SOCKET)}"
+
+    @property
+    def bus_address(self) -> str:
+        """Its system bus for a client *outside* of the sandbox."""
+        return f"unix:path={self.path(_BUS_SOCKET)}"
+
+    def path(self, inside: str) -> Path:
+        """Where the host sees the sandbox's absolute path `inside`, while it runs."""
+        return Path(f"/proc/{self.pid}/root") / inside.lstrip("/")
+
+    def popen(self, argv: Sequence[str], *, cwd: str = "/", **kw: Any) -> subprocess.Popen[str]:
+        """Starts a command inside; text mode, `kw` as for `subprocess.Popen`.
+
+        The result's pid is the host's number for the command itself.
+        """
+        namespace = os.open(f"/proc/{self.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
+        self._started = [process for process in self._started if process.poll() is None]
+        try:
+            process = _popen_into(
+                lambda: _call_libc("setns", namespace, _CLONE_NEWPID),
+                [
+                    *(sys.executable, "-IS", str(_INIT), "enter", self._describe(cwd=cwd)),
+                    *(str(self.pid), *argv),
+                ],
+                **kw,
+            )
+        finally:
+            os.close(namespace)
+        self._started.append(process)
+        return process
+
+    def run(
+        self,
+        argv: Sequence[str],
+        *,
+        check: bool = True,
+        timeout_s: float = 60.0,
+        stdin: str = "",
+        cwd: str = "/",
+        env: Mapping[str, str] | None = None,
+    ) -> subprocess.CompletedProcess[str]:
+        """Runs a command inside to its end and captures what it prints.
+
+        Raises:
+            SandboxError: with `check`, it ended with another status than 0; or it took longer
+                than `timeout_s` and was killed.
+        """
+        pipe = subprocess.PIPE
+        process = self.popen(argv, cwd=cwd, env=env, stdin=pipe, stdout=pipe, stderr=pipe)
+        with process:
+            try:
+                out, err = process.communicate(stdin, timeout=timeout_s)
+            except subprocess.TimeoutExpired as error:
+                process.kill()
+                raise SandboxError(f"{argv[0]} took over {timeout_s:g} s: {list(argv)}") from error
+            except BaseException:
+                process.kill()
+                raise
+        if check and process.returncode:
+            tail = "\n".join((out + err).splitlines()[-15:])
+            raise SandboxError(f"{list(argv)} ended with {process.returncode}:\n{tail}")
+        return subprocess.CompletedProcess(list(argv), process.returncode, out, err)
+
+    def reload_bus(self) -> None:
+        """Makes the system bus read its policy files again."""
+        bus, reload = "org.freedesktop.DBus", "org.freedesktop.DBus.ReloadConfig"
+        self.run(["dbus-send", "--system", "--print-reply", f"--dest={bus}", "/", reload])
+
+    def start_libvirtd(self, *, timeout_s: float = 30.0) -> None:
+        """Starts libvirtd and waits until it answers; running guests are found again.
+
+        Raises:
+            SandboxError: it ended or did not answer in time.
+        """
+        log = self.root / "libvirtd.log"
+        with log.open("a") as output:
+            process = self.popen(
+                ["libvirtd"], stdin=subprocess.DEVNULL, stdout=output, stderr=output
+            )
+        self._libvirtd = process
+        socket_path = str(self.path(_LIBVIRT_SOCKET))
+
+        def answers() -> bool:
+            if process.poll() is not None:
+                raise SandboxError(f"libvirtd ended with {process.returncode}:\n{_read_tail(log)}")
+            with socket.socket(socket.AF_UNIX) as client:
+                return client.connect_ex(socket_path) == 0
+
+        try:
+            wait_until(answers, "libvirtd answers", timeout_s=timeout_s)
+        except SandboxError as error:
+            process.kill()
+            raise SandboxError(f"{error}\n{_read_tail(log)}") from error
+
+    def kill_libvirtd(self, sig: signal.Signals = signal.SIGKILL, *, timeout_s: float = 30) -> None:
+        """Ends libvirtd with `sig` and waits for it; its guests go on."""
+        if self._libvirtd is None:
+            raise SandboxError(f"sandbox {self.name} has no libvirtd")
+        self._libvirtd.send_signal(sig)
+        try:
+            self._libvirtd.wait(timeout_s)
+        except subprocess.TimeoutExpired as error:
+            tail = _read_tail(self.root / "libvirtd.log")
+            raise SandboxError(f"libvirtd lives on after {sig.name}:\n{tail}") from error
+        self._libvirtd = None
