@@ -55,7 +55,7 @@ auth_unix_ro = "none"
 auth_unix_rw = "none"
 unix_sock_rw_perms = "0770"
 log_outputs = "3:stderr"
-log_filters = "4:util.netdev 4:node_device"
+log_filters = "4:util.virnetdev 4:node_device"
 """
 # namespaces: QEMU's private /dev costs a second mount tree for each guest and hides nothing here.
 # remember_owner: needs trusted xattrs on every file system that a test puts an image on.

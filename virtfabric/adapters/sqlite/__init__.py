@@ -1,0 +1,1 @@
+"""Durable records in SQLite files: the journal and the audit log."""

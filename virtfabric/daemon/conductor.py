@@ -1,0 +1,448 @@
+"""Conducts one request from decision to committed books: decide, place, reserve, execute, settle.
+
+Deciding is repeated when the ledger moved meanwhile; a victim that stops short makes the decision
+anew with what it did give, inside the same transaction. All of it happens or none of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from virtfabric.daemon.executor import Execution, Progress, Shortfall
+from virtfabric.model.amounts import Amounts
+from virtfabric.model.decision import Decision
+from virtfabric.model.errors import (
+    JournalError,
+    Reason,
+    RefusedError,
+    Refusal,
+    StepCancelledError,
+    VirtfabricError,
+)
+from virtfabric.model.guest import MemoryMechanism
+from virtfabric.model.ids import GrantId, LoanId, TransactionId
+from virtfabric.model.ledger import Books, Grant, HostSnapshot, Residue
+from virtfabric.model.plan import Plan
+from virtfabric.policy.loans import settle
+from virtfabric.policy.placement import plan_convergence, plan_decision
+from virtfabric.ports import TransactionState
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Mapping
+
+    from virtfabric.daemon.ledger import Ledger
+    from virtfabric.daemon.observatory import Observatory
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.ids import GuestId, RequestId
+    from virtfabric.ports import AuditLog, Clock, Handlers, Journal
+
+    Caps = Mapping[GuestId, Amounts]
+    Decide = Callable[[HostSnapshot, Caps], Decision | Refusal]
+    Place = Callable[[HostSnapshot, Decision | None], Plan | Refusal]
+
+log = logging.getLogger(__name__)
+
+WAIT_SLICE_S: Final = 1.0
+"""Longest wait for another plan before cancellation and deadline are looked at again."""
+RETRY: Final = frozenset({Reason.BUSY, Reason.NO_CAPACITY, Reason.NO_PLACEMENT})
+"""Refusals that a running plan may turn into a yes when it ends."""
+
+
+@dataclass(slots=True)
+class Undertaking:
+    """What is to be conducted.
+
+    Attributes:
+        decide: makes the decision from a snapshot; None for a plan that moves no amounts.
+        place: turns it into steps.
+        ends: the grant that this ends, if any.
+        grants: whether a gain becomes a grant of its own (with loans for what victims paid).
+        settle_books: a last change of the books, after the decision's.
+        incoming: a guest that is starting, as its hook showed it. It is never read through
+            libvirt: calls on it block until its hook returns.
+        body: request and such, for journal and audit.
+    """
+
+    request: RequestId
+    title: str
+    place: Place
+    decide: Decide | None = None
+    ends: Grant | None = None
+    grants: bool = False
+    lease_s: float | None = None
+    deadline_s: float = 30.0
+    settle_books: Callable[[Books], Books] | None = None
+    incoming: GuestState | None = None
+    body: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an undertaking led to."""
+
+    txn: TransactionId
+    decision: Decision | None
+    grant: Grant | None
+    steps: tuple[str, ...]
+    residues: tuple[Residue, ...]
+    offers: tuple[dict[str, Any], ...]
+    took_s: float
+
+
+class Conductor:
+    """Runs undertakings, each in the thread that calls `conduct`."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        observatory: Observatory,
+        journal: Journal,
+        audit: AuditLog,
+        handlers: Handlers,
+        clock: Clock,
+    ) -> None:
+        self._ledger = ledger
+        self._observatory = observatory
+        self._journal = journal
+        self._audit = audit
+        self._handlers = handlers
+        self._clock = clock
+
+    def place_decision(self, deadline_s: float) -> Place:
+        """A placer of decisions, with this deadline for each step that needs a guest."""
+
+        def place(snapshot: HostSnapshot, decision: Decision | None) -> Plan | Refusal:
+            assert decision is not None
+            return plan_decision(snapshot, decision, deadline_s=deadline_s)
+
+        return place
+
+    def place_convergence(self, request: RequestId, guests: Collection[GuestId] | None) -> Place:
+        """A placer that brings what is found to what the books say."""
+
+        def place(snapshot: HostSnapshot, _: Decision | None) -> Plan | Refusal:
+            return plan_convergence(snapshot, guests, request)
+
+        return place
+
+    def consider(
+        self, work: Undertaking, *, without: TransactionId | None = None, caps: Caps | None = None
+    ) -> tuple[HostSnapshot, Decision | None, Plan] | Refusal:
+        """Decide and place on the present snapshot; nothing is reserved (`--dry-run`)."""
+        snapshot = self._observatory.snapshot(without)
+        if work.incoming is not None:
+            guests = {**snapshot.guests, work.incoming.uuid: work.incoming}
+            snapshot = replace(snapshot, guests=guests)
+        decision: Decision | None = None
+        if work.decide is not None:
+            answer = work.decide(snapshot, caps or {})
+            if isinstance(answer, Refusal):
+                return answer
+            decision = answer
+        plan = work.place(snapshot, decision)
+        if isinstance(plan, Refusal):
+            return plan
+        return snapshot, decision, plan
+
+    def conduct(self, work: Undertaking, progress: Progress) -> Outcome:
+        """Carry it out.
+
+        Raises:
+            RefusedError: nothing was changed.
+            StepCancelledError, VirtfabricError: everything was undone.
+        """
+        began = self._clock.monotonic()
+        txn = TransactionId(f"txn-{uuid.uuid4().hex[:12]}")
+        try:
+            decision, plan = self._reserve(work, txn, progress, began + work.deadline_s)
+        except RefusedError as error:
+            self._audit.append(
+                "request.refused",
+                [work.request],
+                work.body | {"title": work.title, **_refusal_body(error.refusal)},
+            )
+            raise
+        try:
+            return self._execute(work, txn, decision, plan, progress, began)
+        finally:
+            self._ledger.abort(txn)
+
+    # -- deciding ---------------------------------------------------------------------------
+
+    def _reserve(
+        self, work: Undertaking, txn: TransactionId, progress: Progress, until: float
+    ) -> tuple[Decision | None, Plan]:
+        incoming = {work.incoming.uuid} if work.incoming else set()
+        while True:
+            if progress.cancelled.is_set():
+                raise StepCancelledError("cancelled before anything was changed")
+            answer = self.consider(work)
+            if isinstance(answer, Refusal):
+                if not self._worth_waiting(answer, until):
+                    raise RefusedError(answer)
+            else:
+                snapshot, decision, plan = answer
+                touched = _guests_of(work, decision, plan)
+                if not touched & snapshot.busy:
+                    if self._observatory.refresh(touched - incoming):
+                        continue  # planned from something that is no longer so
+                    free_part = decision.from_free.positive() if decision else Amounts()
+                    if self._ledger.reserve(txn, snapshot.generation, free_part, touched):
+                        return decision, plan
+                    continue
+                if self._clock.monotonic() >= until:
+                    raise RefusedError(
+                        Refusal(Reason.BUSY, "another plan works on the same guests; try again")
+                    )
+            progress.progress(0.0, "waiting for another plan")
+            self._ledger.wait_change(WAIT_SLICE_S)
+
+    def _worth_waiting(self, refusal: Refusal, until: float) -> bool:
+        return (
+            refusal.reason in RETRY
+            and bool(self._ledger.view().busy)
+            and self._clock.monotonic() < until
+        )
+
+    # -- executing --------------------------------------------------------------------------
+
+    def _execute(
+        self,
+        work: Undertaking,
+        txn: TransactionId,
+        decision: Decision | None,
+        plan: Plan,
+        progress: Progress,
+        began: float,
+    ) -> Outcome:
+        body = {
+            "request": work.request, "title": work.title, "txn": txn,
+            "decision": decision.to_json() if decision else None,
+            "generation": plan.generation,
+            "offers": [o.to_json() for o in plan.offers],
+            "steps": [str(s) for s in plan.steps],
+        } | work.body  # fmt: skip
+        self._journal.begin(txn, body, self._clock.now())
+        self._audit.append("plan.begun", _subjects(work, txn, decision), body)
+        execution = Execution(txn, self._journal, self._handlers, self._clock, progress)
+        try:
+            execution.extend(plan.steps)
+            decision, plan = self._run(work, txn, decision, plan, execution)
+            return self._commit(work, txn, decision, plan, execution, began)
+        except VirtfabricError as error:
+            self._undo(work, txn, decision, execution, error)
+            raise
+
+    def _run(
+        self,
+        work: Undertaking,
+        txn: TransactionId,
+        decision: Decision | None,
+        plan: Plan,
+        execution: Execution,
+    ) -> tuple[Decision | None, Plan]:
+        caps: dict[GuestId, Amounts] = {}
+        while (short := execution.run()) is not None:
+            victims = {t.victim for t in decision.takes} if decision else set()
+            if short.step.guest not in victims or short.step.guest in caps:
+                raise RefusedError(_uncooperative(short))
+            gave = max(0, getattr(short.step, "before", 0) - short.reached)
+            caps[short.step.guest] = Amounts.of(cpu=1 << 40, memory=gave)
+            log.warning("%s; asking the next victim", short.detail)
+            self._audit.append(
+                "plan.topped-up", _subjects(work, txn, decision), {"why": short.detail}
+            )
+            decision, plan = self._replan(work, txn, caps, short)
+            execution.extend(plan.steps)
+        return decision, plan
+
+    def _replan(
+        self, work: Undertaking, txn: TransactionId, caps: Caps, short: Shortfall
+    ) -> tuple[Decision | None, Plan]:
+        """Decide again with what the victim did give; the same transaction goes on."""
+        for _ in range(8):
+            self._observatory.refresh([short.step.guest])
+            answer = self.consider(work, without=txn, caps=caps)
+            if isinstance(answer, Refusal):
+                raise RefusedError(
+                    replace(_uncooperative(short), considered=answer.considered)
+                )
+            snapshot, decision, plan = answer
+            touched = _guests_of(work, decision, plan) | {short.step.guest}
+            free_part = decision.from_free.positive() if decision else Amounts()
+            if self._ledger.reserve(txn, snapshot.generation, free_part, touched):
+                return decision, plan
+        raise RefusedError(_uncooperative(short))
+
+    def _commit(
+        self,
+        work: Undertaking,
+        txn: TransactionId,
+        decision: Decision | None,
+        plan: Plan,
+        execution: Execution,
+        began: float,
+    ) -> Outcome:
+        self._observatory.refresh(plan.guests - ({work.incoming.uuid} if work.incoming else set()))
+        now = self._clock.now()
+        grant = self._new_grant(work, decision, now)
+        loans = [LoanId(f"loan-{uuid.uuid4().hex[:10]}") for _ in decision.takes] if decision else []
+        took = self._clock.monotonic() - began
+        final: list[Books] = []
+
+        def change(books: Books) -> Books:
+            if decision is not None:
+                books = settle(
+                    books, decision, grant=work.ends, new_grant=grant, loan_ids=loans, at=now,
+                    orders=plan.orders,
+                )  # fmt: skip
+            elif plan.orders:
+                books = _with_orders(books, plan.orders)
+            if work.settle_books is not None:
+                books = work.settle_books(books)
+            residues = (*execution.residues, *self._memory_residues(books, plan.guests, now))
+            kept = (r for r in books.residues if r.guest not in plan.guests)
+            return replace(books, residues=(*kept, *residues))
+
+        def store(books: Books) -> None:
+            outcome = {"state": "committed", "grant": grant.to_json() if grant else None}
+            self._journal.close(txn, TransactionState.COMMITTED, outcome, books)
+            final.append(books)
+
+        self._ledger.commit(txn, change, store)
+        residues = tuple(r for r in final[0].residues if r.guest in plan.guests)
+        outcome = Outcome(
+            txn, decision, grant, tuple(str(s) for s in execution.applied), residues,
+            tuple(o.to_json() for o in plan.offers), took,
+        )  # fmt: skip
+        self._audit_commit(work, outcome, loans)
+        return outcome
+
+    def _new_grant(self, work: Undertaking, decision: Decision | None, now: float) -> Grant | None:
+        if decision is None:
+            return None
+        gain = decision.delta.positive()
+        if not work.grants or not (gain if work.lease_s or gain else ()):
+            return None
+        return Grant(
+            GrantId(f"grant-{uuid.uuid4().hex[:10]}"), decision.guest, gain, work.request, now,
+            now + work.lease_s if work.lease_s else None,
+        )  # fmt: skip
+
+    def _memory_residues(
+        self, books: Books, guests: Collection[GuestId], now: float
+    ) -> list[Residue]:
+        """Memory that a guest still has beyond its holding (inside the step's tolerance)."""
+        found = []
+        for guest in guests:
+            state, holding = self._observatory.guest(guest), books.holdings.get(guest)
+            if state is None or holding is None or state.mechanism is MemoryMechanism.FIXED:
+                continue
+            excess = state.memory_current - holding.amounts.memory
+            if excess > 0:
+                found.append(Residue(guest, "memory", excess, now, "the guest has not let go yet"))
+        return found
+
+    def _audit_commit(self, work: Undertaking, outcome: Outcome, loans: list[LoanId]) -> None:
+        decision = outcome.decision
+        subjects = [*_subjects(work, outcome.txn, decision), *loans]
+        if outcome.grant:
+            subjects.append(outcome.grant.id)
+        if work.ends:
+            subjects.append(work.ends.id)
+        self._audit.append(
+            "plan.committed",
+            subjects,
+            {
+                "title": work.title, "request": work.request, "txn": outcome.txn,
+                "grant": outcome.grant.to_json() if outcome.grant else None, "loans": loans,
+                "decision": decision.to_json() if decision else None,
+                "steps": list(outcome.steps), "took_s": round(outcome.took_s, 3),
+                "residues": [r.to_json() for r in outcome.residues],
+            },
+        )  # fmt: skip
+
+    # -- undoing ----------------------------------------------------------------------------
+
+    def _undo(
+        self,
+        work: Undertaking,
+        txn: TransactionId,
+        decision: Decision | None,
+        execution: Execution,
+        error: VirtfabricError,
+    ) -> None:
+        touched = {s.guest for s in execution.applied}
+        problems = execution.rollback()
+        body: dict[str, Any] = {
+            "title": work.title, "request": work.request, "txn": txn, "why": str(error),
+            "not_undone": problems,
+        }  # fmt: skip
+        kind = "plan.undone"
+        if isinstance(error, RefusedError):
+            body |= _refusal_body(error.refusal)
+            kind = "request.refused"
+        try:
+            if not problems:
+                self._close_undone(txn, execution, touched, str(error))
+            self._audit.append(kind, _subjects(work, txn, decision), body)
+        except JournalError:
+            log.exception("undone, but the journal cannot take it; the next start undoes it again")
+        try:
+            self._observatory.refresh(touched)
+        except VirtfabricError as again:
+            log.warning("cannot read back after an undo: %s", again)
+
+    def _close_undone(
+        self, txn: TransactionId, execution: Execution, touched: set[GuestId], why: str
+    ) -> None:
+        residues = tuple(execution.residues)
+        outcome = {"state": "undone", "why": why, "residues": [r.to_json() for r in residues]}
+
+        def change(books: Books) -> Books:
+            kept = (r for r in books.residues if r.guest not in touched)
+            return replace(books, residues=(*kept, *residues)) if residues else books
+
+        self._ledger.commit(
+            txn, change,
+            lambda books: self._journal.close(txn, TransactionState.UNDONE, outcome, books),
+        )  # fmt: skip
+
+
+def _guests_of(work: Undertaking, decision: Decision | None, plan: Plan) -> frozenset[GuestId]:
+    held = (decision.holdings or {}) if decision else {}
+    own = {decision.guest} if decision else set()
+    return plan.guests | frozenset(held) | own
+
+
+def _subjects(work: Undertaking, txn: TransactionId, decision: Decision | None) -> list[str]:
+    subjects: list[str] = [work.request, txn]
+    if decision is not None:
+        subjects += [decision.guest, *(t.victim for t in decision.takes)]
+        subjects += [*(r.victim for r in decision.returns), *(r.loan for r in decision.returns)]
+    return list(dict.fromkeys(subjects))
+
+
+def _with_orders(books: Books, orders: Mapping[GuestId, tuple[int, ...]]) -> Books:
+    holdings = {
+        g: replace(h, order=orders.get(g, h.order)) for g, h in books.holdings.items()
+    }
+    return replace(books, holdings=holdings)
+
+
+def _refusal_body(refusal: Refusal) -> dict[str, Any]:
+    return {
+        "reason": refusal.reason.value, "detail": refusal.detail,
+        "would_fit": dict(refusal.would_fit), "considered": list(refusal.considered),
+    }  # fmt: skip
+
+
+def _uncooperative(short: Shortfall) -> Refusal:
+    return Refusal(
+        Reason.GUEST_UNCOOPERATIVE,
+        f"{short.step}: {short.detail}; nobody else could make up for it, everything was undone",
+    )

@@ -1,0 +1,105 @@
+"""Drift: what somebody else changed on a managed guest, reported or repaired as its policy says."""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from virtfabric.model.errors import Refusal
+from virtfabric.model.policy import DriftAction
+from virtfabric.policy.intent import differences, intended_state
+from virtfabric.policy.layout import choose_layout
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterable
+
+    from virtfabric.daemon.notices import Notices
+    from virtfabric.daemon.observatory import Observatory
+    from virtfabric.model.ids import GuestId
+    from virtfabric.ports import AuditLog
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """One difference; `policy` says what the guest's owner wants done about it."""
+
+    guest: GuestId
+    name: str
+    what: str
+    intended: str
+    found: str
+    policy: DriftAction
+
+    def to_json(self) -> dict[str, Any]:
+        """As documented in docs/dbus-api.md."""
+        return {
+            "guest": self.guest, "name": self.name, "what": self.what,
+            "intended": self.intended, "found": self.found, "policy": self.policy.value,
+        }  # fmt: skip
+
+
+class DriftWatch:
+    """Compares what the books intend with what was last read; tells of each difference once."""
+
+    def __init__(self, observatory: Observatory, notices: Notices, audit: AuditLog) -> None:
+        self._observatory = observatory
+        self._notices = notices
+        self._audit = audit
+        self._lock = threading.Lock()
+        self._known: dict[GuestId, tuple[Drift, ...]] = {}
+        self._repair: Callable[[GuestId], None] | None = None
+
+    def repair_with(self, repair: Callable[[GuestId], None]) -> None:
+        """How to mend a guest whose policy says `repair`; must not block."""
+        self._repair = repair
+
+    def find(self, guests: Iterable[GuestId] | None = None) -> list[Drift]:
+        """Differences as last read; guests with a running plan are left out."""
+        snapshot = self._observatory.snapshot()
+        amounts = {g: h.amounts for g, h in snapshot.books.holdings.items()}
+        layout = choose_layout(snapshot, amounts)
+        if isinstance(layout, Refusal):
+            return []
+        found: list[Drift] = []
+        for guest in sorted(amounts) if guests is None else guests:
+            state = snapshot.guests.get(guest)
+            if guest not in amounts or state is None or not state.active:
+                continue
+            if state.policy is None or guest in snapshot.busy:
+                continue
+            intended = intended_state(snapshot, amounts, layout, guest)
+            found += [
+                Drift(guest, state.name, d.what, str(d.intended), str(d.found), state.policy.drift)
+                for d in differences(intended, state)
+            ]
+        return found
+
+    def check(self, guests: Iterable[GuestId] | None = None) -> list[Drift]:
+        """Find, tell of what is new, and have it mended where the policy says so."""
+        chosen = None if guests is None else list(guests)
+        found = self.find(chosen)
+        by_guest: dict[GuestId, tuple[Drift, ...]] = {g: () for g in chosen or self._known}
+        for drift in found:
+            by_guest[drift.guest] = (*by_guest.get(drift.guest, ()), drift)
+        for guest, drifts in by_guest.items():
+            with self._lock:
+                news = drifts and self._known.get(guest) != drifts
+                self._known[guest] = drifts
+                if not drifts:
+                    del self._known[guest]
+            if news:
+                self._tell(guest, drifts)
+        return found
+
+    def _tell(self, guest: GuestId, drifts: tuple[Drift, ...]) -> None:
+        for drift in drifts:
+            self._audit.append("drift.found", [guest], drift.to_json())
+            self._notices.publish("drift.found", drift.to_json())
+        if drifts[0].policy is DriftAction.REPAIR and self._repair is not None:
+            self._repair(guest)
+
+    def forget(self, guest: GuestId) -> None:
+        """The guest is gone or unmanaged."""
+        with self._lock:
+            self._known.pop(guest, None)

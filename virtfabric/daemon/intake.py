@@ -1,0 +1,178 @@
+"""Turns the words of a request (as every edge passes them) into a `Request`; parses them once."""
+
+from __future__ import annotations
+
+import re
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final, TypeVar
+
+from virtfabric.model.errors import InvalidValueError
+from virtfabric.model.policy import (
+    Admission,
+    CpuPolicy,
+    DriftAction,
+    GuestPolicy,
+    MemoryPolicy,
+    Placement,
+    Smt,
+)
+from virtfabric.model.request import Mode, Origin, Principal, Request, Want
+from virtfabric.model.units import Bytes, MilliCpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+    from virtfabric.model.ids import GuestId, RequestId
+
+WANTS: Final = frozenset({"cpu", "memory", "for", "partial", "deadline", "key"})
+CHANGES: Final = frozenset(
+    {"priority", "cpu", "memory", "shares", "placement", "smt", "admission", "drift"}
+)
+_DURATION: Final = re.compile(r"([0-9]{1,9})(?:\.[0-9]+)?([smhd]?)")
+_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
+MAX_DEADLINE_S: Final = 600.0
+_T = TypeVar("_T")
+_E = TypeVar("_E", bound=StrEnum)
+
+
+def parse_duration(text: str, *, field: str) -> float:
+    """`90`, `90s`, `10m`, `2h`, `1d` in seconds.
+
+    Raises:
+        InvalidValueError: malformed, zero, or above ten years.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise InvalidValueError(field, text, "is not a duration", advice="like 90s, 10m or 2h")
+    seconds = float(text.strip().rstrip("smhd")) * _SECONDS[match[2]]
+    if not 0 < seconds <= 10 * 365 * 86400:
+        raise InvalidValueError(field, text, "must be above 0 and at most ten years")
+    return seconds
+
+
+def parse_want(text: str, parse: Callable[..., int], *, field: str) -> Want:
+    """`2` (to), `+1` or `-1` (by).
+
+    Raises:
+        InvalidValueError: names the field.
+    """
+    text = text.strip()
+    if text[:1] in ("+", "-"):
+        amount = int(parse(text[1:], field=field))
+        if amount == 0:
+            raise InvalidValueError(field, text, "changes nothing")
+        return Want(Mode.BY, amount if text[0] == "+" else -amount)
+    return Want(Mode.TO, int(parse(text, field=field)))
+
+
+def _check_keys(given: Mapping[str, str], known: frozenset[str], what: str) -> None:
+    for key in given:
+        if key not in known:
+            raise InvalidValueError(what, key, f"is unknown; known are {', '.join(sorted(known))}")
+
+
+def parse_flag(text: str, *, field: str) -> bool:
+    """`yes` or `no`.
+
+    Raises:
+        InvalidValueError: anything else.
+    """
+    if text not in ("yes", "no"):
+        raise InvalidValueError(field, text, "must be yes or no")
+    return text == "yes"
+
+
+def parse_request(
+    request: RequestId,
+    guest: GuestId,
+    principal: Principal,
+    wants: Mapping[str, str],
+    *,
+    default_deadline_s: float,
+) -> Request:
+    """A request as D-Bus and the command carry it.
+
+    Raises:
+        InvalidValueError: names the field and the value.
+    """
+    _check_keys(wants, WANTS, "request")
+    if "cpu" not in wants and "memory" not in wants:
+        raise InvalidValueError("request", dict(wants), "asks for neither cpu nor memory")
+    deadline = default_deadline_s
+    if "deadline" in wants:
+        deadline = parse_duration(wants["deadline"], field="deadline")
+        if deadline > MAX_DEADLINE_S:
+            raise InvalidValueError("deadline", wants["deadline"], "is above 10 minutes")
+    return Request(
+        id=request,
+        guest=guest,
+        principal=principal,
+        origin=Origin.DBUS,
+        cpu=parse_want(wants["cpu"], MilliCpu.parse, field="cpu") if "cpu" in wants else None,
+        memory=parse_want(wants["memory"], Bytes.parse, field="memory")
+        if "memory" in wants
+        else None,
+        lease_s=parse_duration(wants["for"], field="for") if "for" in wants else None,
+        partial=parse_flag(wants.get("partial", "no"), field="partial"),
+        deadline_s=deadline,
+        key=wants.get("key", ""),
+    )
+
+
+def _range(text: str, parse: Callable[..., _T], *, field: str) -> tuple[_T, _T | None]:
+    low, colon, high = text.partition(":")
+    reservation = parse(low or "0", field=f"{field}.reservation")
+    limit = parse(high, field=f"{field}.limit") if colon and high else None
+    return reservation, limit
+
+
+def _choice(kind: type[_E], text: str, *, field: str) -> _E:
+    try:
+        return kind(text)
+    except ValueError:
+        known = ", ".join(k.value for k in kind)
+        raise InvalidValueError(field, text, f"must be one of {known}") from None
+
+
+def _number(text: str, low: int, high: int, *, field: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
+        raise InvalidValueError(field, text, f"must be a whole number from {low} to {high}")
+    return int(text)
+
+
+def parse_policy_changes(old: GuestPolicy | None, changes: Mapping[str, str]) -> GuestPolicy:
+    """The policy after `changes` (the words of `virtfabric policy set`).
+
+    Raises:
+        InvalidValueError: names the field and the value; limit below reservation included.
+    """
+    _check_keys(changes, CHANGES, "policy")
+    base = old or GuestPolicy()
+    cpu, memory = base.cpu, base.memory
+    cpu_range = (cpu.reservation, cpu.limit)
+    memory_range = (memory.reservation, memory.limit)
+    if "cpu" in changes:
+        cpu_range = _range(changes["cpu"], MilliCpu.parse, field="cpu")
+    if "memory" in changes:
+        memory_range = _range(changes["memory"], Bytes.parse, field="memory")
+    for field, (low, high) in (("cpu", cpu_range), ("memory", memory_range)):
+        if high is not None and high < low:
+            raise InvalidValueError(f"{field}.limit", str(high), f"is below the reservation {low}")
+    shares = _number(changes["shares"], 1, 10_000, field="shares") if "shares" in changes else 0
+    placement = changes.get("placement", cpu.placement.value)
+    return GuestPolicy(
+        priority=_number(changes.get("priority", str(base.priority)), 0, 100, field="priority"),
+        admission=_choice(
+            Admission, changes.get("admission", base.admission.value), field="admission"
+        ),
+        drift=_choice(DriftAction, changes.get("drift", base.drift.value), field="drift"),
+        cpu=CpuPolicy(
+            *cpu_range,
+            shares=shares or cpu.shares,
+            placement=_choice(Placement, placement, field="placement"),
+            smt=_choice(Smt, changes.get("smt", cpu.smt.value), field="smt"),
+        ),
+        memory=MemoryPolicy(
+            *memory_range, shares=shares or memory.shares, tiers=memory.tiers
+        ),
+        devices=base.devices,
+    )

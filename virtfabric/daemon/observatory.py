@@ -1,0 +1,156 @@
+"""What the agent knows of host and guests: a cache kept true by events and by reading again.
+
+Readers get immutable values and never wait for libvirt; `refresh*` reads, in the caller's
+(worker) thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from virtfabric.model.guest import RunState
+from virtfabric.model.ledger import HostSnapshot
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from virtfabric.daemon.ledger import Ledger
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.host import Capacity, HostTopology
+    from virtfabric.model.ids import GuestId, TransactionId
+    from virtfabric.ports import GuestReader
+
+
+def _structure(guest: GuestState) -> GuestState:
+    """The part of a guest that decisions depend on: a balloon event is telemetry."""
+    return replace(guest, memory_current=guest.boot_memory, virtio_mem=(), job=None)
+
+
+class Observatory:
+    """The last known state of every guest, and the topology read at start."""
+
+    def __init__(
+        self,
+        reader: GuestReader,
+        ledger: Ledger,
+        topology: HostTopology,
+        capacity: Capacity,
+        *,
+        lend_ballooned: bool,
+    ) -> None:
+        self._reader = reader
+        self._ledger = ledger
+        self._lock = threading.Lock()
+        self._guests: dict[GuestId, GuestState] = {}
+        self._topology = topology
+        self._capacity = capacity
+        self._lend_ballooned = lend_ballooned
+
+    @property
+    def topology(self) -> HostTopology:
+        """The host as read at start or at the last `reconfigure`."""
+        return self._topology
+
+    @property
+    def capacity(self) -> Capacity:
+        """What may be granted."""
+        return self._capacity
+
+    def reconfigure(
+        self, topology: HostTopology, capacity: Capacity, *, lend_ballooned: bool
+    ) -> None:
+        """Take over a new configuration; open offers become stale."""
+        with self._lock:
+            self._topology, self._capacity = topology, capacity
+            self._lend_ballooned = lend_ballooned
+        self._ledger.touch()
+
+    @property
+    def guests(self) -> dict[GuestId, GuestState]:
+        """Every guest as last read, by UUID."""
+        with self._lock:
+            return dict(self._guests)
+
+    def guest(self, guest: GuestId) -> GuestState | None:
+        """One guest as last read."""
+        with self._lock:
+            return self._guests.get(guest)
+
+    def find(self, name: str) -> GuestState | None:
+        """A guest by name or UUID, as last read."""
+        with self._lock:
+            for guest in self._guests.values():
+                if name in (guest.name, guest.uuid):
+                    return guest
+        return None
+
+    def refresh_all(self) -> None:
+        """Read every guest. Blocks while any guest's hook runs.
+
+        Raises:
+            HypervisorGoneError, HypervisorError
+        """
+        guests = self._reader.read_guests()
+        with self._lock:
+            changed = {g: _structure(s) for g, s in self._guests.items()} != {
+                g: _structure(s) for g, s in guests.items()
+            }
+            self._guests = dict(guests)
+        if changed:
+            self._ledger.touch()
+
+    def refresh(self, guests: Iterable[GuestId]) -> bool:
+        """Read some guests again; returns whether any was not as we thought.
+
+        Raises:
+            HypervisorGoneError, HypervisorError
+        """
+        changed = False
+        structural = False
+        for guest in guests:
+            state = self._reader.read_guest(guest)
+            with self._lock:
+                known = self._guests.get(guest)
+                if state is None:
+                    self._guests.pop(guest, None)
+                else:
+                    self._guests[guest] = state
+            changed |= known != state
+            structural |= (known and _structure(known)) != (state and _structure(state))
+        if structural:
+            self._ledger.touch()
+        return changed
+
+    def mark_stopped(self, guest: GuestId) -> None:
+        """A guest has stopped (its hook or event says so): known without asking libvirt."""
+        with self._lock:
+            known = self._guests.get(guest)
+            if known is None or not known.active:
+                return
+            if known.persistent:
+                self._guests[guest] = replace(
+                    known, state=RunState.SHUTOFF, pid=None, vcpu_threads={}, vcpu_affinity={}
+                )
+            else:
+                del self._guests[guest]
+        self._ledger.touch()
+
+    def snapshot(self, without: TransactionId | None = None) -> HostSnapshot:
+        """Host, guests and ledger in one immutable value; `without` ignores one's own reservation.
+
+        The generation is read before the guests, so that a guest that changes in between makes
+        the snapshot stale rather than wrong.
+        """
+        view = self._ledger.view(without)
+        return HostSnapshot(
+            generation=view.generation,
+            topology=self._topology,
+            capacity=self._capacity,
+            guests=self.guests,
+            books=view.books,
+            pending=view.pending,
+            busy=view.busy,
+            lend_ballooned=self._lend_ballooned,
+        )

@@ -1,0 +1,131 @@
+"""What `status`, `host`, `guests`, `grants` and `loans` show: snapshot -> JSON-ready values.
+
+The shapes are documented in docs/dbus-api.md.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from virtfabric.model.policy import Placement
+from virtfabric.policy.layout import choose_layout
+from virtfabric.policy.standing import capacity_of, ceiling_of, floor_of, free
+from virtfabric.model.errors import Refusal
+
+if TYPE_CHECKING:
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.ids import GuestId
+    from virtfabric.model.ledger import HostSnapshot
+
+    Json = dict[str, Any]
+
+
+def _name(snapshot: HostSnapshot, guest: GuestId) -> str:
+    state = snapshot.guests.get(guest)
+    return state.name if state else guest
+
+
+def host_view(snapshot: HostSnapshot) -> Json:
+    """pCPU map, memory by node, capacity and what is free of it."""
+    layout = choose_layout(snapshot, {g: h.amounts for g, h in snapshot.books.holdings.items()})
+    pool = housekeeping = snapshot.capacity.cpus
+    orders: dict[GuestId, tuple[int, ...]] = {}
+    if not isinstance(layout, Refusal):
+        pool, housekeeping, orders = layout.pool, layout.housekeeping, layout.orders
+    owner = {cpu: (g, n) for g, order in orders.items() for n, cpu in enumerate(order)}
+    cpus = []
+    for number, pcpu in sorted(snapshot.topology.pcpus.items()):
+        guest, vcpu = owner.get(number, (None, None))
+        if guest is not None:
+            role = "dedicated"
+        elif number in pool:
+            role = "pool"
+        else:
+            role = "housekeeping" if number in housekeeping else "unmanaged-part"
+        cpus.append(
+            {
+                "cpu": number, "node": pcpu.node, "socket": pcpu.socket, "core": pcpu.core,
+                "siblings": list(pcpu.siblings), "role": role, "vcpu": vcpu,
+                "guest": _name(snapshot, guest) if guest else None, "isolated_by": None,
+            }
+        )  # fmt: skip
+    left, total = free(snapshot), capacity_of(snapshot)
+    return {
+        "host_id": snapshot.topology.host_id, "cpus": cpus, "pool": str(pool),
+        "housekeeping": str(housekeeping),
+        "memory": [
+            {
+                "node": n, "total": int(node.memory_total), "free": int(node.memory_free),
+                "grantable": int(snapshot.capacity.memory.get(n, 0)),
+            }
+            for n, node in sorted(snapshot.topology.nodes.items())
+        ],
+        "capacity": {
+            "cpu_milli": int(total.cpu), "memory": int(total.memory),
+            "reserve": int(snapshot.capacity.reserve),
+        },
+        "free": {"cpu": max(0, int(left.cpu)), "memory": max(0, int(left.memory))},
+        "unmanaged": sorted(g.name for g in snapshot.guests.values() if g.active and not g.managed),
+    }  # fmt: skip
+
+
+def guest_view(snapshot: HostSnapshot, guest: GuestState) -> Json:
+    """One guest: entitlement, grant, and what is live."""
+    holding = snapshot.books.holdings.get(guest.uuid)
+    policy = guest.policy
+    floor = floor_of(guest, snapshot) if policy else None
+    ceiling = ceiling_of(guest, snapshot) if policy else None
+    scheduler = guest.scheduler
+    quota = (
+        -1
+        if scheduler.global_quota < 0
+        else scheduler.global_quota * 1000 // scheduler.global_period
+    )
+    dedicated = policy is not None and policy.cpu.placement is Placement.DEDICATED
+    return {
+        "uuid": guest.uuid, "name": guest.name, "state": guest.state.value,
+        "managed": guest.managed, "policy_error": guest.policy_error,
+        "priority": policy.priority if policy else None,
+        "placement": policy.cpu.placement.value if policy else None,
+        "cpu": {
+            "reservation": int(policy.cpu.reservation) if policy else None,
+            "grant": int(holding.amounts.cpu) if holding else None,
+            "limit": int(ceiling.cpu) if ceiling else None,
+            "floor": int(floor.cpu) if floor else None,
+            "vcpus_online": guest.vcpus_online, "vcpus_max": guest.vcpus_max, "quota": quota,
+        },
+        "memory": {
+            "reservation": int(policy.memory.reservation) if policy else None,
+            "grant": int(holding.amounts.memory) if holding else None,
+            "limit": int(ceiling.memory) if ceiling else None,
+            "floor": int(floor.memory) if floor else None,
+            "current": int(guest.memory_current), "mechanism": guest.mechanism.value,
+        },
+        "cpus": str(holding.cpus) if holding and dedicated else "",
+        "busy": guest.uuid in snapshot.busy, "job": guest.job,
+        "residues": [r.to_json() for r in snapshot.books.residues if r.guest == guest.uuid],
+    }  # fmt: skip
+
+
+def guests_view(snapshot: HostSnapshot) -> list[Json]:
+    """All guests, by name."""
+    return [guest_view(snapshot, g) for g in sorted(snapshot.guests.values(), key=lambda g: g.name)]
+
+
+def grants_view(snapshot: HostSnapshot) -> list[Json]:
+    """Open grants, oldest first."""
+    grants = sorted(snapshot.books.grants.values(), key=lambda g: g.since)
+    return [g.to_json() | {"name": _name(snapshot, g.guest)} for g in grants]
+
+
+def loans_view(snapshot: HostSnapshot) -> list[Json]:
+    """Open loans, oldest first."""
+    loans = sorted(snapshot.books.loans.values(), key=lambda loan: loan.since)
+    return [
+        loan.to_json()
+        | {
+            "victim_name": _name(snapshot, loan.victim),
+            "borrower_name": _name(snapshot, loan.borrower),
+        }
+        for loan in loans
+    ]

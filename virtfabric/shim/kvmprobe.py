@@ -1,0 +1,76 @@
+"""Does KVM really run a guest here?
+
+Owns the answer, measured by booting the guest image and kept until the next boot of the host.
+A /dev/kvm that opens, answers and is listed by `virsh capabilities` may still never run a guest
+(seen in nested VMs whose outer hypervisor hides the processor's virtualization: QEMU starts, the
+vCPU makes no progress, nothing is printed), so nothing less than output counts.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import subprocess
+import time
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, cast
+
+from virtfabric.shim.guestimage import READY_LINE, default_cache_dir
+
+if TYPE_CHECKING:
+    from virtfabric.shim.guestimage import GuestImage
+
+_BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
+_MEMORY_MIB = 160
+
+
+def probe_kvm(
+    image: GuestImage, *, timeout_s: float = 8.0, cache: Path | None = None, fresh: bool = False
+) -> bool:
+    """Whether a KVM guest of `image` reaches its userland within `timeout_s`.
+
+    The answer is cached for this boot of the host; `fresh` measures again.
+    """
+    answer = (cache or default_cache_dir()) / f"kvm-{_BOOT_ID.read_text().strip()}"
+    if answer.exists() and not fresh:
+        return answer.read_text() == "yes"
+    works = os.access("/dev/kvm", os.R_OK | os.W_OK) and _boots(image, timeout_s)
+    answer.parent.mkdir(parents=True, exist_ok=True)
+    for stale in answer.parent.glob("kvm-*"):
+        stale.unlink(missing_ok=True)
+    answer.write_text("yes" if works else "no")
+    return works
+
+
+def _boots(image: GuestImage, timeout_s: float) -> bool:
+    try:
+        qemu = subprocess.Popen(
+            [
+                *("qemu-system-x86_64", "-machine", "q35", "-accel", "kvm", "-cpu", "host"),
+                *("-m", str(_MEMORY_MIB), "-nodefaults", "-display", "none", "-no-reboot"),
+                *("-serial", "stdio", "-kernel", str(image.kernel), "-initrd", str(image.initrd)),
+                *("-append", image.cmdline),
+            ],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        return False
+    try:
+        return _prints(cast("IO[bytes]", qemu.stdout), READY_LINE.encode(), timeout_s)
+    finally:
+        qemu.kill()
+        qemu.communicate()
+
+
+def _prints(output: IO[bytes], wanted: bytes, timeout_s: float) -> bool:
+    seen = b""
+    deadline = time.monotonic() + timeout_s
+    while wanted not in seen:
+        ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
+        chunk = os.read(output.fileno(), 4096) if ready else b""
+        if not chunk:
+            return False
+        seen += chunk
+    return True
