@@ -126,7 +126,8 @@ class AgentApi(Protocol):
 
     def health(self, caller: Caller) -> Json:
         """Agent version, libvirt version and connection, state directory, uptime, generation,
-        alerts, open residues."""
+        alerts, open residues.
+        """
 
     def subscribe(self, listener: Callable[[Notice], None]) -> Callable[[], None]:
         """Deliver notices (from any thread; must not block); returns the way to stop."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
-from virtfabric.model.errors import Reason, RefusedError, Refusal
+from virtfabric.model.errors import Reason, Refusal, RefusedError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -49,6 +49,10 @@ class Authority:
         self._group = group
         self._ceiling_for = ceiling_for
         self._polkit = polkit
+
+    def configure(self, group: int | None, ceiling_for: Callable[[Caller], Offerable]) -> None:
+        """Take over a reloaded configuration."""
+        self._group, self._ceiling_for = group, ceiling_for
 
     def allows(self, caller: Caller, action: Action) -> bool:
         """Whether the caller may do this at all."""

@@ -13,19 +13,17 @@ from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.daemon.executor import Execution, Progress, Shortfall
 from virtfabric.model.amounts import Amounts
-from virtfabric.model.decision import Decision
 from virtfabric.model.errors import (
     JournalError,
     Reason,
-    RefusedError,
     Refusal,
+    RefusedError,
     StepCancelledError,
     VirtfabricError,
 )
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.ids import GrantId, LoanId, TransactionId
 from virtfabric.model.ledger import Books, Grant, HostSnapshot, Residue
-from virtfabric.model.plan import Plan
 from virtfabric.policy.loans import settle
 from virtfabric.policy.placement import plan_convergence, plan_decision
 from virtfabric.ports import TransactionState
@@ -35,8 +33,10 @@ if TYPE_CHECKING:
 
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.observatory import Observatory
+    from virtfabric.model.decision import Decision
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId, RequestId
+    from virtfabric.model.plan import Plan
     from virtfabric.ports import AuditLog, Clock, Handlers, Journal
 
     Caps = Mapping[GuestId, Amounts]
@@ -90,6 +90,7 @@ class Outcome:
     residues: tuple[Residue, ...]
     offers: tuple[dict[str, Any], ...]
     took_s: float
+    agent_s: float
 
 
 class Conductor:
@@ -268,9 +269,7 @@ class Conductor:
             self._observatory.refresh([short.step.guest])
             answer = self.consider(work, without=txn, caps=caps)
             if isinstance(answer, Refusal):
-                raise RefusedError(
-                    replace(_uncooperative(short), considered=answer.considered)
-                )
+                raise RefusedError(replace(_uncooperative(short), considered=answer.considered))
             snapshot, decision, plan = answer
             touched = _guests_of(work, decision, plan) | {short.step.guest}
             free_part = decision.from_free.positive() if decision else Amounts()
@@ -290,7 +289,9 @@ class Conductor:
         self._observatory.refresh(plan.guests - ({work.incoming.uuid} if work.incoming else set()))
         now = self._clock.now()
         grant = self._new_grant(work, decision, now)
-        loans = [LoanId(f"loan-{uuid.uuid4().hex[:10]}") for _ in decision.takes] if decision else []
+        loans = (
+            [LoanId(f"loan-{uuid.uuid4().hex[:10]}") for _ in decision.takes] if decision else []
+        )
         took = self._clock.monotonic() - began
         final: list[Books] = []
 
@@ -317,7 +318,7 @@ class Conductor:
         residues = tuple(r for r in final[0].residues if r.guest in plan.guests)
         outcome = Outcome(
             txn, decision, grant, tuple(str(s) for s in execution.applied), residues,
-            tuple(o.to_json() for o in plan.offers), took,
+            tuple(o.to_json() for o in plan.offers), took, max(0.0, took - execution.outside_s),
         )  # fmt: skip
         self._audit_commit(work, outcome, loans)
         return outcome
@@ -428,9 +429,7 @@ def _subjects(work: Undertaking, txn: TransactionId, decision: Decision | None) 
 
 
 def _with_orders(books: Books, orders: Mapping[GuestId, tuple[int, ...]]) -> Books:
-    holdings = {
-        g: replace(h, order=orders.get(g, h.order)) for g, h in books.holdings.items()
-    }
+    holdings = {g: replace(h, order=orders.get(g, h.order)) for g, h in books.holdings.items()}
     return replace(books, holdings=holdings)
 
 

@@ -79,7 +79,7 @@ class DriftWatch:
         """Find, tell of what is new, and have it mended where the policy says so."""
         chosen = None if guests is None else list(guests)
         found = self.find(chosen)
-        by_guest: dict[GuestId, tuple[Drift, ...]] = {g: () for g in chosen or self._known}
+        by_guest: dict[GuestId, tuple[Drift, ...]] = dict.fromkeys(chosen or self._known, ())
         for drift in found:
             by_guest[drift.guest] = (*by_guest.get(drift.guest, ()), drift)
         for guest, drifts in by_guest.items():

@@ -69,7 +69,12 @@ class Shortfall:
 
 
 class Execution:
-    """One transaction under way. Not thread-safe: it belongs to the thread that runs it."""
+    """One transaction under way. Not thread-safe: it belongs to the thread that runs it.
+
+    Attributes:
+        residues: what optional steps and undos could not bring about.
+        outside_s: seconds spent in libvirt and waiting for guests (the handlers' `apply`).
+    """
 
     def __init__(
         self,
@@ -88,6 +93,7 @@ class Execution:
         self._done: list[tuple[int, Step]] = []
         self._total = 0
         self.residues: list[Residue] = []
+        self.outside_s = 0.0
 
     @property
     def applied(self) -> tuple[Step, ...]:
@@ -136,7 +142,11 @@ class Execution:
 
     def _carry_out(self, index: int, step: Step) -> None:
         handler = self._handlers.for_step(step)
-        handler.apply(step, self._progress)
+        began = self._clock.monotonic()
+        try:
+            handler.apply(step, self._progress)
+        finally:
+            self.outside_s += self._clock.monotonic() - began
         self._journal.mark(self._txn, index, StepState.APPLIED)
         handler.verify(step)
         self._journal.mark(self._txn, index, StepState.VERIFIED)

@@ -21,6 +21,7 @@ from virtfabric.model.units import Bytes, MilliCpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
+
     from virtfabric.model.ids import GuestId, RequestId
 
 WANTS: Final = frozenset({"cpu", "memory", "for", "partial", "deadline", "key"})
@@ -171,8 +172,6 @@ def parse_policy_changes(old: GuestPolicy | None, changes: Mapping[str, str]) ->
             placement=_choice(Placement, placement, field="placement"),
             smt=_choice(Smt, changes.get("smt", cpu.smt.value), field="smt"),
         ),
-        memory=MemoryPolicy(
-            *memory_range, shares=shares or memory.shares, tiers=memory.tiers
-        ),
+        memory=MemoryPolicy(*memory_range, shares=shares or memory.shares, tiers=memory.tiers),
         devices=base.devices,
     )

@@ -17,8 +17,8 @@ from virtfabric.daemon.api import JobState
 from virtfabric.daemon.executor import Progress
 from virtfabric.model.errors import (
     Reason,
-    RefusedError,
     Refusal,
+    RefusedError,
     StepCancelledError,
     VirtfabricError,
 )

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from virtfabric.model.amounts import Amounts
-from virtfabric.model.ledger import Books
 
 if TYPE_CHECKING:
     from collections.abc import Callable
 
     from virtfabric.model.ids import GuestId, TransactionId
+    from virtfabric.model.ledger import Books
 
 
 @dataclass(frozen=True, slots=True)

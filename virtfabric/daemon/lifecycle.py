@@ -21,8 +21,8 @@ from virtfabric.model.amounts import Amounts
 from virtfabric.model.errors import (
     HypervisorGoneError,
     InvalidValueError,
-    RefusedError,
     Refusal,
+    RefusedError,
     VirtfabricError,
 )
 from virtfabric.model.ids import GuestId, RequestId
@@ -416,5 +416,3 @@ class Lifecycle:
 def _with_holding(books: Books, guest: GuestId, amounts: Amounts) -> Books:
     holdings = {**books.holdings, guest: Holding(guest, amounts)}
     return Books(books.generation, holdings, books.grants, books.loans, books.residues)
-
-

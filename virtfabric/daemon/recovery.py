@@ -64,9 +64,7 @@ def _undo(entry: JournalledStep, handlers: Handlers, clock: Clock) -> list[Resid
     return [Residue(step.guest, what, amount, clock.now(), "left by the recovery")]
 
 
-def _record(
-    audit: AuditLog, transaction: JournalledTransaction, residues: list[Residue]
-) -> None:
+def _record(audit: AuditLog, transaction: JournalledTransaction, residues: list[Residue]) -> None:
     body = transaction.body
     subjects = [transaction.id, str(body.get("request", ""))]
     subjects += sorted({s.step.guest for s in transaction.steps})

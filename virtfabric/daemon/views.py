@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from virtfabric.model.errors import Refusal
 from virtfabric.model.policy import Placement
 from virtfabric.policy.layout import choose_layout
 from virtfabric.policy.standing import capacity_of, ceiling_of, floor_of, free
-from virtfabric.model.errors import Refusal
 
 if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState

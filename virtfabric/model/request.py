@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.model.amounts import Amounts
-
 if TYPE_CHECKING:
+    from virtfabric.model.amounts import Amounts
     from virtfabric.model.ids import GuestId, RequestId
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from typing import Final, Self
+from typing import TYPE_CHECKING, Final, Self
 
 from virtfabric.model.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator
 
 _SUFFIX: Final = {
     "": 1, "B": 1,

@@ -95,9 +95,7 @@ class MemoryJournal:
     def open_transactions(self) -> tuple[JournalledTransaction, ...]:
         """What is open, oldest first."""
         with self._lock:
-            return tuple(
-                t for t in self._transactions.values() if t.state is TransactionState.OPEN
-            )
+            return tuple(t for t in self._transactions.values() if t.state is TransactionState.OPEN)
 
     def transaction(self, txn: TransactionId) -> JournalledTransaction | None:
         """One transaction, open or ended."""

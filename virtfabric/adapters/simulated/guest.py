@@ -1,0 +1,193 @@
+"""One simulated guest: what it is defined as, what libvirt says of it, what the kernel shows.
+
+The two last are kept apart, so that a check against the kernel can fail where libvirt says yes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Final
+
+from virtfabric.model.guest import (
+    GuestState,
+    MemoryMechanism,
+    NumaMode,
+    RunState,
+    SchedulerState,
+    VirtioMem,
+)
+from virtfabric.model.ids import GuestId
+from virtfabric.model.policy import GuestPolicy
+from virtfabric.model.units import MIB, Bytes, CpuSet
+
+PERIOD_US: Final = 100_000
+"""libvirt's default period of quotas, microseconds."""
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryDevice:
+    """A virtio-mem device as defined; `initial` is requested at start."""
+
+    alias: str
+    node: int
+    size: Bytes
+    initial: Bytes = Bytes(0)
+    block: Bytes = Bytes(2 * MIB)
+
+
+@dataclass(frozen=True, slots=True)
+class GuestSpec:
+    """A guest's definition (libvirt's CONFIG).
+
+    Attributes:
+        boot_memory: bytes without memory devices; a balloon's maximum.
+        devices: makes it a virtio-mem guest.
+        balloon: whether memory moves by balloon; never together with devices.
+        config_pins: vCPU number -> pCPUs, pinned by the operator.
+    """
+
+    uuid: GuestId
+    name: str
+    vcpus: int = 1
+    vcpus_max: int = 1
+    boot_memory: Bytes = Bytes(256 * MIB)
+    devices: tuple[MemoryDevice, ...] = ()
+    balloon: bool = False
+    policy: GuestPolicy | None = None
+    policy_error: str = ""
+    config_pins: dict[int, CpuSet] = field(default_factory=dict)
+    numa_mode: NumaMode | None = None
+    numa_nodes: CpuSet = CpuSet()
+    persistent: bool = True
+    running: bool = True
+
+    @property
+    def mechanism(self) -> MemoryMechanism:
+        """How its memory changes."""
+        if self.devices:
+            return MemoryMechanism.VIRTIO_MEM
+        return MemoryMechanism.BALLOON if self.balloon else MemoryMechanism.FIXED
+
+
+@dataclass
+class Hardware:
+    """What can be changed under a running guest. `quota_us` is the whole guest's, -1 for none."""
+
+    vcpus: int
+    affinity: dict[int, CpuSet]
+    emulator: CpuSet
+    boot_memory: int
+    devices: dict[str, int]
+    nodes: CpuSet
+    quota_us: int = -1
+    shares: int | None = None
+
+    def copy(self) -> Hardware:
+        """An independent copy."""
+        return replace(self, affinity=dict(self.affinity), devices=dict(self.devices))
+
+    @property
+    def memory(self) -> int:
+        """Bytes in all."""
+        return self.boot_memory + sum(self.devices.values())
+
+
+class SimulatedGuest:
+    """A defined guest; not thread-safe, its host locks."""
+
+    def __init__(self, spec: GuestSpec, cpus: CpuSet) -> None:
+        self.spec = spec
+        self.state = RunState.SHUTOFF
+        self.pid: int | None = None
+        self.job: str | None = None
+        self._cpus = cpus
+        self.said = self._fresh()
+        self.real = self._fresh()
+
+    def start(self, pid: int) -> None:
+        """Everything as defined again, under a new process."""
+        self.pid = pid
+        self.state = RunState.RUNNING
+        self.said, self.real = self._fresh(), self._fresh()
+
+    def stop(self) -> None:
+        """No process, no job."""
+        self.pid = self.job = None
+        self.state = RunState.SHUTOFF
+        self.said, self.real = self._fresh(), self._fresh()
+
+    def default_affinity(self, vcpu: int) -> CpuSet:
+        """Where a vCPU runs that nobody pinned live."""
+        return self.spec.config_pins.get(vcpu, self._cpus)
+
+    def plug(self, count: int, *, lost: bool = False) -> None:
+        """Bring the vCPUs online to a count; new ones have a new thread with default affinity."""
+        for hardware in (self.said,) if lost else (self.said, self.real):
+            hardware.vcpus = count
+            for vcpu in range(max(count, len(hardware.affinity))):
+                if vcpu >= count:
+                    hardware.affinity.pop(vcpu, None)
+                else:
+                    hardware.affinity.setdefault(vcpu, self.default_affinity(vcpu))
+
+    def device(self, alias: str) -> MemoryDevice | None:
+        """The device of this alias."""
+        return next((d for d in self.spec.devices if d.alias == alias), None)
+
+    def nodes_used(self, first_node: int) -> dict[int, int]:
+        """Bytes taken on each node."""
+        if self.state is RunState.SHUTOFF:
+            return {}
+        home = min(self.real.nodes, default=first_node)
+        used = {home: self.real.boot_memory}
+        for device in self.spec.devices:
+            used[device.node] = used.get(device.node, 0) + self.real.devices[device.alias]
+        return used
+
+    def read(self) -> GuestState:
+        """As libvirt describes it. `scheduler.shares` are policy shares (100 is the default)."""
+        spec, said, real = self.spec, self.said, self.real
+        active = self.state is not RunState.SHUTOFF
+        return GuestState(
+            uuid=spec.uuid,
+            name=spec.name,
+            state=self.state,
+            pid=self.pid,
+            vcpus_max=spec.vcpus_max,
+            vcpus_online=real.vcpus if active else spec.vcpus,
+            vcpu_threads={v: (self.pid or 0) + 1 + v for v in real.affinity} if active else {},
+            vcpu_affinity={v: said.affinity.get(v, self._cpus) for v in real.affinity}
+            if active
+            else {},
+            emulator_affinity=said.emulator if active else CpuSet(),
+            scheduler=SchedulerState(said.shares, PERIOD_US, said.quota_us),
+            boot_memory=spec.boot_memory,
+            memory_current=Bytes(real.memory),
+            memory_max=Bytes(spec.boot_memory + sum(d.size for d in spec.devices)),
+            mechanism=spec.mechanism,
+            virtio_mem=tuple(
+                VirtioMem(
+                    d.alias, d.node, d.size, d.block,
+                    Bytes(said.devices[d.alias]), Bytes(real.devices[d.alias]),
+                )
+                for d in spec.devices
+            ),
+            config_pins=dict(spec.config_pins),
+            numa_mode=spec.numa_mode,
+            numa_nodes=said.nodes,
+            config_numa_nodes=spec.numa_nodes,
+            job=self.job,
+            persistent=spec.persistent,
+            policy=spec.policy,
+            policy_error=spec.policy_error,
+        )  # fmt: skip
+
+    def _fresh(self) -> Hardware:
+        return Hardware(
+            vcpus=self.spec.vcpus,
+            affinity={v: self.default_affinity(v) for v in range(self.spec.vcpus)},
+            emulator=self._cpus,
+            boot_memory=int(self.spec.boot_memory),
+            devices={d.alias: int(d.initial) for d in self.spec.devices},
+            nodes=self.spec.numa_nodes,
+        )

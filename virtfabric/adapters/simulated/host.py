@@ -1,0 +1,318 @@
+"""A whole host in memory: topology, guests, events, statistics, step handlers, faults.
+
+Everything the agent's ports can ask of a libvirt host, and the ways in which one misbehaves.
+Thread-safe; `host.lock` covers all state.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Final
+
+from virtfabric.adapters.registry import HandlerRegistry
+from virtfabric.adapters.simulated.clock import SimulatedClock
+from virtfabric.adapters.simulated.events import SimulatedEvents
+from virtfabric.adapters.simulated.faults import Faults
+from virtfabric.adapters.simulated.guest import GuestSpec, Hardware, SimulatedGuest
+from virtfabric.adapters.simulated.handlers import SimulatedHandler, simulated_handlers
+from virtfabric.model.errors import (
+    GuestGoneError,
+    HypervisorError,
+    HypervisorGoneError,
+    InvalidValueError,
+)
+from virtfabric.model.guest import RunState
+from virtfabric.model.units import Bytes, CpuSet
+from virtfabric.ports import Event, EventKind
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.host import HostTopology
+    from virtfabric.model.ids import GuestId
+    from virtfabric.model.plan import Step
+    from virtfabric.model.policy import GuestPolicy
+    from virtfabric.ports import Clock
+
+_FIRST_PID: Final = 4000
+_PIDS_APART: Final = 1000
+"""Room for the thread ids of a guest's vCPUs behind its process id."""
+
+
+@dataclass
+class SimulatedLoad:
+    """Implements `ports.HostLoad`; set the attributes to what you like."""
+
+    cpu_percent: float = 5.0
+    memory_available: float = float(8 << 30)
+    agent_rss: float = float(40 << 20)
+    agent_cpu_percent: float = 0.1
+
+    def sample(self) -> Mapping[str, float]:
+        """The host's load."""
+        return dict(vars(self))
+
+
+class SimulatedStats:
+    """Implements `ports.GuestStats`."""
+
+    def __init__(self, host: SimulatedHost) -> None:
+        self._host = host
+
+    def sample(self) -> Mapping[GuestId, Mapping[str, int]]:
+        """Statistics of all running guests."""
+        with self._host.lock:
+            return {
+                uuid: {
+                    "balloon.current": guest.real.memory,
+                    "balloon.maximum": int(guest.read().memory_max),
+                    "vcpu.current": guest.real.vcpus,
+                    "vcpu.maximum": guest.spec.vcpus_max,
+                    "cpu.time": int(self._host.clock.monotonic() * 1e9) * guest.real.vcpus,
+                }
+                for uuid, guest in self._host.guests().items()
+                if guest.state is not RunState.SHUTOFF
+            }
+
+
+class SimulatedHost:
+    """Implements `ports.HostReader`, `GuestReader` and `PolicyWriter`; the rest hangs off it.
+
+    Attributes:
+        events, stats, load, handlers: `ports.EventSource`, `GuestStats`, `HostLoad`, `Handlers`.
+        faults: what goes wrong.
+        clock: what deadlines are measured by.
+    """
+
+    def __init__(self, topology: HostTopology, clock: Clock | None = None) -> None:
+        self.lock = threading.RLock()
+        self.clock: Clock = clock or SimulatedClock()
+        self.faults = Faults()
+        self.events = SimulatedEvents()
+        self.load = SimulatedLoad()
+        self.stats = SimulatedStats(self)
+        self.handlers = HandlerRegistry(simulated_handlers(self))
+        self._topology = topology
+        self._guests: dict[GuestId, SimulatedGuest] = {}
+        self._connected = True
+        self._pid = _FIRST_PID
+
+    # -- what the ports ask ---------------------------------------------------------------------
+
+    @property
+    def cpus(self) -> CpuSet:
+        """Every online pCPU."""
+        return self._topology.cpus
+
+    def read_topology(self) -> HostTopology:
+        """The topology, with the memory that is free now."""
+        with self.lock:
+            self._check_connected()
+            used: dict[int, int] = {}
+            first_node = min(self._topology.nodes)
+            for guest in self._guests.values():
+                for node, amount in guest.nodes_used(first_node).items():
+                    used[node] = used.get(node, 0) + amount
+            nodes = {
+                number: replace(
+                    node, memory_free=Bytes(max(0, node.memory_free - used.get(number, 0)))
+                )
+                for number, node in self._topology.nodes.items()
+            }
+            return replace(self._topology, nodes=nodes)
+
+    def read_guests(self) -> dict[GuestId, GuestState]:
+        """All guests."""
+        with self.lock:
+            self._check_connected()
+            return {uuid: guest.read() for uuid, guest in self._guests.items()}
+
+    def read_guest(self, guest: GuestId) -> GuestState | None:
+        """One guest."""
+        with self.lock:
+            self._check_connected()
+            found = self._guests.get(guest)
+            return None if found is None else found.read()
+
+    def write_policy(self, guest: GuestId, policy: GuestPolicy | None) -> None:
+        """Replace the policy metadata."""
+        with self.lock:
+            found = self._defined(guest)
+            found.spec = replace(found.spec, policy=policy, policy_error="")
+            self.tell(EventKind.METADATA, guest)
+
+    # -- what people and guests do beside the agent ---------------------------------------------
+
+    def define_guest(self, spec: GuestSpec) -> None:
+        """Define a guest; it does not run yet.
+
+        Raises:
+            InvalidValueError: the UUID is taken.
+        """
+        with self.lock:
+            if spec.uuid in self._guests:
+                raise InvalidValueError("uuid", spec.uuid, "is defined already")
+            self._guests[spec.uuid] = SimulatedGuest(spec, self.cpus)
+            self.tell(EventKind.DEFINED, spec.uuid)
+
+    def undefine_guest(self, guest: GuestId) -> None:
+        """Remove the definition; a running guest becomes transient."""
+        with self.lock:
+            found = self._defined(guest)
+            found.spec = replace(found.spec, persistent=False)
+            self.tell(EventKind.UNDEFINED, guest)
+            if found.state is RunState.SHUTOFF:
+                del self._guests[guest]
+
+    def start_guest(self, guest: GuestId | GuestSpec) -> None:
+        """Start a defined guest, or define and start one."""
+        with self.lock:
+            if isinstance(guest, GuestSpec):
+                self.define_guest(guest)
+                guest = guest.uuid
+            found = self._defined(guest)
+            if found.state is not RunState.SHUTOFF:
+                raise HypervisorError(f"{found.spec.name}: domain is already running")
+            self._pid += _PIDS_APART
+            found.start(self._pid)
+            self.tell(EventKind.STARTED, guest, "booted")
+
+    def stop_guest(self, guest: GuestId, detail: str = "destroyed") -> None:
+        """Stop a guest; a transient one is gone. Nothing happens to one that does not run."""
+        with self.lock:
+            found = self._guests.get(guest)
+            if found is None or found.state is RunState.SHUTOFF:
+                return
+            found.stop()
+            self.tell(EventKind.STOPPED, guest, detail)
+            if not found.spec.persistent:
+                del self._guests[guest]
+
+    def suspend_guest(self, guest: GuestId) -> None:
+        """Pause its vCPUs."""
+        with self.lock:
+            self.running(guest).state = RunState.PAUSED
+            self.tell(EventKind.SUSPENDED, guest)
+
+    def resume_guest(self, guest: GuestId) -> None:
+        """Let its vCPUs go on."""
+        with self.lock:
+            self.running(guest).state = RunState.RUNNING
+            self.tell(EventKind.RESUMED, guest)
+
+    def rename_guest(self, guest: GuestId, name: str) -> None:
+        """Another name for the same UUID."""
+        with self.lock:
+            found = self._defined(guest)
+            found.spec = replace(found.spec, name=name)
+            self.tell(EventKind.DEFINED, guest, "renamed")
+
+    def set_job(self, guest: GuestId, job: str | None) -> None:
+        """A backup or migration begins (or ends, with None)."""
+        with self.lock:
+            self.running(guest).job = job
+            self.tell(EventKind.JOB, guest, job or "")
+
+    def change_beside(self, step: Step) -> None:
+        """Somebody else does what this step does (`virsh vcpupin`...); faults do not strike."""
+        handler = self.handlers.for_step(step)
+        assert isinstance(handler, SimulatedHandler)  # ours are all there are
+        with self.lock:
+            handler.bring(self.running(step.guest), step, lost=False)
+            self.tell(handler.event, step.guest)
+
+    def disconnect(self) -> None:
+        """Take libvirtd down: every call fails until `reconnect`. Guests run on."""
+        with self.lock:
+            if self._connected:
+                self.tell(EventKind.DISCONNECTED)
+                self._connected = False
+
+    def reconnect(self) -> None:
+        """libvirtd is back."""
+        with self.lock:
+            if not self._connected:
+                self._connected = True
+                self.tell(EventKind.CONNECTED)
+
+    # -- what the kernel shows ------------------------------------------------------------------
+
+    def kernel(self, guest: GuestId) -> Hardware | None:
+        """A copy of what the kernel shows of a guest, connection or not; None without process."""
+        with self.lock:
+            found = self._guests.get(guest)
+            if found is None or found.state is RunState.SHUTOFF:
+                return None
+            return found.real.copy()
+
+    # -- for the handlers, under `lock` ---------------------------------------------------------
+
+    def guests(self) -> Mapping[GuestId, SimulatedGuest]:
+        """All guests, live objects."""
+        return self._guests
+
+    def running(self, guest: GuestId) -> SimulatedGuest:
+        """A guest with a process.
+
+        Raises:
+            GuestGoneError, HypervisorGoneError
+        """
+        with self.lock:
+            self._check_connected()
+            found = self._guests.get(guest)
+            if found is None or found.state is RunState.SHUTOFF:
+                raise GuestGoneError(f"guest {guest} is not running")
+            return found
+
+    def moved(self, guest: GuestId, current: int, target: int, block: int) -> int:
+        """Where a guest's memory comes to when it is asked for `target`, in whole blocks."""
+        budgets = self.faults.gives if target < current else self.faults.takes
+        distance = abs(target - current)
+        if guest in budgets:
+            if budgets[guest] < distance:
+                distance = budgets[guest] // block * block
+            budgets[guest] -= distance
+        return current - distance if target < current else current + distance
+
+    def tell(self, kind: EventKind, guest: GuestId | None = None, detail: str = "") -> None:
+        """Emit an event."""
+        with self.lock:
+            if self._connected:
+                found = self._guests.get(guest) if guest else None
+                name = found.spec.name if found else ""
+                self.events.emit(Event(kind, guest, name, detail))
+
+    def check_cpus(self, cpus: CpuSet) -> None:
+        """Raise HypervisorError for pCPUs that are not there."""
+        if not cpus or not cpus <= self.cpus:
+            raise HypervisorError(f"pCPUs {cpus}: Invalid argument")
+
+    def check_nodes(self, nodes: CpuSet) -> None:
+        """Raise HypervisorError for nodes that are not there."""
+        if not nodes or not nodes <= set(self._topology.nodes):
+            raise HypervisorError(f"nodes {nodes}: Invalid argument")
+
+    def _check_connected(self) -> None:
+        if not self._connected:
+            raise HypervisorGoneError("the connection to the simulated libvirtd is down")
+
+    def _defined(self, guest: GuestId) -> SimulatedGuest:
+        self._check_connected()
+        found = self._guests.get(guest)
+        if found is None:
+            raise GuestGoneError(f"guest {guest} is not defined")
+        return found
+
+
+def build_simulated_host(
+    topology: HostTopology, guests: Iterable[GuestSpec], clock: Clock | None = None
+) -> SimulatedHost:
+    """A host with these guests defined, and those started that are to run."""
+    host = SimulatedHost(topology, clock)
+    for spec in guests:
+        host.define_guest(spec)
+        if spec.running:
+            host.start_guest(spec.uuid)
+    return host

@@ -1,0 +1,429 @@
+"""The agent's facade: every request, from every edge, is authorised here and handed on.
+
+It owns the start (recover, reconcile), the periodic tick (leases, residues, drift, telemetry)
+and the clean stop. It holds no policy of its own.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from typing import TYPE_CHECKING, Any
+
+from virtfabric import __version__
+from virtfabric.daemon.allocation import Allocation
+from virtfabric.daemon.authority import Action, Authority
+from virtfabric.daemon.conductor import Conductor
+from virtfabric.daemon.drift import DriftWatch
+from virtfabric.daemon.guestpolicy import PolicyDesk, policy_view
+from virtfabric.daemon.jobs import Jobs
+from virtfabric.daemon.ledger import Ledger
+from virtfabric.daemon.lifecycle import Lifecycle
+from virtfabric.daemon.notices import Notices
+from virtfabric.daemon.observatory import Observatory
+from virtfabric.daemon.recovery import recover
+from virtfabric.daemon.story import tell
+from virtfabric.daemon.views import grants_view, guests_view, host_view, loans_view
+from virtfabric.model.errors import (
+    HypervisorGoneError,
+    InvalidValueError,
+    Reason,
+    Refusal,
+    RefusedError,
+    VirtfabricError,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from virtfabric.daemon.api import Caller, Notice
+    from virtfabric.daemon.wiring import Settings, World
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.host import Capacity, HostTopology
+    from virtfabric.model.ids import JobId
+
+    Json = dict[str, Any]
+
+log = logging.getLogger(__name__)
+
+
+class Agent:
+    """Implements `daemon.api.AgentApi`. Thread-safe."""
+
+    def __init__(
+        self, world: World, settings: Settings, topology: HostTopology, capacity: Capacity
+    ) -> None:
+        """Recover from the journal and wire the parts; nothing runs until `start`.
+
+        Raises:
+            JournalCorruptError, VirtfabricError: the agent must not start.
+        """
+        self._world = world
+        self._settings = settings
+        clock = world.clock
+        self._began = clock.monotonic()
+        self._notices = Notices(clock)
+        books = recover(
+            world.journal, world.audit, world.handlers, clock, world.journal.load_books()
+        )
+        self._ledger = Ledger(books)
+        self._observatory = Observatory(
+            world.guests, self._ledger, topology, capacity, lend_ballooned=settings.lend_ballooned
+        )
+        self._authority = Authority(settings.group, settings.ceiling_for, settings.polkit)
+        self._jobs = Jobs(self._notices)
+        self._drift = DriftWatch(self._observatory, self._notices, world.audit)
+        self._conductor = Conductor(
+            ledger=self._ledger, observatory=self._observatory, journal=world.journal,
+            audit=world.audit, handlers=world.handlers, clock=clock,
+        )  # fmt: skip
+        self._lifecycle = Lifecycle(
+            observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
+            jobs=self._jobs, notices=self._notices, journal=world.journal, audit=world.audit,
+            clock=clock, drift=self._drift,
+        )  # fmt: skip
+        self._allocation = Allocation(
+            observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
+            jobs=self._jobs, notices=self._notices, authority=self._authority,
+            deadline_s=settings.deadline_s,
+        )  # fmt: skip
+        self._desk = PolicyDesk(
+            observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
+            jobs=self._jobs, lifecycle=self._lifecycle, writer=world.policies, clock=clock,
+        )  # fmt: skip
+        self._drift.repair_with(self._repair_guest)
+        self._stop = threading.Event()
+        self._ticker = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
+        self._connected = False
+        self._telemetry: Mapping[str, float] = {}
+
+    # -- life -------------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """Settle the guests that run, then follow events; returns when the first is done.
+
+        Raises:
+            HypervisorGoneError: libvirt is not there.
+        """
+        self._lifecycle.start()
+        done = threading.Event()
+        self._lifecycle.enqueue(self._lifecycle.resync)
+        self._lifecycle.enqueue(done.set)
+        self._world.events.start(self._on_event)
+        self._connected = True
+        done.wait()
+        self._world.audit.append("agent.started", [], {"version": __version__})
+        self._drift.check()
+        self._ticker.start()
+
+    def _on_event(self, event: Any) -> None:
+        if event.kind.value in ("connected", "disconnected"):
+            self._connected = event.kind.value == "connected"
+        self._lifecycle.on_event(event)
+
+    def close(self) -> None:
+        """Stop taking work, undo what runs, let go of everything; safe to repeat."""
+        if self._stop.is_set():
+            return
+        self._stop.set()
+        self._jobs.close()
+        self._world.events.close()
+        self._lifecycle.close()
+        if self._ticker.is_alive():
+            self._ticker.join()
+        try:
+            self._world.audit.append("agent.stopped", [], {"version": __version__})
+        except VirtfabricError as error:
+            log.warning("the last audit record could not be written: %s", error)
+
+    def reconfigure(self, settings: Settings, topology: HostTopology, capacity: Capacity) -> None:
+        """Take over a reloaded configuration (SIGHUP)."""
+        self._settings = settings
+        self._observatory.reconfigure(topology, capacity, lend_ballooned=settings.lend_ballooned)
+        self._authority.configure(settings.group, settings.ceiling_for)
+        self._world.audit.append("agent.reconfigured", [], {})
+        self._lifecycle.converge(None, "placement after a new configuration")
+
+    # -- the tick ---------------------------------------------------------------------------
+
+    def _tick_forever(self) -> None:
+        clock = self._world.clock
+        drift_at = clock.monotonic() + self._settings.drift_interval_s
+        while not self._stop.wait(self._settings.sample_interval_s):
+            try:
+                self._tick()
+                if clock.monotonic() >= drift_at:
+                    drift_at = clock.monotonic() + self._settings.drift_interval_s
+                    self._lifecycle.enqueue(self._audit_host)
+            except HypervisorGoneError:
+                continue  # the event thread reconnects and says so
+            except VirtfabricError as error:
+                log.warning("tick: %s", error)
+
+    def _tick(self) -> None:
+        now = self._world.clock.now()
+        for grant in self._ledger.view().books.grants.values():
+            if grant.expires is not None and grant.expires <= now:
+                self._expire(grant.id)
+        self._telemetry = self._world.load.sample()
+        self._world.stats.sample()
+
+    def _expire(self, grant: Any) -> None:
+        running = {j.title for j in self._jobs.all() if not j.ended.is_set()}
+        if f"release of {grant}" not in running:
+            log.info("the lease of %s ended", grant)
+            self._allocation.release(grant, uid=0, by="lease")
+
+    def _audit_host(self) -> None:
+        """The periodic look: read all, settle what was missed, compare, retry residues."""
+        self._lifecycle.resync()
+        residual = {r.guest for r in self._ledger.view().books.residues}
+        for guest in residual - self._ledger.view().busy:
+            self._lifecycle.converge([guest], "retry of a residue")
+        self._drift.check()
+
+    def _repair_guest(self, guest: Any) -> None:
+        state = self._observatory.guest(guest)
+        job = self._lifecycle.converge([guest], f"repair of {state.name if state else guest}")
+        self._lifecycle.enqueue(lambda: self._after_repair(guest, job))
+
+    def _after_repair(self, guest: Any, job: Any) -> None:
+        job.ended.wait()
+        body = {"guest": guest, "steps": (job.result or {}).get("steps", []), "error": job.error}
+        self._world.audit.append("drift.repaired", [guest], body)
+        self._notices.publish("drift.repaired", body)
+
+    # -- authorisation ----------------------------------------------------------------------
+
+    def _require(self, caller: Caller, action: Action, **about: Any) -> None:
+        try:
+            self._authority.require(caller, action)
+        except RefusedError as error:
+            self._denied(caller, error, about | {"action": action.value})
+            raise
+
+    def _denied(self, caller: Caller, error: RefusedError, about: Json) -> None:
+        self._world.audit.append(
+            "access.denied",
+            [f"uid:{caller.uid}"],
+            {"who": str(caller.principal), "uid": caller.uid, "why": error.refusal.detail} | about,
+        )
+
+    # -- reading ----------------------------------------------------------------------------
+
+    def status(self, caller: Caller) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        snapshot = self._observatory.snapshot()
+        return {
+            "host": host_view(snapshot), "guests": guests_view(snapshot),
+            "grants": grants_view(snapshot), "loans": loans_view(snapshot),
+            "generation": snapshot.generation, "alerts": self._notices.alerts,
+        }  # fmt: skip
+
+    def host(self, caller: Caller) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        return host_view(self._observatory.snapshot()) | {"load": dict(self._telemetry)}
+
+    def guests(self, caller: Caller) -> list[Json]:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        return guests_view(self._observatory.snapshot())
+
+    def grants(self, caller: Caller) -> list[Json]:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        return grants_view(self._observatory.snapshot())
+
+    def loans(self, caller: Caller) -> list[Json]:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        return loans_view(self._observatory.snapshot())
+
+    def health(self, caller: Caller) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        view = self._ledger.view()
+        guests = self._observatory.guests
+        residues = [
+            r.to_json() | {"name": guests[r.guest].name if r.guest in guests else r.guest}
+            for r in view.books.residues
+        ]
+        return {
+            "version": __version__,
+            "libvirt": {
+                "uri": self._settings.uri, "version": self._settings.libvirt_version,
+                "connected": self._connected,
+            },
+            "state_dir": self._settings.state_dir,
+            "uptime_s": round(self._world.clock.monotonic() - self._began, 1),
+            "generation": view.generation, "alerts": self._notices.alerts, "residues": residues,
+        }  # fmt: skip
+
+    def explain(self, caller: Caller, subject: str) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.AUDIT)
+        records = self._world.audit.read(subject=self._audit_subject(subject))
+        if not records:
+            raise RefusedError(Refusal(Reason.UNKNOWN_ID, f"nothing is recorded about {subject!r}"))
+        related = {r.sequence: r for r in records}
+        for request in {str(r.body["request"]) for r in records if r.body.get("request")}:
+            related |= {r.sequence: r for r in self._world.audit.read(subject=request)}
+        ordered = [related[n] for n in sorted(related)]
+        return {"subject": subject, "lines": tell(ordered), "records": [_json(r) for r in ordered]}
+
+    def _audit_subject(self, subject: str) -> str:
+        """A job is known by its request; a guest by its UUID."""
+        guest = self._observatory.find(subject)
+        if guest is not None:
+            return guest.uuid
+        for job in self._jobs.all():
+            if job.id == subject and job.result:
+                return str(job.result.get("request", subject))
+        return subject
+
+    def audit(self, caller: Caller, since: float, subject: str) -> list[Json]:
+        """See `AgentApi`."""
+        self._require(caller, Action.AUDIT)
+        chosen = self._audit_subject(subject) if subject else None
+        return [_json(r) for r in self._world.audit.read(since=since or None, subject=chosen)]
+
+    def audit_verify(self, caller: Caller, head: str) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.AUDIT)
+        verdict = self._world.audit.verify(head or None)
+        return {
+            "whole": not verdict.problem, "records": verdict.records, "head": verdict.head,
+            "problem": verdict.problem,
+        }  # fmt: skip
+
+    def drift(self, caller: Caller) -> list[Json]:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        held = self._ledger.view()
+        self._observatory.refresh(g for g in held.books.holdings if g not in held.busy)
+        return [d.to_json() for d in self._drift.check()]
+
+    # -- changing ---------------------------------------------------------------------------
+
+    def policy_show(self, caller: Caller, guest: str) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        return policy_view(self._allocation.find(guest))
+
+    def policy_set(self, caller: Caller, guest: str, changes: Mapping[str, str]) -> Json:
+        """See `AgentApi`."""
+        about = {"guest": guest, "changes": dict(changes)}
+        self._require(caller, Action.POLICY, **about)
+        state = self._allocation.find(guest)
+        policy = self._desk.prepare(state, changes)
+        try:
+            self._authority.check_priority(caller, policy.priority)
+        except RefusedError as error:
+            self._denied(caller, error, about)
+            raise
+        answer = self._desk.set(state, policy, uid=caller.uid)
+        self._world.audit.append("policy.set", [state.uuid], about | {"by": str(caller.principal)})
+        return answer
+
+    def policy_clear(self, caller: Caller, guest: str) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.POLICY, guest=guest)
+        state = self._allocation.find(guest)
+        answer = self._desk.clear(state, uid=caller.uid)
+        self._world.audit.append("policy.cleared", [state.uuid], {"by": str(caller.principal)})
+        return answer
+
+    def allocate(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
+        """See `AgentApi`."""
+        about = {"guest": guest, "wants": dict(wants)}
+        self._require(caller, Action.ALLOCATE, **about)
+        try:
+            return self._allocation.start(caller, guest, wants)
+        except RefusedError as error:
+            if error.refusal.reason is Reason.ABOVE_CEILING:
+                self._denied(caller, error, about)
+            raise
+
+    def plan(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.ALLOCATE, guest=guest, wants=dict(wants))
+        return self._allocation.preview(caller, guest, wants)
+
+    def release(self, caller: Caller, grant: str) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.ALLOCATE, grant=grant)
+        by = str(caller.principal)
+        return {"job": self._allocation.release(grant, uid=caller.uid, by=by).id}
+
+    def drift_repair(self, caller: Caller) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.ALLOCATE)
+        view = self._ledger.view()
+        self._observatory.refresh(g for g in view.books.holdings if g not in view.busy)
+        guests = sorted({d.guest for d in self._drift.find()})
+        self._world.audit.append(
+            "drift.repair-asked", guests, {"by": str(caller.principal), "guests": guests}
+        )
+        return {"job": self._lifecycle.converge(guests, "repair of drift", uid=caller.uid).id}
+
+    # -- jobs -------------------------------------------------------------------------------
+
+    def job(self, caller: Caller, job: JobId) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        return self._jobs.get(job).to_json()
+
+    def jobs(self, caller: Caller) -> list[Json]:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        return [j.to_json() for j in self._jobs.all()]
+
+    def job_cancel(self, caller: Caller, job: JobId) -> Json:
+        """See `AgentApi`."""
+        found = self._jobs.get(job)
+        if caller.uid != found.uid:
+            self._require(caller, Action.ALLOCATE, job=job)
+        found.cancelled.set()
+        return found.to_json()
+
+    def subscribe(self, listener: Callable[[Notice], None]) -> Callable[[], None]:
+        """See `AgentApi`."""
+        return self._notices.subscribe(listener)
+
+    # -- hooks ------------------------------------------------------------------------------
+
+    def hook_prepare(self, caller: Caller, xml: str, *, wait_s: float) -> str:
+        """See `AgentApi`."""
+        self._require(caller, Action.HOOK, hook="prepare")
+        return self._lifecycle.admit(xml, wait_s)
+
+    def hook_notify(self, caller: Caller, name: str, operation: str, xml: str) -> None:
+        """See `AgentApi`."""
+        self._require(caller, Action.HOOK, hook=operation)
+        try:
+            self._lifecycle.notify(name, operation, xml)
+        except InvalidValueError as error:
+            log.warning("hook %s %s: %s", operation, name, error)
+
+    def hook_filter(self, caller: Caller, operation: str, xml: str) -> str:
+        """See `AgentApi`."""
+        self._require(caller, Action.HOOK, hook=operation)
+        return self._lifecycle.filter(operation, xml)
+
+    def hook_denied(self, caller: Caller) -> None:
+        """Somebody other than root wrote to the hook socket: audited, nothing else."""
+        refusal = Refusal(Reason.NOT_ALLOWED, "the hook socket takes root only")
+        self._denied(caller, RefusedError(refusal), {"action": Action.HOOK.value})
+
+    def find_guest(self, name: str) -> GuestState | None:
+        """A guest as last read, for local parts (marks of missed hooks)."""
+        return self._observatory.find(name)
+
+
+def _json(record: Any) -> Json:
+    return {
+        "sequence": record.sequence, "at": record.at, "kind": record.kind,
+        "subjects": list(record.subjects), "body": dict(record.body), "mac": record.mac,
+    }  # fmt: skip

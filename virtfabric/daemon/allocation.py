@@ -1,0 +1,205 @@
+"""Allocation and release: from a caller's words to a job that is conducted."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from virtfabric.daemon.conductor import Undertaking
+from virtfabric.daemon.intake import parse_request
+from virtfabric.daemon.lifecycle import new_request
+from virtfabric.model.amounts import CPU, MEMORY, Key
+from virtfabric.model.errors import Reason, Refusal, RefusedError
+from virtfabric.model.ids import GrantId
+from virtfabric.model.request import Mode
+from virtfabric.policy.arbiter import choose_allocation, choose_release
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from virtfabric.daemon.api import Caller
+    from virtfabric.daemon.authority import Authority
+    from virtfabric.daemon.conductor import Caps, Conductor, Outcome
+    from virtfabric.daemon.executor import Progress
+    from virtfabric.daemon.jobs import Job, Jobs
+    from virtfabric.daemon.ledger import Ledger
+    from virtfabric.daemon.notices import Notices
+    from virtfabric.daemon.observatory import Observatory
+    from virtfabric.model.decision import Decision
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.ledger import Grant, HostSnapshot
+    from virtfabric.model.request import Request
+
+    Json = dict[str, Any]
+
+
+class Allocation:
+    """Starts allocations, previews and releases."""
+
+    def __init__(
+        self,
+        *,
+        observatory: Observatory,
+        ledger: Ledger,
+        conductor: Conductor,
+        jobs: Jobs,
+        notices: Notices,
+        authority: Authority,
+        deadline_s: float,
+    ) -> None:
+        self._observatory = observatory
+        self._ledger = ledger
+        self._conductor = conductor
+        self._jobs = jobs
+        self._notices = notices
+        self._authority = authority
+        self._deadline_s = deadline_s
+        self._by_key: dict[tuple[int, str], Json] = {}
+
+    def find(self, name: str) -> GuestState:
+        """A guest by name or UUID.
+
+        Raises:
+            RefusedError: unknown.
+        """
+        found = self._observatory.find(name)
+        if found is None:
+            known = ", ".join(sorted(g.name for g in self._observatory.guests.values())) or "none"
+            raise RefusedError(
+                Refusal(Reason.UNKNOWN_GUEST, f"there is no guest {name!r}; known are: {known}")
+            )
+        return found
+
+    def _request(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Request:
+        state = self.find(guest)
+        request = parse_request(
+            new_request(), state.uuid, caller.principal, wants, default_deadline_s=self._deadline_s
+        )
+        self._check_ceiling(caller, request)
+        return request
+
+    def _check_ceiling(self, caller: Caller, request: Request) -> None:
+        holding = self._ledger.view().books.holdings.get(request.guest)
+        if holding is None:
+            return
+        after = holding.amounts
+        for resource, want in ((CPU, request.cpu), (MEMORY, request.memory)):
+            if want is not None:
+                key = Key(resource)
+                value = want.value + (holding.amounts[key] if want.mode is Mode.BY else 0)
+                after = after.with_value(key, value)
+        self._authority.check_amounts(caller, after)
+
+    def _undertaking(self, request: Request, name: str) -> Undertaking:
+        def decide(snapshot: HostSnapshot, caps: Caps) -> Decision | Refusal:
+            return choose_allocation(snapshot, request, caps=caps)
+
+        return Undertaking(
+            request.id,
+            f"allocation for {name}",
+            self._conductor.place_decision(request.deadline_s),
+            decide,
+            grants=True,
+            lease_s=request.lease_s,
+            deadline_s=request.deadline_s,
+            body={"asked": request.to_json(), "name": name},
+        )
+
+    def preview(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
+        """The decision and the exact steps, nothing changed.
+
+        Raises:
+            RefusedError, InvalidValueError
+        """
+        request = self._request(caller, guest, wants)
+        self._observatory.refresh([request.guest])
+        answer = self._conductor.consider(self._undertaking(request, self.find(guest).name))
+        if isinstance(answer, Refusal):
+            raise RefusedError(answer)
+        _, decision, plan = answer
+        assert decision is not None
+        return {
+            "decision": decision.to_json(),
+            "steps": [{"text": str(s), "data": s.to_json()} for s in plan.steps],
+            "offers": [o.to_json() | {"text": o.why} for o in plan.offers],
+            "generation": plan.generation,
+        }
+
+    def start(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
+        """Start an allocation job; a repeated key answers with the first one.
+
+        Raises:
+            RefusedError, InvalidValueError
+        """
+        request = self._request(caller, guest, wants)
+        key = (caller.uid, request.key)
+        if request.key and key in self._by_key:
+            return self._by_key[key]
+        name = self.find(guest).name
+
+        def run(_: Job, progress: Progress) -> Json:
+            outcome = self._conductor.conduct(self._undertaking(request, name), progress)
+            if outcome.grant:
+                body = outcome.grant.to_json() | {"name": name}
+                self._notices.publish("grant.made", body)
+            return self.result(request.id, outcome)
+
+        job = self._jobs.start(f"allocation for {name}", run, uid=caller.uid)
+        answer = {"job": job.id, "request": request.id}
+        if request.key:
+            self._by_key[key] = answer
+        return answer
+
+    def result(self, request: str, outcome: Outcome) -> Json:
+        """An outcome in the documented shape of a job's result."""
+        decision = outcome.decision
+        guests = self._observatory.guests
+
+        def entry(guest: Any, amounts: Any) -> Json:
+            name = guests[guest].name if guest in guests else guest
+            return {"guest": guest, "name": name, "amounts": amounts.to_json()}
+
+        return {
+            "request": request, "txn": outcome.txn,
+            "grant": outcome.grant.id if outcome.grant else None,
+            "delta": decision.delta.to_json() if decision else {},
+            "paid": [entry(t.victim, t.amounts) for t in decision.takes] if decision else [],
+            "returned": [entry(r.victim, r.amounts) for r in decision.returns] if decision else [],
+            "residues": [r.to_json() for r in outcome.residues],
+            "considered": [str(c) for c in decision.considered] if decision else [],
+            "steps": list(outcome.steps), "took_s": round(outcome.took_s, 4),
+            "agent_s": round(outcome.agent_s, 4),
+        }  # fmt: skip
+
+    # -- the end of a grant -----------------------------------------------------------------
+
+    def release(self, grant: str, *, uid: int, by: str) -> Job:
+        """Start the job that ends a grant; its loans go home.
+
+        Raises:
+            RefusedError: no such grant.
+        """
+        found = self._ledger.view().books.grants.get(GrantId(grant))
+        if found is None:
+            raise RefusedError(
+                Refusal(Reason.UNKNOWN_ID, f"there is no open grant {grant!r} (virtfabric grants)")
+            )
+        work = self._release(found, by)
+
+        def run(_: Job, progress: Progress) -> Json:
+            outcome = self._conductor.conduct(work, progress)
+            self._notices.publish("grant.ended", found.to_json() | {"by": by})
+            return self.result(work.request, outcome)
+
+        return self._jobs.start(f"release of {grant}", run, uid=uid)
+
+    def _release(self, grant: Grant, by: str) -> Undertaking:
+        request = new_request()
+        return Undertaking(
+            request,
+            f"release of {grant.id}",
+            self._conductor.place_decision(self._deadline_s),
+            lambda snapshot, _: choose_release(snapshot, request, grant),
+            ends=grant,
+            deadline_s=self._deadline_s * 2,
+            body={"grant": grant.id, "guest": grant.guest, "by": by},
+        )

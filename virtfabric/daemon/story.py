@@ -1,0 +1,97 @@
+"""`explain`: the story of a request, told from the audit records alone."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+from virtfabric.model.amounts import Amounts
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from virtfabric.ports import AuditRecord
+
+
+def _amounts(data: Mapping[str, int] | None) -> str:
+    return str(Amounts.from_json(data or {}))
+
+
+def _names(decision: Mapping[str, Any]) -> dict[str, str]:
+    return {c["guest"]: c["name"] for c in decision.get("considered", [])}
+
+
+def _decision_lines(decision: Mapping[str, Any]) -> Iterable[str]:
+    names = _names(decision)
+    yield f"  decided: {_amounts(decision['delta'])}; from free capacity {_amounts(decision['from_free'])}"
+    for take in decision["takes"]:
+        who = names.get(take["victim"], take["victim"])
+        yield f"  {who} pays {_amounts(take['amounts'])}"
+    for back in decision["returns"]:
+        who = names.get(back["victim"], back["victim"])
+        yield f"  loan {back['loan']}: {_amounts(back['amounts'])} goes home to {who}"
+    for one in decision["considered"]:
+        yield (
+            f"  considered {one['name']} for {one['resource']}: {one['verdict']} "
+            f"(priority {one['priority']}, held {one['held']}, floor {one['floor']})"
+        )
+
+
+def _begun(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body.get('title')}: plan of {len(body.get('steps', []))} steps ({body.get('txn')})"
+    if body.get("decision"):
+        yield from _decision_lines(body["decision"])
+    for offer in body.get("offers", []):
+        yield f"  offer pCPU {offer['order']}: {offer['why']}{' - chosen' if offer['chosen'] else ''}"
+    for step in body.get("steps", []):
+        yield f"  step: {step}"
+
+
+def _committed(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body.get('title')}: done and verified in {body.get('took_s')} s"
+    if body.get("grant"):
+        grant = body["grant"]
+        yield f"  grant {grant['id']}: {_amounts(grant['amounts'])}"
+    for loan in body.get("loans", []):
+        yield f"  loan opened: {loan}"
+    for residue in body.get("residues", []):
+        yield f"  residue: {residue['what']} {residue['amount']} ({residue['detail']})"
+
+
+def _refused(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body.get('title')}: refused, {body.get('reason')}: {body.get('detail')}"
+    for line in body.get("considered", []):
+        yield f"  considered {line}"
+
+
+def _undone(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body.get('title')}: undone, because {body.get('why')}"
+    for line in body.get("undone", []):
+        yield f"  undone: {line}"
+    for line in body.get("not_undone", []):
+        yield f"  could not undo yet: {line}"
+
+
+_TELLERS = {
+    "plan.begun": _begun,
+    "plan.committed": _committed,
+    "request.refused": _refused,
+    "plan.undone": _undone,
+    "plan.recovered": _undone,
+}
+
+
+def _plain(record: AuditRecord) -> Iterable[str]:
+    words = ", ".join(f"{k} {v}" for k, v in record.body.items() if v not in (None, "", [], {}))
+    yield f"{record.kind}: {words}"
+
+
+def tell(records: Iterable[AuditRecord]) -> list[str]:
+    """One or more lines per record, each event headed by its time (UTC)."""
+    lines: list[str] = []
+    for record in records:
+        at = datetime.fromtimestamp(record.at, UTC).strftime("%Y-%m-%d %H:%M:%S")
+        teller = _TELLERS.get(record.kind)
+        told = list(teller(record.body) if teller else _plain(record))
+        lines += [f"{at}  {told[0]}", *(f"{'':21}{line}" for line in told[1:])]
+    return lines

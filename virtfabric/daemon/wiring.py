@@ -1,0 +1,55 @@
+"""What `compose` hands to the agent: the outside world by role, and settings."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from virtfabric.daemon.api import Caller
+    from virtfabric.daemon.authority import Polkit
+    from virtfabric.model.request import Offerable
+    from virtfabric.ports import (
+        AuditLog,
+        Clock,
+        EventSource,
+        GuestReader,
+        GuestStats,
+        Handlers,
+        HostLoad,
+        Journal,
+        PolicyWriter,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class World:
+    """Every role that the agent needs, real or simulated."""
+
+    guests: GuestReader
+    policies: PolicyWriter
+    events: EventSource
+    handlers: Handlers
+    journal: Journal
+    audit: AuditLog
+    clock: Clock
+    load: HostLoad
+    stats: GuestStats
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """The part of the configuration that the agent itself acts on."""
+
+    uri: str
+    libvirt_version: str
+    state_dir: str
+    deadline_s: float
+    sample_interval_s: float
+    drift_interval_s: float
+    group: int | None
+    ceiling_for: Callable[[Caller], Offerable]
+    lend_ballooned: bool = False
+    polkit: Polkit | None = None
