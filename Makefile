@@ -1,0 +1,38 @@
+# virtfabric: `make demo` and `make test` do everything on a fresh Debian 12 machine, as root.
+SHELL := /bin/bash
+VENV := .venv/bin
+LAB_TESTS := tests/lab
+
+.PHONY: help demo test check lab bench clean setup setup-checks
+
+help:  ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+
+setup:  ## install packages, virtual environment, guest image
+	@tools/setup all
+
+setup-checks:  ## install what the checks need
+	@tools/setup checks
+
+demo: setup  ## the main job on real guests, with a readable account of what happened
+	@$(VENV)/python demo/run.py
+
+check: setup-checks  ## lint, types, layers, unit and contract tests (under a minute)
+	$(VENV)/ruff format --check .
+	$(VENV)/ruff check .
+	$(VENV)/mypy
+	$(VENV)/lint-imports
+	$(VENV)/pytest -q tests/unit tests/contract
+
+test: setup check  ## checks, then integration tests on real guests
+	$(VENV)/pytest -q tests/integration
+
+lab: setup  ## all lab tests
+	$(VENV)/pytest -q tests/lab
+
+bench: setup  ## benchmarks: prints a table, writes benchmarks/results.json
+	@$(VENV)/python benchmarks/run.py
+
+clean:  ## remove what builds and tests left in the checkout (not the cache)
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
