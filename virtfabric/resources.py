@@ -1,4 +1,4 @@
-"""Where the shipped files are: hooks/ and xml_templates/, in a checkout or in an installed wheel."""
+"""Where the shipped hooks/ and xml_templates/ are, in a checkout or in an installed wheel."""
 
 from __future__ import annotations
 

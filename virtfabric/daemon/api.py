@@ -76,8 +76,9 @@ class AgentApi(Protocol):
         """The policy of a guest (by name or UUID), with `xml` as it stands in the metadata."""
 
     def policy_set(self, caller: Caller, guest: str, changes: Mapping[str, str]) -> Json:
-        """Change policy fields; keys as in the command: priority, cpu `1:4`, memory `512M:4G`,
-        shares, placement, smt, admission, drift. Returns the new policy and, for a running guest,
+        """Change policy fields.
+
+        Keys as in the command: priority, cpu `1:4`, memory `512M:4G`, shares, placement, smt, admission, drift. Returns the new policy and, for a running guest,
         `job`: its re-placement.
         """
 
@@ -85,7 +86,9 @@ class AgentApi(Protocol):
         """Make a guest unmanaged; its pins and caps are lifted (`job`)."""
 
     def allocate(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
-        """Start an allocation job. `wants`: cpu `2|+1|-500m`, memory `1G|+64M`, for `10m`,
+        """Start an allocation job.
+
+        `wants`: cpu `2|+1|-500m`, memory `1G|+64M`, for `10m`,
         partial `yes`, deadline `30`, key TEXT. Returns `{"job": id, "request": id}`.
         """
 
@@ -99,7 +102,8 @@ class AgentApi(Protocol):
         """Start a job that ends a grant; loans go home. Returns `{"job": id}`."""
 
     def explain(self, caller: Caller, subject: str) -> Json:
-        """The story of a request, grant, loan, job or transaction, from the audit log alone:
+        """The story of a request, grant, loan, job or transaction, from the audit log alone.
+
         `{"subject", "lines": [str], "records": [...]}`.
         """
 
@@ -125,8 +129,10 @@ class AgentApi(Protocol):
         """Cancel and undo; answers at once."""
 
     def health(self, caller: Caller) -> Json:
-        """Agent version, libvirt version and connection, state directory, uptime, generation,
-        alerts, open residues.
+        """How the agent is.
+
+        Version, libvirt version and connection, state directory, uptime, generation, alerts,
+        open residues.
         """
 
     def subscribe(self, listener: Callable[[Notice], None]) -> Callable[[], None]:

@@ -177,7 +177,6 @@ class Conductor:
     def _reserve(
         self, work: Undertaking, txn: TransactionId, progress: Progress, until: float
     ) -> tuple[Decision | None, Plan]:
-        incoming = {work.incoming.uuid} if work.incoming else set()
         while True:
             if progress.cancelled.is_set():
                 raise StepCancelledError("cancelled before anything was changed")
@@ -189,10 +188,7 @@ class Conductor:
                 snapshot, decision, plan = answer
                 touched = _guests_of(work, decision, plan)
                 if not touched & snapshot.busy:
-                    if self._observatory.refresh(touched - incoming):
-                        continue  # planned from something that is no longer so
-                    free_part = decision.from_free.positive() if decision else Amounts()
-                    if self._ledger.reserve(txn, snapshot.generation, free_part, touched):
+                    if self._take_hold(work, txn, answer, touched):
                         return decision, plan
                     continue
                 if self._clock.monotonic() >= until:
@@ -201,6 +197,21 @@ class Conductor:
                     )
             progress.progress(0.0, "waiting for another plan")
             self._ledger.wait_change(WAIT_SLICE_S)
+
+    def _take_hold(
+        self,
+        work: Undertaking,
+        txn: TransactionId,
+        answer: tuple[HostSnapshot, Decision | None, Plan],
+        touched: frozenset[GuestId],
+    ) -> bool:
+        """Reserve what was planned, unless guests or ledger are no longer as they were then."""
+        snapshot, decision, _ = answer
+        incoming = {work.incoming.uuid} if work.incoming else set()
+        if self._observatory.refresh(touched - incoming):
+            return False
+        free_part = decision.from_free.positive() if decision else Amounts()
+        return self._ledger.reserve(txn, snapshot.generation, free_part, touched)
 
     def _worth_waiting(self, refusal: Refusal, until: float) -> bool:
         return (

@@ -23,7 +23,8 @@ def _names(decision: Mapping[str, Any]) -> dict[str, str]:
 
 def _decision_lines(decision: Mapping[str, Any]) -> Iterable[str]:
     names = _names(decision)
-    yield f"  decided: {_amounts(decision['delta'])}; from free capacity {_amounts(decision['from_free'])}"
+    free = _amounts(decision["from_free"])
+    yield f"  decided: {_amounts(decision['delta'])}; from free capacity {free}"
     for take in decision["takes"]:
         who = names.get(take["victim"], take["victim"])
         yield f"  {who} pays {_amounts(take['amounts'])}"
@@ -42,7 +43,8 @@ def _begun(body: Mapping[str, Any]) -> Iterable[str]:
     if body.get("decision"):
         yield from _decision_lines(body["decision"])
     for offer in body.get("offers", []):
-        yield f"  offer pCPU {offer['order']}: {offer['why']}{' - chosen' if offer['chosen'] else ''}"
+        chosen = " (chosen)" if offer["chosen"] else ""
+        yield f"  offer pCPU {offer['order']}: {offer['why']}{chosen}"
     for step in body.get("steps", []):
         yield f"  step: {step}"
 

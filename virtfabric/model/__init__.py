@@ -1,1 +1,1 @@
-"""The nouns: frozen values that every other room shares. No I/O, no clock, no randomness, no log."""
+"""The nouns: frozen values that all other rooms share. No I/O, no clock, no randomness, no log."""

@@ -41,7 +41,8 @@ class Consideration:
     pays: int = 0
 
     def __str__(self) -> str:
-        held = f"holds {format_amount(self.key, self.held)}, floor {format_amount(self.key, self.floor)}"
+        floor = format_amount(self.key, self.floor)
+        held = f"holds {format_amount(self.key, self.held)}, floor {floor}"
         pays = f" pays {format_amount(self.key, self.pays)}" if self.pays else ""
         return f"{self.name} (priority {self.priority}, {held}): {self.key}: {self.verdict}{pays}"
 

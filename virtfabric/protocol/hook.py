@@ -1,7 +1,7 @@
-"""The hook's wire format: one request, one reply, lengths in front. Bytes <-> messages, no sockets.
+r"""The hook's wire format: a request and a reply, lengths in front. Pure: knows no sockets.
 
-Request: `VF1 OPERATION NAME-LENGTH XML-LENGTH\\n`, then name and XML.
-Reply:   `VF1 CODE LINE-LENGTH OUTPUT-LENGTH\\n`, then the line for stderr and the output for stdout.
+Request: `VF1 OPERATION NAME-LENGTH XML-LENGTH\n`, then name and XML.
+Reply:   `VF1 CODE LINE-LENGTH OUTPUT-LENGTH\n`, then the line (stderr) and the output (stdout).
 The other end, hooks/qemu, is standard library only and has its own few lines of this.
 """
 

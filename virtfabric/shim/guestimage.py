@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 KERNEL_PACKAGE = "linux-image-amd64"
 # Resolved with modules.dep; what the kernel has built in is skipped.
 MODULES = ("virtio_pci", "virtio_mem", "virtio_balloon", "virtio_console", "virtio_net")
-# online_movable: memory that virtio-mem plugs can be given back (without it 4 MiB stick). swiotlb: a
-# guest with a virtio-mem device reserves 64 MiB for bounce buffers that nothing here uses. Measured.
+# online_movable: memory that virtio-mem plugs can be given back (without it 4 MiB stick).
+# swiotlb: a guest with memory above 4 GiB, as virtio-mem puts it, sets 64 MiB aside for nothing.
 CMDLINE = "console=ttyS0 quiet panic=-1 memhp_default_state=online_movable swiotlb=noforce"
 READY_LINE = "VFREADY"
 STAT_PREFIX = "VFSTAT "

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import fcntl
 import json
 import os
 import select
@@ -241,6 +242,7 @@ class Sandbox:
         self._extra_conf = {"libvirtd.conf": libvirtd_conf, "qemu.conf": qemu_conf}
         self._cgroups: tuple[_Cgroup, ...] = ()
         self._claim: socket.socket | None = None
+        self._root_lock: int | None = None
         self._init: subprocess.Popen[str] | None = None
         self._libvirtd: subprocess.Popen[str] | None = None
         self._started: list[subprocess.Popen[str]] = []
@@ -296,9 +298,7 @@ class Sandbox:
         try:
             self._remove_cgroups()
         finally:
-            if self._claim is not None:
-                self._claim.close()
-            self._claim = None
+            self._release_name()
 
     def _claim_name(self) -> None:
         # An abstract socket: one holder, released by the kernel, nothing on disk.
@@ -309,6 +309,20 @@ class Sandbox:
             claim.close()
             raise SandboxError(f"a sandbox named {self.name} is running") from error
         self._claim = claim
+        self.root.mkdir(parents=True, exist_ok=True)
+        self._root_lock = os.open(self.root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            fcntl.flock(self._root_lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            self._release_name()
+            raise SandboxError(f"a running sandbox uses {self.root}") from error
+
+    def _release_name(self) -> None:
+        if self._claim is not None:
+            self._claim.close()
+        if self._root_lock is not None:
+            os.close(self._root_lock)
+        self._claim = self._root_lock = None
 
     def _remove_cgroups(self) -> None:
         """Kills the members of this sandbox's groups, which are its own by name, and the groups."""

@@ -46,7 +46,7 @@ class Effect(StrEnum):
     """`SimulatedCrash`: as if the agent had got SIGKILL here."""
 
 
-class SimulatedCrash(BaseException):  # noqa: N818 - nothing to handle; it is the end
+class SimulatedCrash(BaseException):
     """The agent dies here. Not an `Exception`, so that no handler of errors survives it."""
 
 

@@ -6,7 +6,7 @@ The two last are kept apart, so that a check against the kernel can fail where l
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.guest import (
     GuestState,
@@ -16,12 +16,19 @@ from virtfabric.model.guest import (
     SchedulerState,
     VirtioMem,
 )
-from virtfabric.model.ids import GuestId
-from virtfabric.model.policy import GuestPolicy
 from virtfabric.model.units import MIB, Bytes, CpuSet
+
+if TYPE_CHECKING:
+    from virtfabric.model.ids import GuestId
+    from virtfabric.model.policy import GuestPolicy
 
 PERIOD_US: Final = 100_000
 """libvirt's default period of quotas, microseconds."""
+
+_NOTHING: Final = Bytes(0)
+_BLOCK: Final = Bytes(2 * MIB)
+_BOOT_MEMORY: Final = Bytes(256 * MIB)
+_ANY_NODE: Final = CpuSet()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +38,8 @@ class MemoryDevice:
     alias: str
     node: int
     size: Bytes
-    initial: Bytes = Bytes(0)
-    block: Bytes = Bytes(2 * MIB)
+    initial: Bytes = _NOTHING
+    block: Bytes = _BLOCK
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,14 +57,14 @@ class GuestSpec:
     name: str
     vcpus: int = 1
     vcpus_max: int = 1
-    boot_memory: Bytes = Bytes(256 * MIB)
+    boot_memory: Bytes = _BOOT_MEMORY
     devices: tuple[MemoryDevice, ...] = ()
     balloon: bool = False
     policy: GuestPolicy | None = None
     policy_error: str = ""
     config_pins: dict[int, CpuSet] = field(default_factory=dict)
     numa_mode: NumaMode | None = None
-    numa_nodes: CpuSet = CpuSet()
+    numa_nodes: CpuSet = _ANY_NODE
     persistent: bool = True
     running: bool = True
 

@@ -111,24 +111,23 @@ class SimulatedHandler(Generic[S]):
         fault = self.host.faults.strike(phase, step)
         if fault is None:
             return False
-        match fault.effect:
-            case Effect.LOSE:
-                return True
-            case Effect.HOLD:
-                self._hold(fault, step, context)
-            case Effect.VANISH:
-                self.host.stop_guest(step.guest)
-                self.host.running(step.guest)
-            case Effect.DISCONNECT:
-                self.host.disconnect()
-                self.host.running(step.guest)
-            case Effect.CRASH:
-                raise SimulatedCrash(f"{phase} of {step.describe()}")
-            case Effect.FAIL if phase in (Phase.VERIFY, Phase.VERIFIED):
-                raise VerificationError(f"{step.describe()}: the kernel shows something else")
-            case Effect.FAIL:
-                raise HypervisorError(f"{step.describe()}: internal error: simulated")
-        return False
+        if fault.effect is Effect.HOLD:
+            self._hold(fault, step, context)
+        elif fault.effect is not Effect.LOSE:
+            self._break(fault.effect, phase, step)
+        return fault.effect is Effect.LOSE
+
+    def _break(self, effect: Effect, phase: Phase, step: Step) -> None:
+        if effect is Effect.CRASH:
+            raise SimulatedCrash(f"{phase} of {step.describe()}")
+        if effect is Effect.VANISH:
+            self.host.stop_guest(step.guest)
+        if effect is Effect.DISCONNECT:
+            self.host.disconnect()
+        self.host.running(step.guest)  # raises for the two above
+        if phase in (Phase.VERIFY, Phase.VERIFIED):
+            raise VerificationError(f"{step.describe()}: the kernel shows something else")
+        raise HypervisorError(f"{step.describe()}: internal error: simulated")
 
     def _hold(self, fault: Fault, step: Step, context: StepContext | None) -> None:
         deadline = self.host.clock.monotonic() + getattr(step, "deadline_s", float("inf"))

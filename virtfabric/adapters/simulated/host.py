@@ -231,7 +231,7 @@ class SimulatedHost:
                 self._connected = False
 
     def reconnect(self) -> None:
-        """libvirtd is back."""
+        """Let libvirtd be back."""
         with self.lock:
             if not self._connected:
                 self._connected = True

@@ -187,7 +187,7 @@ class MemoryAudit:
         return Head(self._records[-1].sequence, self._records[-1].mac)
 
 
-def _plain(field: str, value: object) -> Any:  # noqa: ANN401 - JSON
+def _plain(field: str, value: object) -> Any:
     try:
         return json.loads(json.dumps(value))
     except (TypeError, ValueError) as error:

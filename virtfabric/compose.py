@@ -1,0 +1,167 @@
+"""The one place that builds adapters and wires them to the agent, and closes them in order."""
+
+from __future__ import annotations
+
+import grp
+import hashlib
+import logging
+import pwd
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Self
+
+from virtfabric.adapters.hook_socket import HookServer, read_missed_calls
+from virtfabric.adapters.libvirt import open_libvirt
+from virtfabric.adapters.sqlite.audit import SqliteAuditLog
+from virtfabric.adapters.sqlite.journal import SqliteJournal
+from virtfabric.adapters.statelock import StateLock
+from virtfabric.adapters.syslog import SystemLog
+from virtfabric.adapters.telemetry import PsutilLoad
+from virtfabric.config import resolve_capacity
+from virtfabric.daemon.agent import Agent
+from virtfabric.daemon.wiring import Settings, World
+from virtfabric.model.errors import ConfigError
+
+if TYPE_CHECKING:
+    from virtfabric.config import Config
+    from virtfabric.daemon.api import Caller
+    from virtfabric.model.request import Offerable
+    from virtfabric.ports import HostReader
+
+log = logging.getLogger(__name__)
+
+
+def _group_id(name: str) -> int | None:
+    """The gid of the configured group; None where it does not exist (nobody is in it then)."""
+    if not name:
+        return None
+    if name.isdigit():
+        return int(name)
+    try:
+        return grp.getgrnam(name).gr_gid
+    except KeyError:
+        return None
+
+
+def _settings(config: Config, libvirt_version: str) -> Settings:
+    def ceiling_for(caller: Caller) -> Offerable:
+        try:
+            name = pwd.getpwuid(caller.uid).pw_name
+        except KeyError:
+            name = ""
+        return config.ceiling_for(caller.uid, name)
+
+    return Settings(
+        uri=config.agent.uri,
+        libvirt_version=libvirt_version,
+        state_dir=str(config.agent.state_dir),
+        deadline_s=config.memory.deadline_s,
+        sample_interval_s=config.agent.sample_interval_s,
+        drift_interval_s=config.agent.drift_interval_s,
+        group=_group_id(config.access.group),
+        ceiling_for=ceiling_for,
+        lend_ballooned=config.memory.lend_ballooned,
+    )
+
+
+def _private_dir(path: Path, mode: int) -> Path:
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=mode)
+        path.chmod(mode)
+    except OSError as error:
+        raise ConfigError(
+            f"directory {path}: {error.strerror}",
+            advice="run virtfabricd as root, or set agent.state_dir and agent.run_dir",
+        ) from error
+    return path
+
+
+class Composition:
+    """A running agent with everything it holds."""
+
+    def __init__(self, config: Config) -> None:
+        """Open locks, journal, audit and libvirt, recover, and wire the agent; `start` runs it.
+
+        Raises:
+            AlreadyRunningError, JournalCorruptError, HypervisorGoneError, ConfigError
+        """
+        self.config = config
+        self._stack = ExitStack()
+        try:
+            self._build()
+        except BaseException:
+            self._stack.close()
+            raise
+
+    def _build(self) -> None:
+        config = self.config
+        state = _private_dir(Path(config.agent.state_dir), 0o700)
+        run = _private_dir(Path(config.agent.run_dir), 0o755)
+        self._stack.enter_context(StateLock(state / "lock", f"state directory {state}"))
+        digest = hashlib.sha256(config.agent.uri.encode()).hexdigest()[:12]
+        self._stack.enter_context(
+            StateLock(run / f"libvirt-{digest}.lock", f"libvirt {config.agent.uri}")
+        )
+        system_log = SystemLog(Path(config.agent.syslog))
+        self._stack.callback(system_log.close)
+        self._libvirt = open_libvirt(config.agent.uri)
+        self._stack.callback(self._libvirt.close)
+        self._host: HostReader = self._libvirt.host
+        clock = self._libvirt.clock
+        journal = SqliteJournal(state / "journal.db")
+        self._stack.callback(journal.shut)
+        audit = SqliteAuditLog(state / "audit.db", state / "audit.key", clock, system_log.send)
+        self._stack.callback(audit.close)
+        topology = self._host.read_topology()
+        world = World(
+            guests=self._libvirt.guests, policies=self._libvirt.policy,
+            events=self._libvirt.events, handlers=self._libvirt.handlers, journal=journal,
+            audit=audit, clock=clock, load=PsutilLoad(), stats=self._libvirt.stats,
+        )  # fmt: skip
+        self.agent = Agent(
+            world,
+            _settings(config, self._libvirt.version),
+            topology,
+            resolve_capacity(config, topology),
+        )
+        self._stack.callback(self.agent.close)
+
+    def start(self) -> None:
+        """Settle running guests, follow events, then answer hooks. Blocks until settled."""
+        hooks = HookServer(
+            Path(self.config.agent.hook_socket), self.agent, on_denied=self.agent.hook_denied
+        )
+        hooks.start()
+        self._stack.callback(hooks.close)
+        self.agent.start()
+        self._read_missed()
+
+    def _read_missed(self) -> None:
+        """Calls that hooks left while no agent answered: told here, the guests are settled by now."""
+        for call in read_missed_calls(Path(self.config.agent.run_dir)):
+            log.warning("a hook ran while the agent was away: %s %s", call.operation, call.name)
+
+    def reload(self, config: Config) -> None:
+        """Take over a new configuration; what cannot change while running is said in the log.
+
+        Raises:
+            ConfigError: nothing was changed.
+        """
+        if config.agent != self.config.agent:
+            log.warning("[agent] takes effect at the next start; the rest is taken over now")
+        topology = self._host.read_topology()
+        capacity = resolve_capacity(config, topology)
+        self.agent.reconfigure(_settings(config, self._libvirt.version), topology, capacity)
+        self.config = config
+
+    def close(self) -> None:
+        """Stop in the reverse order of building; safe to repeat."""
+        self._stack.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
