@@ -129,7 +129,10 @@ class Composition:
     def start(self) -> None:
         """Settle running guests, follow events, then answer hooks. Blocks until settled."""
         hooks = HookServer(
-            Path(self.config.agent.hook_socket), self.agent, on_denied=self.agent.hook_denied
+            Path(self.config.agent.hook_socket),
+            self.agent,
+            on_denied=self.agent.hook_denied,
+            mode=0o666,  # others get as far as "not allowed", and into the audit log
         )
         hooks.start()
         self._stack.callback(hooks.close)
@@ -140,6 +143,7 @@ class Composition:
         """Calls that hooks left while no agent answered: told here, the guests are settled by now."""
         for call in read_missed_calls(Path(self.config.agent.run_dir)):
             log.warning("a hook ran while the agent was away: %s %s", call.operation, call.name)
+            call.path.unlink(missing_ok=True)
 
     def reload(self, config: Config) -> None:
         """Take over a new configuration; what cannot change while running is said in the log.
