@@ -7,11 +7,14 @@ import hashlib
 import logging
 import pwd
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from virtfabric.adapters.clock import SystemClock
 from virtfabric.adapters.hook_socket import HookServer, read_missed_calls
 from virtfabric.adapters.libvirt import open_libvirt
+from virtfabric.adapters.simulated.machines import small_host
 from virtfabric.adapters.sqlite.audit import SqliteAuditLog
 from virtfabric.adapters.sqlite.journal import SqliteJournal
 from virtfabric.adapters.statelock import StateLock
@@ -26,7 +29,16 @@ if TYPE_CHECKING:
     from virtfabric.config import Config
     from virtfabric.daemon.api import Caller
     from virtfabric.model.request import Offerable
-    from virtfabric.ports import HostReader
+    from virtfabric.ports import (
+        Clock,
+        EventSource,
+        GuestReader,
+        GuestStats,
+        Handlers,
+        HostLoad,
+        HostReader,
+        PolicyWriter,
+    )
 
 log = logging.getLogger(__name__)
 
@@ -76,16 +88,32 @@ def _private_dir(path: Path, mode: int) -> Path:
     return path
 
 
+@dataclass(frozen=True, slots=True)
+class _Outside:
+    """The hypervisor's side of the world, real or simulated."""
+
+    host: HostReader
+    guests: GuestReader
+    policies: PolicyWriter
+    events: EventSource
+    handlers: Handlers
+    clock: Clock
+    load: HostLoad
+    stats: GuestStats
+    version: str
+
+
 class Composition:
     """A running agent with everything it holds."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, *, simulate: bool = False) -> None:
         """Open locks, journal, audit and libvirt, recover, and wire the agent; `start` runs it.
 
         Raises:
             AlreadyRunningError, JournalCorruptError, HypervisorGoneError, ConfigError
         """
         self.config = config
+        self.simulate = simulate
         self._stack = ExitStack()
         try:
             self._build()
@@ -104,27 +132,41 @@ class Composition:
         )
         system_log = SystemLog(Path(config.agent.syslog))
         self._stack.callback(system_log.close)
-        self._libvirt = open_libvirt(config.agent.uri)
-        self._stack.callback(self._libvirt.close)
-        self._host: HostReader = self._libvirt.host
-        clock = self._libvirt.clock
+        outside = self._open_simulated() if self.simulate else self._open_libvirt()
+        self._outside = outside
         journal = SqliteJournal(state / "journal.db")
         self._stack.callback(journal.shut)
-        audit = SqliteAuditLog(state / "audit.db", state / "audit.key", clock, system_log.send)
+        key = state / "audit.key"
+        audit = SqliteAuditLog(state / "audit.db", key, outside.clock, system_log.send)
         self._stack.callback(audit.close)
-        topology = self._host.read_topology()
+        topology = outside.host.read_topology()
         world = World(
-            guests=self._libvirt.guests, policies=self._libvirt.policy,
-            events=self._libvirt.events, handlers=self._libvirt.handlers, journal=journal,
-            audit=audit, clock=clock, load=PsutilLoad(), stats=self._libvirt.stats,
+            guests=outside.guests, policies=outside.policies, events=outside.events,
+            handlers=outside.handlers, journal=journal, audit=audit, clock=outside.clock,
+            load=outside.load, stats=outside.stats,
         )  # fmt: skip
         self.agent = Agent(
             world,
-            _settings(config, self._libvirt.version),
+            _settings(config, outside.version),
             topology,
             resolve_capacity(config, topology),
         )
         self._stack.callback(self.agent.close)
+
+    def _open_libvirt(self) -> _Outside:
+        opened = open_libvirt(self.config.agent.uri)
+        self._stack.callback(opened.close)
+        return _Outside(
+            opened.host, opened.guests, opened.policy, opened.events, opened.handlers,
+            SystemClock(), PsutilLoad(), opened.stats, opened.version,
+        )  # fmt: skip
+
+    def _open_simulated(self) -> _Outside:
+        host = small_host(SystemClock())
+        return _Outside(
+            host, host, host, host.events, host.handlers, host.clock, host.load, host.stats,
+            "simulated",
+        )  # fmt: skip
 
     def start(self) -> None:
         """Settle running guests, follow events, then answer hooks. Blocks until settled."""
@@ -153,9 +195,9 @@ class Composition:
         """
         if config.agent != self.config.agent:
             log.warning("[agent] takes effect at the next start; the rest is taken over now")
-        topology = self._host.read_topology()
+        topology = self._outside.host.read_topology()
         capacity = resolve_capacity(config, topology)
-        self.agent.reconfigure(_settings(config, self._libvirt.version), topology, capacity)
+        self.agent.reconfigure(_settings(config, self._outside.version), topology, capacity)
         self.config = config
 
     def close(self) -> None:

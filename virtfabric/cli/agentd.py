@@ -47,6 +47,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--check-config", action="store_true", help="read the configuration, say what is wrong"
     )
+    parser.add_argument(
+        "--simulate",
+        action="store_true",
+        help="a host in memory with three guests instead of libvirt, to try the commands on",
+    )
     parser.add_argument("--version", action="version", version=f"virtfabricd {__version__}")
     return parser
 
@@ -74,7 +79,7 @@ async def _serve(args: argparse.Namespace, config: Config) -> None:
     loop.add_signal_handler(signal.SIGHUP, reload.set)
     manager = ServiceNotifier.from_environment()
     manager.status("opening journal and libvirt")
-    composition = await asyncio.to_thread(Composition, config)
+    composition = await asyncio.to_thread(Composition, config, simulate=args.simulate)
     try:
         service = Service(composition.agent, config.agent.bus or None)
         await asyncio.to_thread(composition.start)

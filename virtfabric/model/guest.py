@@ -80,6 +80,9 @@ class GuestState:
         job: name of the job running on it ("backup", "migration"), None when free.
         policy: None for an unmanaged guest.
         policy_error: why its policy metadata is invalid; the guest is unmanaged then.
+        vcpu_unplug: whether a vCPU may be taken away. False under TCG: with QEMU 7.2 any plug
+            after an unplug corrupts QEMU's heap and kills the guest (measured, 5 of 5), so surplus
+            vCPUs stay and share what the guest holds.
         marked_pins: whether this agent marked pins in the metadata as its own.
     """
 
@@ -104,6 +107,7 @@ class GuestState:
     config_numa_nodes: CpuSet = CpuSet()
     job: str | None = None
     persistent: bool = True
+    vcpu_unplug: bool = True
     policy: GuestPolicy | None = None
     policy_error: str = ""
 

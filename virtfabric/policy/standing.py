@@ -49,7 +49,7 @@ class Line(NamedTuple):
 
     Attributes:
         held: of its holding; 0 when it has none.
-        granule: amounts change by multiples of it only.
+        granule, origin: amounts are `origin` plus a multiple of `granule`.
         prepaid: growing up to the ceiling costs nothing, it is counted as used already (a balloon
             guest whose memory is not lent).
     """
@@ -59,12 +59,21 @@ class Line(NamedTuple):
     ceiling: int
     granule: int
     shares: int
+    origin: int = 0
     prepaid: bool = False
 
     @property
     def slack(self) -> int:
         """What could be given up, in whole granules."""
         return max(0, self.held - self.floor) // self.granule * self.granule
+
+    def round_down(self, amount: int) -> int:
+        """The highest amount it can hold up to this one."""
+        return self.origin + (amount - self.origin) // self.granule * self.granule
+
+    def round_up(self, amount: int) -> int:
+        """The lowest amount it can hold from this one on."""
+        return self.origin - (self.origin - amount) // self.granule * self.granule
 
 
 def is_dedicated(guest: GuestState) -> bool:
@@ -88,9 +97,13 @@ def line_of(guest: GuestState, key: Key, snapshot: HostSnapshot) -> Line:
         granule = WHOLE_CPU if policy.cpu.placement is Placement.DEDICATED else 1
         return Line(held, floor, ceiling, granule, policy.cpu.shares)
     lends = snapshot.lend_ballooned
-    floor, ceiling = _memory_bounds(guest, policy, lends)
+    floor, ceiling = _memory_bounds(guest, policy, lends=lends)
+    if guest.mechanism is MemoryMechanism.VIRTIO_MEM:
+        granule, origin = _block_of(guest), int(guest.boot_memory)
+    else:
+        granule, origin = BALLOON_STEP, held % BALLOON_STEP
     prepaid = guest.mechanism is MemoryMechanism.BALLOON and not lends
-    return Line(held, floor, ceiling, _memory_granule(guest), policy.memory.shares, prepaid)
+    return Line(held, floor, ceiling, granule, policy.memory.shares, origin, prepaid)
 
 
 def floor_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
@@ -100,7 +113,7 @@ def floor_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
     least `LEAST_CPU`; never more than its vCPUs can use. Memory: boot memory with virtio-mem; all
     of it with a fixed size, or with a balloon that may not be lent from.
     """
-    return _vector({key: line_of(guest, key, snapshot).floor for key in KEYS})
+    return Amounts({key: line_of(guest, key, snapshot).floor for key in KEYS})
 
 
 def ceiling_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
@@ -108,7 +121,7 @@ def ceiling_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
 
     Never below its floor. CPU of a dedicated guest is rounded down to whole CPUs.
     """
-    return _vector({key: line_of(guest, key, snapshot).ceiling for key in KEYS})
+    return Amounts({key: line_of(guest, key, snapshot).ceiling for key in KEYS})
 
 
 def _cpu_bounds(guest: GuestState, policy: GuestPolicy) -> tuple[int, int]:
@@ -123,24 +136,23 @@ def _cpu_bounds(guest: GuestState, policy: GuestPolicy) -> tuple[int, int]:
     return floor, max(floor, ceiling)
 
 
-def _memory_bounds(guest: GuestState, policy: GuestPolicy, lends: bool) -> tuple[int, int]:  # noqa: FBT001
-    most = int(guest.memory_max)
-    limit = policy.memory.limit
+def _memory_bounds(guest: GuestState, policy: GuestPolicy, *, lends: bool) -> tuple[int, int]:
+    most, reservation = int(guest.memory_max), int(policy.memory.reservation)
+    limit = most if policy.memory.limit is None else min(int(policy.memory.limit), most)
     match guest.mechanism:
         case MemoryMechanism.FIXED:
-            whole = max(most, int(guest.memory_current))
-            return whole, whole
+            floor = limit = max(most, int(guest.memory_current))
         case MemoryMechanism.VIRTIO_MEM:
-            floor = max(min(int(policy.memory.reservation), most), int(guest.boot_memory))
+            boot, block = int(guest.boot_memory), _block_of(guest)
+            blocks = -(-max(0, min(reservation, most) - boot) // block)
+            floor = boot + min(blocks, max(0, most - boot) // block) * block
+            limit = boot + max(0, limit - boot) // block * block
         case MemoryMechanism.BALLOON:
-            floor = max(int(policy.memory.reservation), LEAST_BALLOONED) if lends else most
-            floor = min(floor, most)
-    return floor, max(floor, most if limit is None else min(int(limit), most))
+            floor = min(max(reservation, LEAST_BALLOONED), most) if lends else most
+    return floor, max(floor, limit)
 
 
-def _memory_granule(guest: GuestState) -> int:
-    if guest.mechanism is not MemoryMechanism.VIRTIO_MEM:
-        return BALLOON_STEP
+def _block_of(guest: GuestState) -> int:
     return max((int(device.block) for device in guest.virtio_mem), default=0) or VIRTIO_MEM_BLOCK
 
 
@@ -193,9 +205,7 @@ def _stray_cpu(guest: GuestState, capacity: Capacity, everywhere: CpuSet) -> int
 def capacity_of(snapshot: HostSnapshot) -> Amounts:
     """What may be granted in all."""
     capacity = snapshot.capacity
-    return Amounts.of(
-        cpu=len(capacity.cpus) * WHOLE_CPU, memory=int(capacity.grantable_memory)
-    )
+    return Amounts.of(cpu=len(capacity.cpus) * WHOLE_CPU, memory=int(capacity.grantable_memory))
 
 
 def free(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Amounts:
@@ -225,7 +235,3 @@ def free(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Amounts:
             memory += holding.amounts[MEMORY_KEY] + int(snapshot.capacity.overhead)
     memory += sum(r.amount for r in books.residues if r.what == "memory" and r.guest != without)
     return capacity_of(snapshot) - Amounts.of(cpu=cpu, memory=memory) - snapshot.pending
-
-
-def _vector(values: dict[Key, int]) -> Amounts:
-    return Amounts(values)

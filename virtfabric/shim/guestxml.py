@@ -32,8 +32,8 @@ class GuestSpec:
         domain_type: "kvm" only where `kvmprobe` says that it runs guests.
         vcpus: at start; `max_vcpus` is what hot-plug can reach.
         memory_mib: boot memory. 160 is enough for the shim's image.
-        virtio_mem_mib: size of the virtio-mem device, a multiple of 2 (128 on top, see
-            FINDINGS); None makes it a balloon guest instead.
+        virtio_mem_mib: size of the virtio-mem device, a multiple of 2; the guest sees it in steps
+            of 128 (a kernel memory section). None makes it a balloon guest instead.
         virtio_mem_requested_mib: what of that device is plugged from the start.
         numatune_mode: None leaves the host's memory policy.
         metadata_xml: one element with its own xmlns, e.g. a virtfabric:policy; "" for none.

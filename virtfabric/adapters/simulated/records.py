@@ -146,12 +146,11 @@ class MemoryAudit:
 
     def append(self, kind: str, subjects: Iterable[str], body: Mapping[str, Any]) -> AuditRecord:
         """Add a record."""
-        names = list(dict.fromkeys(str(s) for s in subjects))
         with self._lock:
             if self.failure is not None:
                 raise self.failure
             now = self._clock.now()
-            record = make_record(self._key, self._head(), now, kind, names, body)
+            record = make_record(self._key, self._head(), now, kind, subjects, body)
             self._records.append(record)
         self._export(f"virtfabric audit head {record.sequence}:{record.mac}")
         return record.decoded()

@@ -36,6 +36,7 @@ class Schema:
         application_id: SQLite header field that says whose file it is.
         version: of the tables; a file of a higher version is refused.
         script: creates the tables of this version.
+        check: SQLite's pragma for the check on open; `quick_check` leaves indexes out.
         moving_away: what happens when the file is moved away, for the advice.
     """
 
@@ -44,6 +45,7 @@ class Schema:
     version: int
     script: str
     moving_away: str
+    check: str = "integrity_check"
 
 
 def seal(*parts: object) -> str:
@@ -221,7 +223,9 @@ class Database:
                 )
             if version != self.schema.version:
                 raise self.corrupt(f"schema {version} was never released")
-            problems = [row[0] for row in self._connection.execute("PRAGMA quick_check(5)")]
+            problems = [
+                row[0] for row in self._connection.execute(f"PRAGMA {self.schema.check}(5)")
+            ]
             if problems != ["ok"]:
                 raise self.corrupt("; ".join(str(p).replace("\n", " ") for p in problems))
             (mode,) = self._connection.execute("PRAGMA journal_mode = WAL").fetchone()

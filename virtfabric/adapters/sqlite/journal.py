@@ -60,7 +60,6 @@ CREATE TABLE txn (
     outcome TEXT,
     outcome_seal TEXT
 ) STRICT;
-CREATE INDEX txn_open ON txn (seq) WHERE state = 'open';
 CREATE TABLE step (
     txn INTEGER NOT NULL REFERENCES txn (seq) ON DELETE CASCADE,
     idx INTEGER NOT NULL,

@@ -1,0 +1,241 @@
+"""The handler contract on the simulated host, and what only faults can show."""
+
+import threading
+
+import pytest
+
+from tests.contract.handler_contract import Context, HandlerContract
+from virtfabric.adapters.registry import HandlerRegistry
+from virtfabric.adapters.simulated.clock import SimulatedClock
+from virtfabric.adapters.simulated.faults import Effect, Fault, Phase, SimulatedCrash
+from virtfabric.adapters.simulated.guest import GuestSpec
+from virtfabric.adapters.simulated.host import build_simulated_host
+from virtfabric.adapters.simulated.machines import DATABASE, make_topology, small_guests
+from virtfabric.model.errors import (
+    GuestGoneError,
+    HypervisorError,
+    HypervisorGoneError,
+    InvalidValueError,
+    ShortfallError,
+    StepCancelledError,
+    VerificationError,
+)
+from virtfabric.model.guest import NumaMode
+from virtfabric.model.ids import GuestId
+from virtfabric.model.plan import (
+    STEP_TYPES,
+    PinEmulator,
+    PinVcpu,
+    ResizeVirtioMem,
+    SetBalloon,
+    SetNodeset,
+    SetQuota,
+    SetShares,
+    SetVcpuCount,
+)
+from virtfabric.model.units import GIB, MIB, Bytes, CpuSet
+
+BALLOON = GuestId("00000000-0000-4000-8000-000000000001")
+GROW = ResizeVirtioMem(guest=DATABASE, alias="ua-vm0", before=512 * MIB, after=1 * GIB)
+PLUG = SetVcpuCount(guest=DATABASE, before=2, after=3)
+PIN = PinVcpu(guest=DATABASE, vcpu=0, before=CpuSet(), after=CpuSet([2]))
+
+
+class SimulatedWorld:
+    def __init__(self):
+        self.clock = SimulatedClock()
+        balloon = GuestSpec(
+            BALLOON, "balloon", boot_memory=Bytes(GIB), balloon=True,
+            numa_mode=NumaMode.RESTRICTIVE, numa_nodes=CpuSet([0]),
+        )  # fmt: skip
+        self.host = build_simulated_host(
+            make_topology(cores=2, nodes=2), (*small_guests(), balloon), self.clock
+        )
+        self.handlers = self.host.handlers
+
+    def steps(self):
+        return [
+            GROW,
+            SetBalloon(guest=BALLOON, before=GIB, after=512 * MIB),
+            PLUG,
+            PIN,
+            PinEmulator(guest=DATABASE, before=CpuSet(), after=CpuSet([0])),
+            SetQuota(guest=DATABASE, before=-1, after=1500),
+            SetShares(guest=DATABASE, before=100, after=300),
+            SetNodeset(guest=BALLOON, before=CpuSet([0]), after=CpuSet([1])),
+        ]
+
+    def observe(self, step):
+        seen = self.host.kernel(step.guest)
+        # The kernel's default weight and policy's 100 are the same thing.
+        seen.shares = seen.shares or 100
+        return seen
+
+    def vanish(self, step):
+        self.host.stop_guest(step.guest)
+
+    def apply(self, step):
+        self.handlers.for_step(step).apply(step, Context())
+
+
+@pytest.fixture
+def world():
+    return SimulatedWorld()
+
+
+class TestSimulated(HandlerContract):
+    def test_every_step_type_is_in_the_contract(self, world):
+        assert {s.kind for s in world.steps()} == set(STEP_TYPES) == world.handlers.kinds
+
+    def test_libvirt_says_yes_and_the_kernel_does_not_follow(self, world):
+        for step in world.steps():
+            before = world.observe(step)
+            world.host.faults.add(Fault(Effect.LOSE, kind=step.kind))
+            world.apply(step)
+            if not step.needs_guest or step.kind == "set-vcpu-count":
+                assert world.observe(step) == before
+                with pytest.raises(VerificationError):
+                    world.handlers.for_step(step).verify(step)
+
+
+def test_guest_that_gives_only_some(world):
+    world.apply(GROW)
+    world.host.faults.gives[DATABASE] = 100 * MIB
+    with pytest.raises(ShortfallError) as caught:
+        world.apply(GROW.inverse())
+    reached = 1 * GIB - 100 * MIB
+    assert caught.value.reached == reached
+    device = world.host.read_guest(DATABASE).virtio_mem[0]
+    assert (device.requested, device.current) == (reached, reached)
+    assert world.handlers.for_step(GROW).undo(GROW) == reached - 512 * MIB
+    device = world.host.read_guest(DATABASE).virtio_mem[0]
+    assert (device.requested, device.current) == (512 * MIB, reached)
+
+
+def test_guest_that_stops_inside_the_tolerance_is_fine_and_leaves_a_residue(world):
+    world.host.faults.gives[DATABASE] = 508 * MIB
+    world.apply(GROW)
+    assert world.handlers.for_step(GROW).undo(GROW) == 4 * MIB
+
+
+def test_guest_that_takes_too_little(world):
+    world.host.faults.takes[DATABASE] = 64 * MIB
+    with pytest.raises(ShortfallError) as caught:
+        world.apply(GROW)
+    assert caught.value.reached == 576 * MIB
+
+
+def test_vcpu_that_does_not_leave(world):
+    world.apply(PLUG)
+    world.host.faults.keeps_vcpus.add(DATABASE)
+    with pytest.raises(ShortfallError):
+        world.apply(PLUG.inverse())
+    assert world.handlers.for_step(PLUG).undo(PLUG) == 1
+    world.host.faults.clear()
+    assert world.handlers.for_step(PLUG).undo(PLUG) == 0
+
+
+@pytest.mark.parametrize(
+    ("effect", "phase", "error"),
+    [
+        (Effect.FAIL, Phase.APPLY, HypervisorError),
+        (Effect.FAIL, Phase.VERIFY, VerificationError),
+        (Effect.FAIL, Phase.UNDO, HypervisorError),
+        (Effect.VANISH, Phase.APPLIED, GuestGoneError),
+        (Effect.VANISH, Phase.VERIFY, GuestGoneError),
+        (Effect.DISCONNECT, Phase.APPLY, HypervisorGoneError),
+        (Effect.DISCONNECT, Phase.UNDO, HypervisorGoneError),
+        (Effect.CRASH, Phase.APPLIED, SimulatedCrash),
+        (Effect.CRASH, Phase.VERIFIED, SimulatedCrash),
+    ],
+)
+def test_faults_strike_where_they_are_put(world, effect, phase, error):
+    fault = world.host.faults.add(Fault(effect, phase, kind="pin-vcpu"))
+    handler = world.handlers.for_step(PIN)
+    world.apply(PLUG)
+    with pytest.raises(error):
+        handler.apply(PIN, Context())
+        handler.verify(PIN)
+        handler.undo(PIN)
+    assert fault.reached.is_set()
+
+
+def test_fault_waits_for_its_turn(world):
+    world.host.faults.add(Fault(Effect.FAIL, skip=2))
+    for _ in range(2):
+        world.apply(PIN)
+    with pytest.raises(HypervisorError):
+        world.apply(PIN)
+    world.apply(PIN)
+
+
+def test_slow_step_opens_is_cancelled_or_times_out(world):
+    handler = world.handlers.for_step(GROW)
+
+    def start():
+        fault = world.host.faults.add(Fault(Effect.HOLD))
+        context, errors = Context(), []
+
+        def run():
+            try:
+                handler.apply(GROW, context)
+            except (ShortfallError, StepCancelledError) as error:
+                errors.append(error)
+
+        thread = threading.Thread(target=run)
+        thread.start()
+        assert fault.reached.wait(5)
+        return fault, context, errors, thread
+
+    fault, context, errors, thread = start()
+    context.cancelled.set()
+    thread.join(5)
+    assert isinstance(errors[0], StepCancelledError)
+
+    fault, context, errors, thread = start()
+    world.clock.advance(31)
+    thread.join(5)
+    assert errors[0].reached == 512 * MIB
+
+    fault, context, errors, thread = start()
+    fault.gate.set()
+    thread.join(5)
+    assert not errors
+    handler.verify(GROW)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        PinVcpu(guest=DATABASE, vcpu=0, before=CpuSet(), after=CpuSet([99])),
+        PinVcpu(guest=DATABASE, vcpu=9, before=CpuSet(), after=CpuSet([1])),
+        SetVcpuCount(guest=DATABASE, before=2, after=5),
+        SetQuota(guest=DATABASE, before=-1, after=1),
+        SetBalloon(guest=DATABASE, before=GIB, after=MIB),
+        SetBalloon(guest=BALLOON, before=GIB, after=2 * GIB),
+        SetNodeset(guest=DATABASE, before=CpuSet(), after=CpuSet([7])),
+        ResizeVirtioMem(guest=DATABASE, alias="nope", before=0, after=0),
+        ResizeVirtioMem(guest=DATABASE, alias="ua-vm0", before=0, after=MIB),
+    ],
+)
+def test_what_a_host_cannot_do(world, step):
+    before = world.host.kernel(step.guest)
+    with pytest.raises(HypervisorError):
+        world.apply(step)
+    assert world.host.kernel(step.guest) == before
+
+
+def test_pin_of_a_vcpu_that_is_not_plugged_does_nothing(world):
+    step = PinVcpu(guest=DATABASE, vcpu=3, before=CpuSet(), after=CpuSet([1]))
+    before = world.host.kernel(DATABASE)
+    world.apply(step)
+    world.handlers.for_step(step).verify(step)
+    assert world.host.kernel(DATABASE) == before
+
+
+def test_registry_refuses_two_for_one_and_unknown(world):
+    handler = world.handlers.for_step(PIN)
+    with pytest.raises(InvalidValueError, match="pin-vcpu"):
+        HandlerRegistry([handler, handler])
+    with pytest.raises(InvalidValueError, match="pin-vcpu"):
+        HandlerRegistry([]).for_step(PIN)

@@ -1,0 +1,183 @@
+"""A whole agent on a simulated host: real facade, ledger, conductor; memory journal and audit."""
+
+from __future__ import annotations
+
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from virtfabric.adapters.clock import SystemClock
+from virtfabric.adapters.simulated.guest import GuestSpec, MemoryDevice
+from virtfabric.adapters.simulated.host import SimulatedHost, build_simulated_host
+from virtfabric.adapters.simulated.machines import make_topology
+from virtfabric.adapters.simulated.records import MemoryAudit, MemoryJournal
+from virtfabric.daemon.agent import Agent
+from virtfabric.daemon.api import Caller
+from virtfabric.daemon.wiring import Settings, World
+from virtfabric.model.amounts import Amounts
+from virtfabric.model.host import Capacity
+from virtfabric.model.ids import GuestId, JobId
+from virtfabric.model.policy import CpuPolicy, GuestPolicy, MemoryPolicy, Placement
+from virtfabric.model.request import Offerable, Principal
+from virtfabric.model.units import GIB, MIB, Bytes, CpuSet, MilliCpu
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+ROOT = Caller(Principal("root", 0), 0, frozenset({0}))
+NOBODY = Caller(Principal("nobody", 65534), 65534, frozenset({65534}))
+ALICE = Caller(Principal("alice", 1000), 1000, frozenset({1000, 77}))
+GROUP = 77
+DEADLINE_S = 20.0
+
+
+def uuid_of(number: int) -> GuestId:
+    return GuestId(f"00000000-0000-4000-8000-{number:012d}")
+
+
+def make_spec(
+    number: int,
+    name: str,
+    priority: int,
+    *,
+    cpu: tuple[int, int] = (500, 4000),
+    memory_mib: tuple[int, int] = (256, 2048),
+    initial_mib: int = 0,
+    placement: Placement = Placement.SHARED,
+    vcpus: int = 1,
+    vcpus_max: int = 4,
+    balloon: bool = False,
+) -> GuestSpec:
+    return GuestSpec(
+        uuid_of(number),
+        name,
+        vcpus=vcpus,
+        vcpus_max=vcpus_max,
+        boot_memory=Bytes((1024 if balloon else 256) * MIB),
+        devices=()
+        if balloon
+        else (MemoryDevice("ua-mem0", 0, Bytes(1 * GIB), Bytes(initial_mib * MIB)),),
+        balloon=balloon,
+        policy=GuestPolicy(
+            priority=priority,
+            cpu=CpuPolicy(MilliCpu(cpu[0]), MilliCpu(cpu[1]), placement=placement),
+            memory=MemoryPolicy(Bytes(memory_mib[0] * MIB), Bytes(memory_mib[1] * MIB)),
+        ),
+    )
+
+
+def default_specs() -> tuple[GuestSpec, ...]:
+    return (
+        make_spec(10, "batch", 10, vcpus=2, initial_mib=512),
+        make_spec(50, "web", 50, initial_mib=256),
+        make_spec(90, "database", 90),
+    )
+
+
+def _no_ceiling(caller: Caller) -> Offerable:
+    if caller.uid == ALICE.uid:
+        return Offerable(50, Amounts.of(cpu=1500, memory=512 * MIB))
+    return Offerable()
+
+
+@dataclass
+class AgentWorld:
+    """Everything a test looks at. `memory_mib` is what may be granted in all."""
+
+    specs: tuple[GuestSpec, ...] = field(default_factory=default_specs)
+    cores: int = 2
+    threads: int = 1
+    memory_mib: int = 1600
+    overhead_mib: int = 16
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        topology = make_topology(cores=self.cores, threads=self.threads)
+        self.host: SimulatedHost = build_simulated_host(topology, self.specs)
+        self.host.clock = SystemClock()
+        self.topology = topology
+        self.journal = MemoryJournal()
+        self.audit = MemoryAudit(SystemClock())
+        self.capacity = Capacity(
+            topology.cpus,
+            CpuSet([0]),
+            {0: Bytes(self.memory_mib * MIB)},
+            Bytes(0),
+            Bytes(self.overhead_mib * MIB),
+        )
+        self.agent = self.make_agent()
+
+    def make_agent(self) -> Agent:
+        settings = Settings(
+            uri="simulated:///", libvirt_version="9.0.0", state_dir="/nowhere",
+            deadline_s=5.0, sample_interval_s=3600.0, drift_interval_s=3600.0,
+            group=GROUP, ceiling_for=_no_ceiling, **self.settings,
+        )  # fmt: skip
+        world = World(
+            guests=self.host, policies=self.host, events=self.host.events,
+            handlers=self.host.handlers, journal=self.journal, audit=self.audit,
+            clock=SystemClock(), load=self.host.load, stats=self.host.stats,
+        )  # fmt: skip
+        return Agent(world, settings, self.topology, self.capacity)
+
+    def start(self) -> AgentWorld:
+        self.agent.start()
+        return self
+
+    def close(self) -> None:
+        self.host.faults.clear()
+        self.agent.close()
+
+    def finish(self, job: str) -> dict[str, Any]:
+        return wait_for_job(self.agent, job)
+
+    def allocate(self, guest: str, **wants: str) -> dict[str, Any]:
+        return self.finish(self.agent.allocate(ROOT, guest, wants)["job"])
+
+    def guest(self, name: str) -> dict[str, Any]:
+        return next(g for g in self.agent.guests(ROOT) if g["name"] == name)
+
+    def live(self, name: str) -> Any:
+        return next(g for g in self.host.read_guests().values() if g.name == name)
+
+    def frozen(self) -> dict[str, Any]:
+        """What is live, without process numbers: to compare before and after."""
+        return {
+            g.name: (
+                g.state, g.vcpus_online, dict(g.vcpu_affinity), g.emulator_affinity,
+                g.scheduler, g.memory_current, tuple(d.requested for d in g.virtio_mem),
+            )
+            for g in self.host.read_guests().values()
+        }  # fmt: skip
+
+
+def wait_for_job(agent: Agent, job: str) -> dict[str, Any]:
+    ended = threading.Event()
+
+    def listen(notice: Any) -> None:
+        if notice.kind == "job.done" and notice.body["job"] == job:
+            ended.set()
+
+    stop = agent.subscribe(listen)
+    try:
+        if agent.job(ROOT, JobId(job))["state"] == "running":
+            assert ended.wait(DEADLINE_S), agent.job(ROOT, JobId(job))
+        return agent.job(ROOT, JobId(job))
+    finally:
+        stop()
+
+
+def eventually(condition: Callable[[], object], what: str) -> None:
+    """Poll a condition that no event announces, with a deadline."""
+    until = time.monotonic() + DEADLINE_S
+    tick = threading.Event()
+    while not condition():
+        assert time.monotonic() < until, what
+        tick.wait(0.005)
+
+
+def world_fixture(**options: Any) -> Iterator[AgentWorld]:
+    world = AgentWorld(**options).start()
+    yield world
+    world.close()

@@ -1,0 +1,30 @@
+"""The Jinja2 environment of `xml_templates/`. Templates format; they decide nothing."""
+
+from __future__ import annotations
+
+from functools import cache
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
+from virtfabric.resources import xml_template_dir
+
+
+@cache
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(xml_template_dir()),
+        undefined=StrictUndefined,
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        auto_reload=False,
+    )
+
+
+def render(template: str, /, **values: object) -> str:
+    """The text of one element, with every value escaped.
+
+    Raises:
+        InstallationError: the package was installed without its templates.
+    """
+    return _environment().get_template(template).render(**values)

@@ -1,0 +1,352 @@
+"""Offers: the ways to put one dedicated guest onto pCPUs, each with a cost and a reason in words.
+
+Owns the search for one guest (nodes, whole cores, operator's pins) and the comparison. It must
+not look at amounts or at other guests: the caller says which pCPUs this guest may use.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import TYPE_CHECKING, Final
+
+from virtfabric.model.plan import Offer
+from virtfabric.model.policy import Smt
+from virtfabric.model.units import CpuSet
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Set as AbstractSet
+
+    from virtfabric.model.host import HostTopology
+    from virtfabric.model.ids import GuestId
+
+COST_WORDS: Final = ("distance to its memory", "cores broken", "vCPUs moved", "housekeeping pCPUs")
+"""What the components of an offer's cost mean; the last component is the first pCPU."""
+OFFERS_SHOWN: Final = 4
+
+_LOCAL: Final = 10
+"""SLIT's distance of a node to itself (ACPI 6.5, 5.2.17)."""
+_REMOTE: Final = 20
+"""The kernel's REMOTE_DISTANCE (include/linux/topology.h), where firmware gives no SLIT."""
+
+
+@dataclass(frozen=True)
+class Terrain:
+    """The host's tables that the search walks, made once for a layout."""
+
+    topology: HostTopology
+    managed: frozenset[int]
+    housekeeping: frozenset[int]
+
+    @cached_property
+    def cores_of(self) -> dict[int, tuple[CpuSet, ...]]:
+        """Cores with a managed pCPU, by node; those with the fewest housekeeping pCPUs first."""
+        by_node: dict[int, list[CpuSet]] = {}
+        for core in self.topology.cores:
+            if not core.isdisjoint(self.managed):
+                by_node.setdefault(self.node(min(core)), []).append(core)
+        return {n: tuple(sorted(c, key=self._core_rank)) for n, c in sorted(by_node.items())}
+
+    def _core_rank(self, core: CpuSet) -> tuple[int, int]:
+        return len(core & self.housekeeping), min(core)
+
+    def node(self, cpu: int) -> int:
+        """The node of a pCPU."""
+        return self.topology.pcpus[cpu].node
+
+    def siblings(self, cpu: int) -> CpuSet:
+        """The threads of a pCPU's core, itself included."""
+        return self.topology.pcpus[cpu].siblings
+
+    def distance(self, a: int, b: int) -> int:
+        """How much farther than local node `b` is from node `a`, in SLIT units."""
+        known = self.topology.nodes[a].distances if a in self.topology.nodes else {}
+        return max(0, known.get(b, _LOCAL if a == b else _REMOTE) - _LOCAL)
+
+    def nearest(self, homes: Iterable[int]) -> list[int]:
+        """Nodes with managed pCPUs, nearest to any of `homes` first."""
+        wanted = tuple(homes)
+
+        def rank(node: int) -> tuple[int, int, int]:
+            far = min((self.distance(node, h) for h in wanted), default=0)
+            return far, int(node not in wanted), node
+
+        return sorted(self.cores_of, key=rank)
+
+    def kept_empty(self, order: Iterable[int], smt: Smt) -> set[int]:
+        """Managed siblings that nobody else may use beside these pCPUs."""
+        if smt is Smt.PREFER:
+            return set()
+        own = set(order)
+        return {s for cpu in own for s in self.siblings(cpu) if s in self.managed} - own
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What one dedicated guest needs.
+
+    Attributes:
+        held: pCPU of each vCPU until now; empty for a guest that is placed for the first time.
+        pins: the operator's pins by vCPU number: hard constraints.
+        home: nodes of its memory, empty where nothing is known.
+        pullable: nodes that its memory may follow to; empty for a guest that is not movable.
+    """
+
+    guest: GuestId
+    count: int
+    smt: Smt = Smt.PREFER
+    held: tuple[int, ...] = ()
+    pins: tuple[tuple[int, CpuSet], ...] = ()
+    home: frozenset[int] = frozenset()
+    pullable: frozenset[int] = frozenset()
+
+
+def make_offers(terrain: Terrain, wanted: Wanted, free: AbstractSet[int]) -> list[Offer]:
+    """Every distinct way the strategies find, best first; empty when none satisfies the guest.
+
+    Args:
+        terrain: the host.
+        wanted: the guest.
+        free: managed pCPUs that no other dedicated guest uses or keeps empty.
+    """
+    orders: dict[tuple[int, ...], None] = {}
+    for kept, nodes, allowed in _strategies(terrain, wanted, free):
+        order = _fill(terrain, wanted, allowed, kept, nodes)
+        if order is not None and is_sound(terrain, wanted, order, free):
+            orders[order] = None
+    offers = [
+        Offer(wanted.guest, order, _cost(terrain, wanted, order, free), "") for order in orders
+    ]
+    offers.sort(key=lambda o: (o.cost, o.order))
+    return [
+        replace(o, why=_why(terrain, wanted, o, offers[0]), chosen=i == 0)
+        for i, o in enumerate(offers[:OFFERS_SHOWN])
+    ]
+
+
+def _strategies(
+    terrain: Terrain, wanted: Wanted, free: AbstractSet[int]
+) -> Iterator[tuple[list[int | None], list[int], AbstractSet[int]]]:
+    """Starting points: (pCPU kept by each vCPU, nodes in order of preference, usable pCPUs)."""
+    now = [c if c in free else None for c in wanted.held[: wanted.count]]
+    now += [None] * (wanted.count - len(now))
+    used = {terrain.node(c) for c in now if c is not None}
+    near = terrain.nearest(wanted.home or used)
+    yield now, near, free
+    nothing: list[int | None] = [None] * wanted.count
+    if len(wanted.held) > wanted.count:
+        # a shrinking guest may be better off with another subset of what it has
+        yield nothing, near, free & set(wanted.held)
+    yield nothing, near, free
+    if len(terrain.cores_of) == 1:
+        return
+    for node, cores in terrain.cores_of.items():
+        if sum(len(core & free) for core in cores) < wanted.count:
+            continue
+        rank = terrain.nearest((node,))
+        if node in used:
+            here = [c if c is not None and terrain.node(c) == node else None for c in now]
+            yield here, rank, free
+        yield nothing, rank, free
+
+
+def _fill(
+    terrain: Terrain,
+    wanted: Wanted,
+    free: AbstractSet[int],
+    kept: list[int | None],
+    nodes: list[int],
+) -> tuple[int, ...] | None:
+    slots = _seat_pinned(wanted, free, kept)
+    if slots is None:
+        return None
+    chosen = {c for c in slots if c is not None}
+    extra: list[int] = []
+    for node in nodes:
+        missing = slots.count(None) - len(extra)
+        if missing <= 0:
+            break
+        found = _on_node(terrain, wanted.smt, free, chosen, node)[:missing]
+        extra += found
+        chosen.update(found)
+    if len(extra) < slots.count(None):
+        return None
+    return _seat_rest(slots, extra, wanted)
+
+
+def _seat_pinned(
+    wanted: Wanted, free: AbstractSet[int], kept: list[int | None]
+) -> list[int | None] | None:
+    """Give each vCPU that the operator pinned a pCPU of its own from its pin (Kuhn's matching)."""
+    slots = list(kept)
+    pins = {vcpu: cpus for vcpu, cpus in wanted.pins if vcpu < wanted.count}
+    if not pins:
+        return slots
+    owner: dict[int, int] = {}
+
+    def seat(vcpu: int, tried: set[int]) -> bool:
+        first = slots[vcpu]
+        options = sorted(pins[vcpu] & free, key=lambda c: (c != first, c in slots, c))
+        for cpu in options:
+            if cpu in tried:
+                continue
+            tried.add(cpu)
+            if cpu not in owner or seat(owner[cpu], tried):
+                owner[cpu] = vcpu
+                return True
+        return False
+
+    if not all(seat(vcpu, set()) for vcpu in sorted(pins)):
+        return None
+    seated = {vcpu: cpu for cpu, vcpu in owner.items()}
+    return [
+        seated[v] if v in seated else (None if cpu in owner else cpu) for v, cpu in enumerate(slots)
+    ]
+
+
+def _seat_rest(slots: list[int | None], extra: list[int], wanted: Wanted) -> tuple[int, ...]:
+    """Seat the found pCPUs; a vCPU whose own pCPU is among them stays where it is."""
+    rest = dict.fromkeys(extra)
+    seats = list(slots)
+    for vcpu, cpu in enumerate(wanted.held[: wanted.count]):
+        if seats[vcpu] is None and cpu in rest:
+            seats[vcpu] = cpu
+            del rest[cpu]
+    left = iter(rest)
+    return tuple(next(left) if cpu is None else cpu for cpu in seats)
+
+
+def _on_node(
+    terrain: Terrain, smt: Smt, free: AbstractSet[int], chosen: set[int], node: int
+) -> list[int]:
+    """Free pCPUs of a node in the order in which this guest wants them."""
+    cores = terrain.cores_of[node]
+    if smt is Smt.ISOLATE:
+        empty = (core for core in cores if core.isdisjoint(chosen))
+        return [
+            min(core & free, key=lambda c: (c in terrain.housekeeping, c))
+            for core in empty
+            if core & terrain.managed <= free
+        ]
+    own, whole, single = [], [], []
+    for core in cores:
+        usable = sorted((core & free) - chosen)
+        if not core.isdisjoint(chosen):
+            own += usable
+        elif len(usable) == len(core):
+            whole += usable
+        else:
+            single += usable
+    return own + whole + ([] if smt is Smt.REQUIRE else single)
+
+
+def is_sound(
+    terrain: Terrain, wanted: Wanted, order: Sequence[int], free: AbstractSet[int]
+) -> bool:
+    """Whether an order is complete, the guest's alone, on its pins, and as its `smt` asks."""
+    own = set(order)
+    if len(order) != wanted.count or len(own) != len(order) or not own <= free:
+        return False
+    if any(v < wanted.count and order[v] not in cpus for v, cpus in wanted.pins):
+        return False
+    if not terrain.kept_empty(order, wanted.smt) <= free:
+        return False
+    if wanted.smt is Smt.PREFER:
+        return True
+    cores = {terrain.siblings(c) for c in order}
+    if wanted.smt is Smt.ISOLATE:
+        return len(cores) == len(order)
+    # `require`: cores wholly managed, and none that the guest could do without
+    return all(c <= terrain.managed for c in cores) and _is_packed(cores, wanted.count)
+
+
+def _is_packed(cores: set[CpuSet], count: int) -> bool:
+    sizes = sorted((len(c) for c in cores), reverse=True)
+    return sum(sizes[:-1]) < count
+
+
+def _cost(
+    terrain: Terrain, wanted: Wanted, order: tuple[int, ...], free: AbstractSet[int]
+) -> tuple[int, ...]:
+    far, pulled = _locality(terrain, wanted, order)
+    moved = sum(a != b for a, b in zip(wanted.held, order, strict=False))
+    return (
+        far,
+        0 if wanted.smt is Smt.ISOLATE else _broken(terrain, order, free),
+        moved + (wanted.count if pulled else 0),
+        len(terrain.housekeeping & set(order)),
+        min(order),
+    )
+
+
+def _locality(terrain: Terrain, wanted: Wanted, order: tuple[int, ...]) -> tuple[int, bool]:
+    """Distance of all pCPUs to the memory, and whether the memory has to be pulled for that."""
+    nodes = Counter(terrain.node(c) for c in order)
+    main = max(nodes, key=lambda n: (nodes[n], -n))
+
+    def far(homes: Iterable[int]) -> int:
+        places = tuple(homes)
+        return sum(k * min(terrain.distance(n, h) for h in places) for n, k in nodes.items())
+
+    if not wanted.home:
+        return far((main,)), False
+    stay = far(wanted.home)
+    if main in wanted.pullable and main not in wanted.home:
+        follow = far((main,))
+        if follow < stay:
+            return follow, True
+    return stay, False
+
+
+def _broken(terrain: Terrain, order: tuple[int, ...], free: AbstractSet[int]) -> int:
+    """Cores used in part: 1 for each, 2 where another dedicated guest has the rest."""
+    own = set(order)
+    parts = {core for cpu in order if not (core := terrain.siblings(cpu)) <= own}
+    return sum(2 if (core & terrain.managed) - own - free else 1 for core in parts)
+
+
+def _why(terrain: Terrain, wanted: Wanted, offer: Offer, best: Offer) -> str:
+    """The offer in words, and what it lost on against the best one."""
+    parts = [*_changes(terrain, wanted, offer.order), _where(terrain, wanted, offer.order)]
+    if offer.cost[1]:
+        parts.append("shares a core with others")
+    if offer.cost[3]:
+        used = CpuSet(terrain.housekeeping & set(offer.order))
+        parts.append(f"takes housekeeping pCPU {used}")
+    text = "; ".join(parts)
+    if offer is best:
+        return text
+    for word, mine, its in zip(COST_WORDS, offer.cost, best.cost, strict=False):
+        if mine != its:
+            return f"{text}; lost on {word}: {mine} against {its}"
+    return f"{text}; equal, but pCPU {best.order[0]} comes first"
+
+
+def _changes(terrain: Terrain, wanted: Wanted, order: tuple[int, ...]) -> list[str]:
+    old, new = set(wanted.held), set(order)
+    words = []
+    if old & new:
+        words.append(f"keeps pCPU {CpuSet(old & new)}")
+    added = new - old
+    beside = {c for c in added if terrain.siblings(c) & old & new}
+    if beside:
+        words.append(f"adds {'its sibling' if len(beside) == 1 else 'siblings'} {CpuSet(beside)}")
+    if added - beside:
+        words.append(f"adds pCPU {CpuSet(added - beside)}" if old else f"pCPU {CpuSet(new)}")
+    if old - new:
+        words.append(f"gives up pCPU {CpuSet(old - new)}")
+    return [", ".join(words)]
+
+
+def _where(terrain: Terrain, wanted: Wanted, order: tuple[int, ...]) -> str:
+    nodes = CpuSet(terrain.node(c) for c in order)
+    _, pulled = _locality(terrain, wanted, order)
+    if pulled:
+        return f"its memory is pulled after it to node {nodes}"
+    if wanted.home and nodes <= wanted.home:
+        return f"node {nodes} is where its memory is"
+    if wanted.home:
+        return f"node {nodes}, its memory is on node {CpuSet(wanted.home)}"
+    return f"all on node {nodes}" if len(nodes) == 1 else f"spread over nodes {nodes}"
