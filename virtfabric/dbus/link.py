@@ -26,7 +26,7 @@ CONNECT_TIMEOUT_S: Final = 5.0
 _REPLIES: Final = (MessageType.METHOD_RETURN, MessageType.ERROR)
 
 
-class _Bus(MessageBus):  # type: ignore[misc]
+class _Bus(MessageBus):
     """Ends where the library would spin for ever: a bus that hangs up while we log in."""
 
     async def _auth_readline(self) -> str:
@@ -69,7 +69,7 @@ class Link:
         """
         try:
             async with asyncio.timeout(timeout_s):
-                bus = _Bus(bus_address=address, bus_type=BusType.SYSTEM)
+                bus = _Bus(address) if address else _Bus(bus_type=BusType.SYSTEM)
                 await bus.connect()
         except TimeoutError:
             raise UnreachableError("the bus does not answer") from None

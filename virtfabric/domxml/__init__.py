@@ -1,0 +1,1 @@
+"""libvirt XML, pure: text <-> model, through `xml_templates/`. Adapters and shim both use it."""

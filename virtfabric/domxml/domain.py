@@ -94,7 +94,7 @@ def parse_domain(live_xml: str, config_xml: str | None) -> GuestState:
 def _parse_root(text: str) -> etree._Element:
     root = parse_xml(text, what="domain XML")
     if root.tag != "domain":
-        raise InvalidValueError("domain XML", f"<{root.tag}>", "is not a domain")
+        raise InvalidValueError("domain XML", f"<{root.tag!s}>", "is not a domain")
     return root
 
 

@@ -37,7 +37,7 @@ def replace_placement(
     """
     root = parse_xml(xml, what="domain XML")
     if root.tag != "domain":
-        raise InvalidValueError("domain XML", f"<{root.tag}>", "is not a domain")
+        raise InvalidValueError("domain XML", f"<{root.tag!s}>", "is not a domain")
     _strip_pins(root)
     _put_pins(root, pins or {}, emulator)
     memory = root.find("numatune/memory[@mode='restrictive']")

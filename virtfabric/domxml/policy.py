@@ -6,6 +6,7 @@ whether a host can hold what a policy asks for.
 
 from __future__ import annotations
 
+import re
 from enum import StrEnum
 from functools import cache
 from importlib import resources
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
 _E = TypeVar("_E", bound=StrEnum)
 
 POLICY_TAG: Final = f"{{{POLICY_NAMESPACE}}}policy"
+_CAPABILITY: Final = re.compile(r"[a-z][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)+")
 _ATTRIBUTES: Final[Mapping[str, frozenset[str]]] = {
     "policy": frozenset({"version", "priority", "admission", "drift"}),
     "cpu": frozenset({"reservation", "limit", "shares", "placement", "smt"}),
@@ -144,7 +146,7 @@ def _read_memory(element: etree._Element) -> MemoryPolicy:
 
 def _read_device(element: etree._Element) -> DevicePolicy:
     capability = element.get("capability", "")
-    if "." not in capability:
+    if _CAPABILITY.fullmatch(capability) is None:
         raise InvalidValueError("device.capability", capability, "is not dotted like net.vf")
     reclaimable = element.get("reclaimable", "no")
     if reclaimable not in ("yes", "no"):

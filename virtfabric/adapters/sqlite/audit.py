@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import logging
-import sqlite3
 import threading
 from typing import TYPE_CHECKING, Any, Final, Self
 
@@ -18,11 +17,12 @@ from virtfabric.adapters.sqlite.audit_chain import (
     make_record,
 )
 from virtfabric.adapters.sqlite.audit_files import HeadFile, create_key, read_key
-from virtfabric.adapters.sqlite.database import Database, Schema
+from virtfabric.adapters.sqlite.database import SQLITE_ERRORS, Database, Schema
 from virtfabric.model.errors import ConfigError, InvalidValueError, JournalError
 from virtfabric.ports import AuditRecord, ChainVerdict
 
 if TYPE_CHECKING:
+    import sqlite3
     from collections.abc import Callable, Iterable, Mapping
     from pathlib import Path
 
@@ -188,7 +188,7 @@ class SqliteAuditLog:
             if all(check.take(RawRecord(*row)) for row in records):
                 check.finish()
                 problem = _check_index(connection)
-        except sqlite3.Error as error:
+        except SQLITE_ERRORS as error:
             problem = f"after record {check.head.sequence} the file is damaged: {error}"
         return ChainVerdict(
             check.records, str(check.head), check.problem or problem or head_problem

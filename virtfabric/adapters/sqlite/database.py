@@ -22,7 +22,17 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _BUSY_TIMEOUT_S: Final = 5.0
-_CORRUPT: Final = frozenset({sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB})
+_CORRUPT: Final = frozenset(
+    {
+        sqlite3.SQLITE_CORRUPT,
+        sqlite3.SQLITE_NOTADB,
+        # Our statements are fixed, so these can only come from tables or rows that others made.
+        sqlite3.SQLITE_ERROR,
+        sqlite3.SQLITE_CONSTRAINT,
+    }
+)
+SQLITE_ERRORS: Final = (sqlite3.Error, UnicodeDecodeError)
+"""What the sqlite3 module raises. The second comes of a damaged name in SQLite's own message."""
 _PRIMARY_CODE: Final = 0xFF
 """The low byte of an extended result code. Source: https://www.sqlite.org/rescode.html."""
 
@@ -78,7 +88,7 @@ class Database:
             self._connection = self._connect(path)
         except OSError as error:
             raise JournalError(f"{schema.what} {path}: {error.strerror}") from error
-        except sqlite3.Error as error:
+        except SQLITE_ERRORS as error:
             raise self.translated(error) from error
         try:
             self._check()
@@ -105,7 +115,7 @@ class Database:
                 self._connection.execute("BEGIN IMMEDIATE")
                 yield self._connection
                 self._connection.execute("COMMIT")
-            except sqlite3.Error as error:
+            except SQLITE_ERRORS as error:
                 raise self.translated(error) from error
             finally:
                 # SQLite rolls some failures back by itself (SQLITE_FULL), others not; here is
@@ -121,7 +131,7 @@ class Database:
                 connection.execute("PRAGMA query_only = ON")
                 connection.execute("BEGIN")
                 yield connection
-        except sqlite3.Error as error:
+        except SQLITE_ERRORS as error:
             raise self.translated(error) from error
 
     def checkpoint(self) -> bool:
@@ -129,7 +139,7 @@ class Database:
         with self._lock:
             try:
                 row = self._connection.execute("PRAGMA wal_checkpoint(PASSIVE)").fetchone()
-            except sqlite3.Error:
+            except SQLITE_ERRORS:
                 return False
             return row is not None and row[0] == 0
 
@@ -140,8 +150,10 @@ class Database:
             advice=self._moving_advice(),
         )
 
-    def translated(self, error: sqlite3.Error) -> JournalError:
+    def translated(self, error: Exception) -> JournalError:
         """SQLite's error as ours."""
+        if isinstance(error, UnicodeDecodeError):
+            return self.corrupt("a name in it cannot be read")
         code = getattr(error, "sqlite_errorcode", 0) & _PRIMARY_CODE
         if code in _CORRUPT:
             return self.corrupt(str(error))
@@ -163,7 +175,7 @@ class Database:
         )
 
     def _roll_back(self) -> None:
-        with suppress(sqlite3.Error):
+        with suppress(*SQLITE_ERRORS):
             if self._connection.in_transaction:
                 self._connection.execute("ROLLBACK")
 
@@ -229,7 +241,7 @@ class Database:
             if problems != ["ok"]:
                 raise self.corrupt("; ".join(str(p).replace("\n", " ") for p in problems))
             (mode,) = self._connection.execute("PRAGMA journal_mode = WAL").fetchone()
-        except sqlite3.Error as error:
+        except SQLITE_ERRORS as error:
             raise self.translated(error) from error
         if mode != "wal":
             raise JournalError(

@@ -1,0 +1,128 @@
+"""The machine's topology from sysfs and procfs.
+
+Reads only. Roots are arguments, so that a recorded machine and this one are read by the same code.
+Source: Documentation/admin-guide/cputopology.rst and Documentation/ABI/stable/sysfs-devices-node.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from virtfabric.model.errors import InvalidValueError
+from virtfabric.model.host import HostTopology, HugePages, NumaNode, Pcpu
+from virtfabric.model.units import Bytes, CpuSet
+
+if TYPE_CHECKING:
+    from virtfabric.model.ids import HostId
+
+
+class Sysfs:
+    """Nodes and pCPUs of one machine."""
+
+    def __init__(self, root: Path = Path("/sys"), proc: Path = Path("/proc")) -> None:
+        """Read below these; nothing is touched before a call."""
+        self._system = root / "devices" / "system"
+        self._proc = proc
+
+    def read_topology(self, host_id: HostId) -> HostTopology:
+        """Nodes by id and online pCPUs by number, with memory as it is now.
+
+        A kernel without NUMA (no node directory) is one node 0 with everything.
+
+        Raises:
+            InvalidValueError: a file does not have the form that the kernel documents.
+            OSError: sysfs is not there.
+        """
+        online = self.read_online()
+        nodes = self._read_nodes(online) or {0: self._read_only_node(online)}
+        node_of = {cpu: node.number for node in nodes.values() for cpu in node.cpus}
+        pcpus = {cpu: self._read_pcpu(cpu, node_of.get(cpu, 0), online) for cpu in online}
+        return HostTopology(host_id=host_id, nodes=nodes, pcpus=pcpus)
+
+    def read_online(self) -> CpuSet:
+        """The online pCPUs."""
+        path = self._system / "cpu" / "online"
+        return CpuSet.parse(path.read_text(), field=str(path))
+
+    def _read_nodes(self, online: CpuSet) -> dict[int, NumaNode]:
+        listed = self._system / "node" / "online"
+        if not listed.exists():
+            return {}
+        numbers = CpuSet.parse(listed.read_text(), field=str(listed))
+        return {number: self._read_node(number, numbers, online) for number in numbers}
+
+    def _read_node(self, number: int, numbers: CpuSet, online: CpuSet) -> NumaNode:
+        directory = self._system / "node" / f"node{number}"
+        cpulist = directory / "cpulist"
+        memory = _read_meminfo(directory / "meminfo")
+        # One column for each online node, in ascending order.
+        distances = (directory / "distance").read_text().split()
+        return NumaNode(
+            number=number,
+            cpus=CpuSet(CpuSet.parse(cpulist.read_text(), field=str(cpulist)) & online),
+            memory_total=memory["MemTotal"],
+            memory_free=memory["MemFree"],
+            huge_pages=_read_huge_pages(directory / "hugepages"),
+            distances=dict(zip(numbers, map(int, distances), strict=False)),
+        )
+
+    def _read_only_node(self, online: CpuSet) -> NumaNode:
+        memory = _read_meminfo(self._proc / "meminfo")
+        return NumaNode(
+            number=0,
+            cpus=online,
+            memory_total=memory["MemTotal"],
+            memory_free=memory["MemFree"],
+            huge_pages=_read_huge_pages(self._system.parents[1] / "kernel" / "mm" / "hugepages"),
+            distances={0: 10},
+        )
+
+    def _read_pcpu(self, number: int, node: int, online: CpuSet) -> Pcpu:
+        topology = self._system / "cpu" / f"cpu{number}" / "topology"
+        siblings = _read_text(topology / "thread_siblings_list", str(number))
+        together = CpuSet.parse(siblings, field=f"cpu{number}.thread_siblings_list") & online
+        return Pcpu(
+            number=number,
+            node=node,
+            # -1: the architecture does not say (topology_physical_package_id's default).
+            socket=max(0, int(_read_text(topology / "physical_package_id", "0"))),
+            core=max(0, int(_read_text(topology / "core_id", str(number)))),
+            siblings=CpuSet(together | {number}),
+        )
+
+
+def _read_text(path: Path, default: str) -> str:
+    try:
+        return path.read_text().strip()
+    except FileNotFoundError:
+        return default
+
+
+def _read_meminfo(path: Path) -> dict[str, Bytes]:
+    found = re.findall(r"^(?:Node \d+ )?(\w+):\s+(\d+) kB$", path.read_text(), re.MULTILINE)
+    memory = {name: Bytes(int(kib) << 10) for name, kib in found}
+    for name in ("MemTotal", "MemFree"):
+        if name not in memory:
+            raise InvalidValueError(f"{path}: {name}", None, "is missing")
+    return memory
+
+
+def _read_huge_pages(directory: Path) -> tuple[HugePages, ...]:
+    """One entry per page size, smallest first."""
+    if not directory.is_dir():
+        return ()
+    sizes = {
+        int(match[1]) << 10: entry
+        for entry in directory.iterdir()
+        if (match := re.fullmatch(r"hugepages-(\d+)kB", entry.name))
+    }
+    return tuple(
+        HugePages(
+            size=Bytes(size),
+            total=int((entry / "nr_hugepages").read_text()),
+            free=int((entry / "free_hugepages").read_text()),
+        )
+        for size, entry in sorted(sizes.items())
+    )
