@@ -78,9 +78,7 @@ def await_job(args: argparse.Namespace, job: str) -> Json:
     return _see_through(args, begin)
 
 
-def _see_through(
-    args: argparse.Namespace, begin: Callable[[AgentClient], Awaitable[str]]
-) -> Json:
+def _see_through(args: argparse.Namespace, begin: Callable[[AgentClient], Awaitable[str]]) -> Json:
     show = ProgressLine(quiet=args.json)
 
     async def work(client: AgentClient) -> Json:
@@ -122,9 +120,7 @@ class _Interrupt:
             loop.remove_signal_handler(number)
 
 
-async def _follow(
-    client: AgentClient, job: str, show: ProgressLine, interrupt: _Interrupt
-) -> Json:
+async def _follow(client: AgentClient, job: str, show: ProgressLine, interrupt: _Interrupt) -> Json:
     following = asyncio.create_task(client.follow(job, show))
     asking = asyncio.create_task(interrupt.asked.wait())
     try:

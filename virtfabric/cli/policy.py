@@ -1,0 +1,92 @@
+"""`policy show|set|clear`: what a guest's owner wants for it."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from virtfabric.cli.arguments import check_policy
+from virtfabric.cli.screen import print_json, print_lines
+from virtfabric.cli.session import DONE, ask, await_job
+from virtfabric.cli.tables import outcome_lines, policy_lines
+from virtfabric.model.policy import Admission, DriftAction, Placement, Smt
+
+if TYPE_CHECKING:
+    import argparse
+
+    Json = dict[str, Any]
+
+_FIELDS = ("priority", "cpu", "memory", "shares", "placement", "smt", "admission", "drift")
+
+
+def _show(args: argparse.Namespace) -> int:
+    shown = ask(args, "ShowPolicy", args.guest)
+    if args.json:
+        print_json(shown)
+    else:
+        print_lines(policy_lines(shown))
+    return DONE
+
+
+def _set(args: argparse.Namespace) -> int:
+    changes = {f: getattr(args, f) for f in _FIELDS if getattr(args, f) is not None}
+    if not changes:
+        args.parser.error(f"give at least one of {', '.join('--' + f for f in _FIELDS)}")
+    check_policy(changes)
+    return _finish(args, ask(args, "SetPolicy", args.guest, changes))
+
+
+def _clear(args: argparse.Namespace) -> int:
+    return _finish(args, ask(args, "ClearPolicy", args.guest))
+
+
+def _finish(args: argparse.Namespace, answer: Json) -> int:
+    """See the re-placement of a running guest through."""
+    job = await_job(args, answer["job"]) if answer.get("job") else None
+    if args.json:
+        print_json(answer | {"result": job["result"] if job else None})
+        return DONE
+    print_lines(policy_lines(answer))
+    if job and job["result"]:
+        print_lines(outcome_lines("placement", job["result"]))
+    return DONE
+
+
+def _add_set(actions: Any) -> None:
+    parser = actions.add_parser(
+        "set",
+        help="change fields; what is not named stays",
+        description="Change a guest's policy; a running guest follows at once.",
+        example="virtfabric policy set db --priority 90 --cpu 1:4 --memory 512M:4G",
+    )
+    parser.add_argument("guest", help="name or UUID")
+    parser.add_argument("--priority", metavar="N", help="0 to 100; a higher one may reclaim")
+    parser.add_argument("--cpu", metavar="RES:LIMIT", help="in CPUs, like 1:4 or 500m:2")
+    parser.add_argument("--memory", metavar="RES:LIMIT", help="like 512M:4G")
+    parser.add_argument("--shares", metavar="N", help="share of what is contended, 100 is normal")
+    for name, kind, text in (
+        ("placement", Placement, "pCPUs of its own, or the shared pool"),
+        ("smt", Smt, "what a dedicated guest wants of SMT siblings"),
+        ("admission", Admission, "whether it may start while the agent is away"),
+        ("drift", DriftAction, "what happens to changes made beside the agent"),
+    ):
+        parser.add_argument(f"--{name}", choices=[k.value for k in kind], help=text)
+    parser.set_defaults(run=_set, parser=parser)
+
+
+def add_parsers(subparsers: Any) -> None:
+    """Register the command."""
+    text = "show or change what a guest is entitled to"
+    parser = subparsers.add_parser(
+        "policy", help=text, description=text, example="virtfabric policy show db"
+    )
+    actions = parser.add_subparsers(dest="action", required=True, metavar="show|set|clear")
+    for name, run, about in (
+        ("show", _show, "show a guest's policy"),
+        ("clear", _clear, "make a guest unmanaged; its pins and caps are lifted"),
+    ):
+        action = actions.add_parser(
+            name, help=about, description=about, example=f"virtfabric policy {name} db"
+        )
+        action.add_argument("guest", help="name or UUID")
+        action.set_defaults(run=run)
+    _add_set(actions)
