@@ -30,9 +30,7 @@ class Version(IntEnum):
 class Cgroups:
     """The control groups of one machine."""
 
-    def __init__(
-        self, root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")
-    ) -> None:
+    def __init__(self, root: Path = Path("/sys/fs/cgroup"), proc: Path = Path("/proc")) -> None:
         """Read below these; nothing is touched before a call."""
         self._root = root
         self._proc = proc

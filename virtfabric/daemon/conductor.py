@@ -316,7 +316,7 @@ class Conductor:
                 books = _with_orders(books, plan.orders)
             if work.settle_books is not None:
                 books = work.settle_books(books)
-            residues = (*execution.residues, *self._memory_residues(books, plan.guests, now))
+            residues = (*execution.residues, *self._residues(books, plan.guests, now))
             kept = (r for r in books.residues if r.guest not in plan.guests)
             return replace(books, residues=(*kept, *residues))
 
@@ -345,17 +345,24 @@ class Conductor:
             now + work.lease_s if work.lease_s else None,
         )  # fmt: skip
 
-    def _memory_residues(
+    def _residues(
         self, books: Books, guests: Collection[GuestId], now: float
     ) -> list[Residue]:
-        """Memory that a guest still has beyond its holding (inside the step's tolerance)."""
+        """What a guest still has beyond its holding: memory inside the step's tolerance, vCPUs.
+
+        Surplus vCPUs take nothing from anybody: quota and pins hold them.
+        """
         found = []
         for guest in guests:
             state, holding = self._observatory.guest(guest), books.holdings.get(guest)
-            if state is None or holding is None or state.mechanism is MemoryMechanism.FIXED:
+            if state is None or holding is None:
                 continue
+            surplus = state.vcpus_online - max(1, holding.amounts.cpu.whole)
+            if surplus > 0:
+                why = "plugged beyond what it holds; its cap and pins hold them"
+                found.append(Residue(guest, "vcpu", surplus * 1000, now, why))
             excess = state.memory_current - holding.amounts.memory
-            if excess > 0:
+            if excess > 0 and state.mechanism is not MemoryMechanism.FIXED:
                 found.append(Residue(guest, "memory", excess, now, "the guest has not let go yet"))
         return found
 

@@ -16,7 +16,9 @@ if TYPE_CHECKING:
 
     from virtfabric.daemon.notices import Notices
     from virtfabric.daemon.observatory import Observatory
+    from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
+    from virtfabric.model.ledger import HostSnapshot
     from virtfabric.ports import AuditLog
 
 
@@ -37,6 +39,12 @@ class Drift:
             "guest": self.guest, "name": self.name, "what": self.what,
             "intended": self.intended, "found": self.found, "policy": self.policy.value,
         }  # fmt: skip
+
+
+def _is_residue(snapshot: HostSnapshot, state: GuestState, intended: int) -> bool:
+    """Whether surplus vCPUs are known already: shown as a residue, not as somebody's change."""
+    known = sum(r.amount for r in snapshot.books.residues if r.guest == state.uuid and r.what == "vcpu")
+    return 0 < (state.vcpus_online - intended) * 1000 <= known
 
 
 class DriftWatch:
@@ -72,6 +80,7 @@ class DriftWatch:
             found += [
                 Drift(guest, state.name, d.what, str(d.intended), str(d.found), state.policy.drift)
                 for d in differences(intended, state)
+                if not (d.what == "vcpus" and _is_residue(snapshot, state, intended.vcpus))
             ]
         return found
 

@@ -131,13 +131,13 @@ class Execution:
                 if not step.optional:
                     self._journal.mark(self._txn, index, StepState.APPLIED)
                     return Shortfall(step, error.reached, str(error))
-                self._leave_residue(index, step, str(error), reached=error.reached)
+                self._skip(index, step, error)
             except StepCancelledError:
                 raise
             except VirtfabricError as error:
                 if not step.optional or isinstance(error, JournalError):
                     raise
-                self._leave_residue(index, step, str(error), reached=None)
+                self._skip(index, step, error)
         return None
 
     def _carry_out(self, index: int, step: Step) -> None:
@@ -151,13 +151,11 @@ class Execution:
         handler.verify(step)
         self._journal.mark(self._txn, index, StepState.VERIFIED)
 
-    def _leave_residue(self, index: int, step: Step, why: str, *, reached: int | None) -> None:
-        log.warning("%s: %s; the rest is a residue", step, why)
+    def _skip(self, index: int, step: Step, error: VirtfabricError) -> None:
+        """An optional step did not come about: what it leaves shows when the guest is read."""
+        log.warning("%s: %s; the rest is a residue", step, error)
         self._journal.mark(self._txn, index, StepState.SKIPPED)
         self._done.pop()
-        if isinstance(step, SetVcpuCount):
-            left = (reached if reached is not None else step.before) - step.after
-            self._note("vcpu", step, left * 1000, why)
 
     def _note(self, what: str, step: Step, amount: int, why: str) -> None:
         if amount:

@@ -25,7 +25,7 @@ def caller_of(uid: int, gids: list[int] | None, pid: int) -> Caller:
 
     Args:
         uid: as the bus says.
-        gids: as the bus says; None where it does not (dbus-daemon before 1.15), then the user
+        gids: as the bus says (dbus-daemon 1.14 does); None where it does not, then the user
             database is asked.
         pid: as the bus says, 0 for unknown.
     """

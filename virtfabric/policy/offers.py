@@ -201,9 +201,7 @@ def _seat_pinned(
     if not all(seat(vcpu, set()) for vcpu in sorted(pins)):
         return None
     seated = {vcpu: cpu for cpu, vcpu in owner.items()}
-    return [
-        seated[v] if v in seated else (None if cpu in owner else cpu) for v, cpu in enumerate(slots)
-    ]
+    return [seated.get(v, None if cpu in owner else cpu) for v, cpu in enumerate(slots)]
 
 
 def _seat_rest(slots: list[int | None], extra: list[int], wanted: Wanted) -> tuple[int, ...]:

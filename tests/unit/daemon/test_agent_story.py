@@ -12,7 +12,8 @@ import pytest
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase, SimulatedCrash
 from virtfabric.model.errors import InvalidValueError, RefusedError
 from virtfabric.model.ids import JobId
-from virtfabric.model.units import MIB
+from virtfabric.model.plan import PinVcpu
+from virtfabric.model.units import MIB, CpuSet
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -207,12 +208,9 @@ def test_a_guest_that_stops_sends_loans_home(world: Any) -> None:
 
 
 def test_drift_is_reported_and_repaired(world: Any) -> None:
-    from virtfabric.model.units import CpuSet
-
     state = world.live("web")
-    world.host.pin_by_hand(state.uuid, 0, CpuSet([1])) if hasattr(
-        world.host, "pin_by_hand"
-    ) else pytest.fail("the simulated host cannot pin by hand")
+    pin = PinVcpu(guest=state.uuid, vcpu=0, before=state.vcpu_affinity[0], after=CpuSet([1]))
+    world.host.change_beside(pin)
     aw.eventually(lambda: world.agent.drift(ROOT), "the drift shows")
     assert world.finish(world.agent.drift_repair(ROOT)["job"])["state"] == "done"
     assert world.agent.drift(ROOT) == []

@@ -1,0 +1,76 @@
+"""libvirt for real: the one room that imports `libvirt`.
+
+`open_libvirt` is its door; nothing else of the agent needs more than what it returns.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from virtfabric.adapters.cgroups import Cgroups
+from virtfabric.adapters.libvirt.connection import LibvirtConnection
+from virtfabric.adapters.libvirt.events import LibvirtEvents
+from virtfabric.adapters.libvirt.handler import Surroundings
+from virtfabric.adapters.libvirt.handlers import libvirt_handlers
+from virtfabric.adapters.libvirt.policywriter import LibvirtPolicyWriter
+from virtfabric.adapters.libvirt.processes import QemuProcesses
+from virtfabric.adapters.libvirt.reader import LibvirtGuests, LibvirtHost
+from virtfabric.adapters.libvirt.stats import LibvirtStats
+from virtfabric.adapters.libvirt.waiting import Pulse
+from virtfabric.adapters.registry import HandlerRegistry
+from virtfabric.adapters.sysfs import Sysfs
+
+if TYPE_CHECKING:
+    from virtfabric.ports import Handlers
+
+__all__ = ["LibvirtAdapters", "open_libvirt"]
+
+
+@dataclass(frozen=True, slots=True)
+class LibvirtAdapters:
+    """Every role that libvirt plays, over one connection (and one more for events)."""
+
+    connection: LibvirtConnection
+    guests: LibvirtGuests
+    host: LibvirtHost
+    events: LibvirtEvents
+    policy: LibvirtPolicyWriter
+    handlers: Handlers
+    stats: LibvirtStats
+
+    def close(self) -> None:
+        """Stop events and close the connections; safe to repeat."""
+        self.events.close()
+        self.connection.close()
+
+
+def open_libvirt(
+    uri: str = "qemu:///system",
+    *,
+    run_root: Path = Path("/run"),
+    proc: Path = Path("/proc"),
+    sys: Path = Path("/sys"),
+    cgroup: Path = Path("/sys/fs/cgroup"),
+) -> LibvirtAdapters:
+    """Wire the adapters; libvirtd is first spoken to by the first call.
+
+    Args:
+        uri: the libvirtd to serve.
+        run_root: where its `libvirt/qemu/NAME.pid` are.
+        proc, sys, cgroup: the kernel's views of the same host (and PID namespace).
+    """
+    connection = LibvirtConnection(uri)
+    processes = QemuProcesses(run_root, proc)
+    cgroups, sysfs, pulse = Cgroups(cgroup, proc), Sysfs(sys, proc), Pulse()
+    around = Surroundings(connection, processes, cgroups, sysfs, pulse)
+    return LibvirtAdapters(
+        connection=connection,
+        guests=LibvirtGuests(connection, processes, cgroups),
+        host=LibvirtHost(connection, sysfs),
+        events=LibvirtEvents(uri, also=pulse.hear),
+        policy=LibvirtPolicyWriter(connection),
+        handlers=HandlerRegistry(libvirt_handlers(around)),
+        stats=LibvirtStats(connection),
+    )

@@ -151,14 +151,21 @@ class LibvirtEvents:
         self._tell(EventKind.MEMORY, dom, values={"balloon": kib << 10})
 
     def _on_device(self, _c: Any, dom: Any, alias: str, _opaque: Any) -> None:
-        kind = EventKind.VCPUS if alias.startswith("vcpu") else EventKind.MEMORY
-        self._tell(kind, dom, detail=alias, values={"alias": alias})
+        if alias.startswith("vcpu"):
+            self._tell(EventKind.VCPUS, dom, detail=alias, values={"alias": alias})
+        elif alias.startswith(("virtiomem", "dimm")):
+            self._tell(EventKind.MEMORY, dom, detail=alias, values={"alias": alias})
 
     def _on_job(self, _c: Any, dom: Any, values: Mapping[str, Any], _opaque: Any) -> None:
         self._tell(EventKind.JOB, dom, values=dict(values))
 
     def _tell(
-        self, kind: EventKind, dom: Any, *, detail: str = "", values: Mapping[str, Any] | None = None
+        self,
+        kind: EventKind,
+        dom: Any,
+        *,
+        detail: str = "",
+        values: Mapping[str, Any] | None = None,
     ) -> None:
         # UUIDString and name are kept in the handle: neither is a call to libvirtd.
         guest = GuestId(dom.UUIDString())

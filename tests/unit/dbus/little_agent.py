@@ -1,0 +1,294 @@
+"""A small agent with fixed answers, real jobs and real notices; also a program: ADDRESS."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+import sys
+import threading
+import time
+
+from virtfabric.daemon.jobs import Jobs
+from virtfabric.daemon.notices import Notices
+from virtfabric.dbus.service import Service
+from virtfabric.model.errors import (
+    InvalidValueError,
+    Reason,
+    Refusal,
+    RefusedError,
+    StepCancelledError,
+    VirtfabricError,
+)
+
+DB, BATCH = "0b9c0d3e-0000-4000-8000-000000000001", "0b9c0d3e-0000-4000-8000-000000000002"
+GIB = 1 << 30
+
+
+class SystemClock:
+    def now(self):
+        return time.time()
+
+    def monotonic(self):
+        return time.monotonic()
+
+
+def _guest(uuid, name, priority, placement, cpus):
+    return {
+        "uuid": uuid, "name": name, "state": "running", "managed": True, "policy_error": "",
+        "priority": priority, "placement": placement,
+        "cpu": {
+            "reservation": 1000, "grant": 2000, "limit": 4000, "floor": 1000, "vcpus_online": 2,
+            "vcpus_max": 4, "quota": -1,
+        },
+        "memory": {
+            "reservation": GIB // 2, "grant": GIB, "limit": 4 * GIB, "floor": GIB // 2,
+            "current": GIB, "mechanism": "virtio-mem",
+        },
+        "cpus": cpus, "busy": False, "job": None, "residues": [],
+    }  # fmt: skip
+
+
+GUESTS = [_guest(BATCH, "batch", 10, "shared", ""), _guest(DB, "db", 90, "dedicated", "2-3")]
+HOST = {
+    "host_id": "h1",
+    "cpus": [
+        {
+            "cpu": n, "node": n // 2, "socket": 0, "core": n // 2,
+            "siblings": [n // 2 * 2, n // 2 * 2 + 1],
+            "role": "dedicated" if n > 1 else "pool", "guest": "db" if n > 1 else None,
+            "vcpu": n - 2 if n > 1 else None, "isolated_by": None,
+        }
+        for n in range(4)
+    ],
+    "pool": "0-1", "housekeeping": "0",
+    "memory": [
+        {"node": n, "total": 8 * GIB, "free": 4 * GIB, "grantable": 2 * GIB} for n in (0, 1)
+    ],
+    "capacity": {"cpu_milli": 4000, "memory": 6 * GIB, "reserve": GIB // 4},
+    "free": {"cpu": 1000, "memory": GIB}, "unmanaged": ["legacy"],
+}  # fmt: skip
+GRANT = {
+    "id": "g1", "guest": DB, "name": "db", "amounts": {"cpu": 1000}, "request": "r1",
+    "since": 1.7e9, "expires": None,
+}  # fmt: skip
+LOAN = {
+    "id": "l1", "grant": "g1", "victim": BATCH, "victim_name": "batch", "borrower": DB,
+    "borrower_name": "db", "amounts": {"cpu": 1000}, "since": 1.7e9,
+}  # fmt: skip
+POLICY = {
+    "priority": 90, "admission": "lax", "drift": "report",
+    "cpu": {
+        "reservation": 1000, "limit": 4000, "shares": 100, "placement": "dedicated",
+        "smt": "prefer",
+    },
+    "memory": {"reservation": GIB // 2, "limit": None, "shares": 100, "tiers": ["dram"]},
+    "devices": [],
+}  # fmt: skip
+RECORD = {
+    "sequence": 1, "at": 1.7e9, "kind": "request.granted", "subjects": ["r1"], "body": {},
+    "mac": "aa",
+}  # fmt: skip
+DIFFERENCE = {
+    "guest": DB, "name": "db", "what": "vcpu 0 affinity", "intended": "2", "found": "0-3",
+    "policy": "report",
+}  # fmt: skip
+RESULT = {
+    "request": "r1", "grant": "g1", "delta": {"cpu": 1000},
+    "paid": [{"guest": BATCH, "name": "batch", "amounts": {"cpu": 1000}}], "returned": [],
+    "residues": [], "considered": ["batch: pays 1"], "steps": ["batch: cap at 1 CPU"],
+    "took_s": 0.1, "agent_s": 0.01,
+}  # fmt: skip
+PLAN = {
+    "decision": {
+        "request": "r1", "guest": DB, "generation": 17, "delta": {"cpu": 1000}, "from_free": {},
+        "takes": [{"victim": BATCH, "amounts": {"cpu": 1000}}], "returns": [], "holdings": {},
+        "considered": [
+            {
+                "guest": BATCH, "name": "batch", "resource": "cpu", "verdict": "pays",
+                "priority": 10, "held": 2000, "floor": 1000, "pays": 1000,
+            }
+        ],
+    },
+    "steps": [{"text": "batch: cap at 1 CPU", "data": {"kind": "set-quota"}}],
+    "offers": [{"text": "beside its node", "chosen": True}], "generation": 17,
+}  # fmt: skip
+
+
+class LittleAgent:
+    def __init__(self):
+        self.notices = Notices(SystemClock())
+        self.jobs_ = Jobs(self.notices)
+        self.callers = []
+        self.let_go = threading.Event()
+
+    def _see(self, caller):
+        self.callers.append(caller)
+
+    def _known(self, guest):
+        if guest not in ("db", DB, "batch", BATCH):
+            raise RefusedError(Refusal(Reason.UNKNOWN_GUEST, f"there is no guest {guest!r}"))
+
+    def status(self, caller):
+        self._see(caller)
+        return {
+            "host": HOST, "guests": GUESTS, "grants": [GRANT], "loans": [LOAN], "generation": 17,
+            "alerts": ["a thing to look at"],
+        }  # fmt: skip
+
+    def host(self, caller):
+        self._see(caller)
+        return HOST
+
+    def guests(self, caller):
+        self._see(caller)
+        return GUESTS
+
+    def grants(self, caller):
+        self._see(caller)
+        return [GRANT]
+
+    def loans(self, caller):
+        self._see(caller)
+        return [LOAN]
+
+    def _policy(self, job=None):
+        return {
+            "uuid": DB, "name": "db", "managed": True, "policy_error": "", "policy": POLICY,
+            "xml": "<policy/>", "job": job,
+        }  # fmt: skip
+
+    def policy_show(self, caller, guest):
+        self._see(caller)
+        self._known(guest)
+        return self._policy()
+
+    def policy_set(self, caller, guest, changes):
+        self._see(caller)
+        self._known(guest)
+        if changes.get("priority") == "99":
+            raise InvalidValueError("priority", "99", "is above the ceiling")
+        return self._policy(self.jobs_.start("placement", lambda *_: {"steps": []}).id)
+
+    def policy_clear(self, caller, guest):
+        self._see(caller)
+        self._known(guest)
+        return self._policy() | {"policy": None, "managed": False, "xml": ""}
+
+    def allocate(self, caller, guest, wants):
+        self._see(caller)
+        self._known(guest)
+        if wants.get("cpu") == "+64":
+            raise RefusedError(
+                Refusal(
+                    Reason.NO_CAPACITY, "64 more CPUs are not to be had", {"cpu": 1000}, ("web",)
+                )
+            )
+        work = {"slow": self._slow, "bad": self._bad, "defect": self._defect}.get(wants.get("key"))
+        job = self.jobs_.start(f"allocation for {guest}", work or self._quick, uid=caller.uid)
+        return {"job": job.id, "request": "r1"}
+
+    def _quick(self, _job, progress):
+        self.notices.publish("grant.made", GRANT)
+        return RESULT
+
+    def _slow(self, job, progress):
+        n = 0
+        while not self.let_go.is_set():
+            n += 1
+            self.notices.publish(
+                "job.progress", {"job": job.id, "fraction": min(0.9, n / 100), "text": f"step {n}"}
+            )
+            if job.cancelled.wait(0.01):
+                raise StepCancelledError("cancelled while memory moved")
+        return RESULT
+
+    def _bad(self, _job, progress):
+        raise VirtfabricError("libvirt said no", advice="ask it again")
+
+    def _defect(self, _job, progress):
+        raise RuntimeError("secret path /usr/lib/x.py")
+
+    def plan(self, caller, guest, wants):
+        self._see(caller)
+        self._known(guest)
+        return PLAN
+
+    def release(self, caller, grant):
+        self._see(caller)
+        if caller.uid != 0:
+            detail = f"{caller.principal} (uid {caller.uid}, gids {sorted(caller.gids)}) may not"
+            raise RefusedError(Refusal(Reason.NOT_ALLOWED, detail))
+        return {"job": self.jobs_.start("release", self._quick, uid=caller.uid).id}
+
+    def explain(self, caller, subject):
+        self._see(caller)
+        if subject == "defect":
+            raise ZeroDivisionError("secret path /usr/lib/y.py")
+        return {"subject": subject, "lines": ["root asked", "batch paid"], "records": [RECORD]}
+
+    def audit(self, caller, since, subject):
+        self._see(caller)
+        return [RECORD | {"body": {"since": since, "subject": subject}}]
+
+    def audit_verify(self, caller, head):
+        self._see(caller)
+        broken = head == "ff"
+        return {
+            "whole": not broken, "records": 1, "head": "aa", "problem": "cut off" if broken else "",
+        }  # fmt: skip
+
+    def drift(self, caller):
+        self._see(caller)
+        return [DIFFERENCE]
+
+    def drift_repair(self, caller):
+        self._see(caller)
+        return {"job": self.jobs_.start("repair", lambda *_: {"steps": ["pin"]}).id}
+
+    def job(self, caller, job):
+        self._see(caller)
+        return self.jobs_.get(job).to_json()
+
+    def jobs(self, caller):
+        self._see(caller)
+        return [j.to_json() for j in self.jobs_.all()]
+
+    def job_cancel(self, caller, job):
+        self._see(caller)
+        found = self.jobs_.get(job)
+        found.cancelled.set()
+        return found.to_json()
+
+    def health(self, caller):
+        self._see(caller)
+        return {
+            "version": "0.1.0", "libvirt": {"uri": "x:///", "version": "9.0.0", "connected": True},
+            "state_dir": "/x", "uptime_s": 1.0, "generation": 17, "alerts": [], "residues": [],
+        }  # fmt: skip
+
+    def subscribe(self, listener):
+        return self.notices.subscribe(listener)
+
+    def close(self):
+        self.let_go.set()
+        self.jobs_.close()
+
+
+async def serve(address):
+    agent = LittleAgent()
+    service = Service(agent, address)
+    await service.start()
+    ended = asyncio.Event()
+    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, ended.set)
+    print("ready", flush=True)
+    await ended.wait()
+    await service.close()
+    agent.close()
+
+
+if __name__ == "__main__":
+    logging.disable(logging.CRITICAL)
+    with contextlib.suppress(KeyboardInterrupt):
+        asyncio.run(serve(sys.argv[1]))

@@ -1,0 +1,121 @@
+"""What all step handlers of libvirt share: whom they ask, and how an undo ends."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Generic, TypeVar
+
+from virtfabric.model.errors import GuestGoneError, InvalidValueError
+from virtfabric.model.plan import Step
+
+if TYPE_CHECKING:
+    from virtfabric.adapters.cgroups import Cgroups
+    from virtfabric.adapters.libvirt.connection import LibvirtConnection
+    from virtfabric.adapters.libvirt.processes import QemuProcesses
+    from virtfabric.adapters.libvirt.waiting import Pulse
+    from virtfabric.adapters.sysfs import Sysfs
+    from virtfabric.ports import StepContext
+
+S = TypeVar("S", bound=Step)
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """The host around the handlers."""
+
+    connection: LibvirtConnection
+    processes: QemuProcesses
+    cgroups: Cgroups
+    sysfs: Sysfs
+    pulse: Pulse
+
+
+class LibvirtHandler(Generic[S]):
+    """Implements `ports.StepHandler`; a subclass says how to bring a value about and check it."""
+
+    kind: str
+    step_type: type[S]
+
+    def __init__(self, host: Surroundings) -> None:
+        """A handler works on whatever guest its step names."""
+        self.host = host
+        self.kind = self.step_type.kind
+
+    def apply(self, step: Step, context: StepContext) -> None:
+        """Bring about `step.after`."""
+        own = self._own(step)
+        self.bring_about(own, context)
+        context.progress(1.0, own.describe())
+
+    def verify(self, step: Step) -> None:
+        """Check against kernel or live state."""
+        self.check(self._own(step))
+
+    def undo(self, step: Step) -> int:
+        """Restore `step.before`; a vanished guest counts as undone."""
+        try:
+            return self.give_back(self._own(step))
+        except GuestGoneError:
+            return 0
+
+    def bring_about(self, step: S, context: StepContext) -> None:
+        """Reach `step.after`, waiting for the guest where it has a say."""
+        raise NotImplementedError
+
+    def check(self, step: S) -> None:
+        """Raise VerificationError unless the kernel (or the guest) shows `step.after`."""
+        raise NotImplementedError
+
+    def give_back(self, step: S) -> int:
+        """Restore `step.before`; returns what the guest keeps."""
+        raise NotImplementedError
+
+    def find_pid(self, step: Step) -> int:
+        """QEMU's process.
+
+        Raises:
+            GuestGoneError: there is none.
+        """
+        with self.host.connection.domain(step.guest) as dom:
+            name = dom.name()
+        pid = self.host.processes.find_pid(step.guest, name)
+        if pid is None:
+            raise GuestGoneError(f"{name}: no QEMU process")
+        return pid
+
+    def read_threads(self, step: Step) -> dict[int, int]:
+        """Thread id by vCPU number.
+
+        Raises:
+            GuestGoneError: QEMU is gone.
+        """
+        threads = self.host.processes.read_vcpu_threads(self.find_pid(step))
+        if not threads:
+            raise GuestGoneError(f"{step.name or step.guest}: QEMU has no vCPU thread any more")
+        return threads
+
+    def _own(self, step: Step) -> S:
+        if not isinstance(step, self.step_type):
+            raise InvalidValueError("step.kind", step.kind, f"is not for the {self.kind} handler")
+        return step
+
+
+class LibvirtSetting(LibvirtHandler[S]):
+    """A value that the host sets at once and no guest has a say in: undo is the inverse step."""
+
+    def bring_about(self, step: S, context: StepContext) -> None:
+        """Set `after`."""
+        self.put(step)
+
+    def give_back(self, step: S) -> int:
+        """Set `before`; nothing is left over."""
+        self.put(step.inverse())
+        return 0
+
+    def put(self, step: S) -> None:
+        """Set `step.after`.
+
+        Raises:
+            GuestGoneError, HypervisorError
+        """
+        raise NotImplementedError

@@ -1,0 +1,27 @@
+"""One handler for each step type, for real."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from virtfabric.adapters.libvirt.cpu import (
+    PinEmulatorHandler,
+    PinVcpuHandler,
+    QuotaHandler,
+    SharesHandler,
+    VcpuCountHandler,
+)
+from virtfabric.adapters.libvirt.memory import BalloonHandler, NodesetHandler, VirtioMemHandler
+
+if TYPE_CHECKING:
+    from virtfabric.adapters.libvirt.handler import Surroundings
+    from virtfabric.ports import StepHandler
+
+
+def libvirt_handlers(host: Surroundings) -> tuple[StepHandler, ...]:
+    """All of them, for a registry."""
+    return (
+        VirtioMemHandler(host), BalloonHandler(host), VcpuCountHandler(host),
+        PinVcpuHandler(host), PinEmulatorHandler(host), QuotaHandler(host), SharesHandler(host),
+        NodesetHandler(host),
+    )  # fmt: skip

@@ -1,0 +1,165 @@
+"""Intent: what one guest's live state should be under a layout, and how it differs from that.
+
+Owns the translation of amounts and pCPUs into vCPUs, pins, cap, shares and memory. It must not
+choose pCPUs (layout) or order steps (placement).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Final
+
+from virtfabric.model.amounts import Amounts
+from virtfabric.model.guest import MemoryMechanism
+from virtfabric.model.policy import DEFAULT_SHARES
+from virtfabric.model.units import MIB, Bytes, CpuSet, MilliCpu
+from virtfabric.policy.standing import CPU_KEY, MEMORY_KEY, WHOLE_CPU
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.ids import GuestId
+    from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.policy.layout import Layout
+
+UNCAPPED: Final = -1
+LEAST_QUOTA: Final = 10
+"""Milli-CPU: libvirt takes no quota below 1000 us, and 0 would mean uncapped
+(https://libvirt.org/formatdomain.html#cpu-tuning, `global_quota`)."""
+MEMORY_TOLERANCE: Final = {
+    MemoryMechanism.VIRTIO_MEM: 4 * MIB,
+    MemoryMechanism.BALLOON: MIB,
+    MemoryMechanism.FIXED: 0,
+}
+"""Bytes by which memory may differ without being drift (virtio-mem may stick 4 MiB short)."""
+
+_NOTHING: Final = Amounts()
+
+
+@dataclass(frozen=True, slots=True)
+class Intended:
+    """A guest's live state as it should be.
+
+    Attributes:
+        vcpus: how many should be plugged.
+        pins: one entry for each vCPU that is plugged now or should be.
+        quota: milli-CPU, -1 uncapped.
+        shares: policy shares (100 is the kernel's default).
+        memory: bytes visible to the guest; 0 where its memory is not ours to set.
+        nodes: of a movable guest's memory, empty for any other guest.
+    """
+
+    guest: GuestId
+    vcpus: int
+    pins: dict[int, CpuSet]
+    emulator: CpuSet
+    quota: int
+    shares: int
+    memory: Bytes
+    nodes: CpuSet = CpuSet()
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One thing that is not as intended; both values in words."""
+
+    what: str
+    intended: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.what}: {self.found} instead of {self.intended}"
+
+
+def intended_state(
+    snapshot: HostSnapshot, amounts: Mapping[GuestId, Amounts], layout: Layout, guest: GuestId
+) -> Intended:
+    """What a managed guest of the snapshot should look like when it holds these amounts.
+
+    Raises:
+        KeyError: the snapshot does not know the guest.
+    """
+    state = snapshot.guests[guest]
+    held = amounts.get(guest, _NOTHING)
+    cpu = held[CPU_KEY]
+    order = layout.orders.get(guest, ())
+    vcpus = min(state.vcpus_max, max(1, -(-cpu // WHOLE_CPU)))
+    if order:
+        vcpus = min(state.vcpus_max, len(order))
+    policy = state.policy
+    fixed = state.mechanism is MemoryMechanism.FIXED
+    return Intended(
+        guest,
+        vcpus,
+        _pins(state, order, layout.pool, max(state.vcpus_online, vcpus)),
+        layout.housekeeping,
+        UNCAPPED if order else max(LEAST_QUOTA, cpu),
+        policy.cpu.shares if policy else DEFAULT_SHARES,
+        Bytes(0 if fixed else held[MEMORY_KEY]),
+        layout.nodes.get(guest, CpuSet()),
+    )
+
+
+def _pins(state: GuestState, order: tuple[int, ...], pool: CpuSet, count: int) -> dict[int, CpuSet]:
+    """One pCPU each; vCPUs beyond the holding are stacked on the guest's own set, or float."""
+    around = CpuSet(order) if order else (pool or CpuSet())
+    if not state.config_pins:
+        if not order:
+            return dict.fromkeys(range(count), around)
+        seated = {v: CpuSet((cpu,)) for v, cpu in enumerate(order[:count])}
+        return seated | dict.fromkeys(range(len(seated), count), around)
+    pins = {}
+    for vcpu in range(count):
+        if vcpu < len(order):
+            pins[vcpu] = CpuSet((order[vcpu],))
+        else:
+            pins[vcpu] = CpuSet(around & state.config_pins.get(vcpu, around)) or around
+    return pins
+
+
+def quota_of(state: GuestState) -> int:
+    """The live cap of a guest in milli-CPU, -1 for none."""
+    scheduler = state.scheduler
+    if scheduler.global_quota <= 0 or scheduler.global_period <= 0:
+        return UNCAPPED
+    return round(scheduler.global_quota * WHOLE_CPU / scheduler.global_period)
+
+
+def shares_of(state: GuestState) -> int:
+    """The live shares of a guest in policy shares."""
+    shares = state.scheduler.shares
+    return DEFAULT_SHARES if shares is None else shares
+
+
+def differences(intended: Intended, state: GuestState) -> list[Difference]:
+    """What was found other than intended; empty when all is well."""
+    found = [
+        Difference(f"vcpu {vcpu} affinity", str(cpus), str(state.vcpu_affinity[vcpu]) or "any")
+        for vcpu, cpus in intended.pins.items()
+        if vcpu in state.vcpu_affinity and state.vcpu_affinity[vcpu] != cpus
+    ]
+    if state.vcpus_online != intended.vcpus:
+        found.append(Difference("vcpus", str(intended.vcpus), str(state.vcpus_online)))
+    if quota_of(state) != intended.quota:
+        found.append(Difference("quota", _cap(intended.quota), _cap(quota_of(state))))
+    if shares_of(state) != intended.shares:
+        found.append(Difference("shares", str(intended.shares), str(shares_of(state))))
+    if intended.memory and memory_differs(intended, state):
+        found.append(Difference("memory", str(intended.memory), str(Bytes(state.memory_current))))
+    if state.emulator_affinity != intended.emulator:
+        found.append(
+            Difference("emulator", str(intended.emulator), str(state.emulator_affinity) or "any")
+        )
+    if intended.nodes and state.numa_nodes != intended.nodes:
+        found.append(Difference("nodes", str(intended.nodes), str(state.numa_nodes) or "any"))
+    return found
+
+
+def memory_differs(intended: Intended, state: GuestState) -> bool:
+    """Whether the guest's memory is off by more than its mechanism's tolerance."""
+    return abs(state.memory_current - intended.memory) > MEMORY_TOLERANCE[state.mechanism]
+
+
+def _cap(quota: int) -> str:
+    return "none" if quota < 0 else f"{MilliCpu(quota)} CPU"
