@@ -42,7 +42,9 @@ def _guest(number: int, pool: CpuSet, node: int, pcpu: int | None) -> tuple[Gues
         memory_max=Bytes(2 * GIB),
         mechanism=MemoryMechanism.VIRTIO_MEM,
         virtio_mem=(
-            VirtioMem("m0", node, Bytes(2 * GIB), Bytes(2 * MIB), Bytes(256 * MIB), Bytes(256 * MIB)),
+            VirtioMem(
+                "m0", node, Bytes(2 * GIB), Bytes(2 * MIB), Bytes(256 * MIB), Bytes(256 * MIB)
+            ),
         ),
         policy=GuestPolicy(
             priority=number % 90,
@@ -64,9 +66,7 @@ def make_snapshot(count: int) -> tuple[HostSnapshot, GuestId]:
     dedicated = min(count // 10, 48)
     taken = CpuSet(range(16, 16 + dedicated))
     pool = CpuSet(topology.cpus - taken)
-    pairs = [
-        _guest(n, pool, n % 8, 16 + n if n < dedicated else None) for n in range(count)
-    ]
+    pairs = [_guest(n, pool, n % 8, 16 + n if n < dedicated else None) for n in range(count)]
     capacity = Capacity(
         topology.cpus,
         CpuSet([0, 1]),

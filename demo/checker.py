@@ -157,7 +157,7 @@ def find_qemu(place: Place, guest: str) -> int:
     Raises:
         CheckerError: there is none.
     """
-    home = os.readlink(f"/proc/{place.pid}/ns/pid") if place.pid else None
+    home = _read_pid_namespace(place.pid) if place.pid else None
     wanted = f"guest={guest},".encode()
     for entry in Path("/proc").iterdir():
         if not entry.name.isdigit():
@@ -165,9 +165,13 @@ def find_qemu(place: Place, guest: str) -> int:
         with contextlib.suppress(OSError):
             if not any(word.startswith(wanted) for word in _read_command_line(entry)):
                 continue
-            if home is None or os.readlink(entry / "ns" / "pid") == home:  # noqa: PTH115
+            if home in (None, _read_pid_namespace(entry.name)):
                 return int(entry.name)
     raise CheckerError(f"no QEMU process of guest {guest}")
+
+
+def _read_pid_namespace(pid: int | str) -> str:
+    return str(Path(f"/proc/{pid}/ns/pid").readlink())
 
 
 def _read_command_line(process: Path) -> list[bytes]:
@@ -262,6 +266,11 @@ def read_live_xml(place: Place, guest: str) -> ET.Element:
 def _sum_sizes(root: ET.Element, name: str) -> int:
     found = root.findall(f"./devices/memory[@model='virtio-mem']/target/{name}")
     return sum(int(size.text or 0) * _UNITS[size.get("unit", "KiB")] for size in found)
+
+
+def read_requested(root: ET.Element) -> int:
+    """Bytes that the live XML requests of the guest's virtio-mem devices."""
+    return _sum_sizes(root, "requested")
 
 
 def _count_vcpus(root: ET.Element) -> int:

@@ -11,7 +11,7 @@ from enum import IntEnum
 from pathlib import Path
 from typing import Final
 
-from virtfabric.model.errors import VerificationError
+from virtfabric.model.errors import GuestGoneError, VerificationError
 from virtfabric.model.units import CpuSet
 
 # libvirt splits a guest's threads into these below the group of the whole guest.
@@ -54,12 +54,13 @@ class Cgroups:
         """The group of the whole guest that this process (or thread) belongs to.
 
         Raises:
-            VerificationError: the process is gone, or the controller is not mounted.
+            GuestGoneError: there is no such process.
+            VerificationError: the controller is not mounted.
         """
         try:
             lines = (self._proc / str(pid) / "cgroup").read_text().splitlines()
         except OSError as error:
-            raise VerificationError(f"process {pid}: no control group: {error}") from None
+            raise GuestGoneError(f"process {pid} is gone: {error.strerror}") from None
         wanted = "" if self.version is Version.V2 else controller
         for line in lines:
             _, controllers, path = line.split(":", 2)

@@ -17,7 +17,6 @@ import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final, assert_never
 
 from virtfabric.daemon.api import Caller
@@ -33,6 +32,7 @@ from virtfabric.protocol.hook import HookCode, HookDecoder, HookOperation, HookR
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from virtfabric.daemon.api import AgentApi
 
@@ -125,7 +125,7 @@ class HookServer:
             listener.listen(64)
         except OSError as error:
             raise InstallationError(f"hook socket {self._path}: {error.strerror}") from error
-        listener.setblocking(False)
+        listener.settimeout(0)
         self._listener = listener
         self._acceptor.start()
 
@@ -179,7 +179,7 @@ class HookServer:
         _send(peer, HookReply(HookCode.REFUSED, "not allowed: the hook socket takes root only"))
         try:
             self._on_denied(caller)
-        except Exception:
+        except Exception:  # noqa: BLE001 - the acceptor must live on
             _log.exception("reporting a denied caller failed")
 
     def _serve(self, peer: socket.socket, caller: Caller, since: float) -> None:
@@ -188,8 +188,7 @@ class HookServer:
             reply = self._answer(caller, request, since)
         except (InvalidValueError, TimeoutError, OSError) as error:
             reply = HookReply(HookCode.UNABLE, str(error))
-        except Exception as error:
-            # The hook must hear something; it then does what it does without an agent.
+        except Exception as error:  # noqa: BLE001 - the hook must hear something
             _log.exception("answering a hook failed")
             reply = HookReply(HookCode.UNABLE, f"internal error ({type(error).__name__})")
         _send(peer, reply)

@@ -73,6 +73,7 @@ def parse_domain(live_xml: str, config_xml: str | None) -> GuestState:
         state=RunState.SHUTOFF if root.get("id") is None else RunState.RUNNING,
         vcpus_max=maximum,
         vcpus_online=len(online),
+        vcpu_unplug=root.get("type") == "kvm",
         vcpu_affinity=_read_affinity(root, online),
         emulator_affinity=_read_emulator(root),
         scheduler=_read_scheduler(root),

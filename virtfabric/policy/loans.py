@@ -165,7 +165,7 @@ def settle(
     draft.pay(decision)
     if grant is not None:
         draft.end_grant(grant, (grant.amounts + decision.delta).positive())
-    else:
+    elif decision.guest in draft.holdings:  # of a guest that stopped, `depart` ends the grants
         for part in consume(newest_first(books, decision.guest), (-decision.delta).positive()):
             draft.reduce_grant(*part)
     if new_grant is not None:
@@ -191,8 +191,9 @@ def depart(books: Books, guest: GuestId, at: float) -> Books:
     draft.holdings.pop(guest, None)
     draft.grants = {k: g for k, g in draft.grants.items() if g.guest != guest}
     owed = [loan for loan in draft.loans.values() if loan.borrower == guest]
+    draft.loans = {k: n for k, n in draft.loans.items() if n.borrower != guest}
     draft.hand_on(guest, owed, draft.claims_of(guest), at=at)
-    draft.loans = {k: n for k, n in draft.loans.items() if guest not in (n.victim, n.borrower)}
+    draft.loans = {k: n for k, n in draft.loans.items() if n.victim != guest}
     draft.residues = tuple(r for r in draft.residues if r.guest != guest)
     return draft.finish()
 
@@ -215,9 +216,11 @@ class _Draft:
         moves = [(decision.guest, decision.delta)]
         moves += [(take.victim, -take.amounts) for take in decision.takes]
         moves += [(back.victim, back.amounts) for back in decision.returns]
+        self.holdings.setdefault(decision.guest, Holding(decision.guest, Amounts()))
         for guest, amounts in moves:
-            old = self.holdings.get(guest) or Holding(guest, Amounts())
-            self.holdings[guest] = replace(old, amounts=old.amounts + amounts)
+            old = self.holdings.get(guest)
+            if old is not None:  # a victim may have stopped meanwhile
+                self.holdings[guest] = replace(old, amounts=old.amounts + amounts)
         for guest, order in orders.items():
             if guest in self.holdings:
                 self.holdings[guest] = replace(self.holdings[guest], order=tuple(order))

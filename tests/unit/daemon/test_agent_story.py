@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 import threading
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import agent_world as aw
 import pytest
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase, SimulatedCrash
 from virtfabric.model.errors import InvalidValueError, RefusedError
@@ -18,13 +16,6 @@ from virtfabric.model.units import MIB, CpuSet
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-_spec = importlib.util.spec_from_file_location(
-    "agent_world", Path(__file__).with_name("agent_world.py")
-)
-assert _spec and _spec.loader
-aw: Any = importlib.util.module_from_spec(_spec)
-sys.modules["agent_world"] = aw
-_spec.loader.exec_module(aw)
 ROOT = aw.ROOT
 
 

@@ -40,6 +40,17 @@ class LibvirtAdapters:
     handlers: Handlers
     stats: LibvirtStats
 
+    @property
+    def version(self) -> str:
+        """Of libvirt's daemon, like `9.0.0`.
+
+        Raises:
+            HypervisorGoneError
+        """
+        with self.connection.calls() as raw:
+            number = int(raw.getLibVersion())
+        return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"
+
     def close(self) -> None:
         """Stop events and close the connections; safe to repeat."""
         self.events.close()
@@ -59,7 +70,9 @@ def open_libvirt(
     Args:
         uri: the libvirtd to serve.
         run_root: where its `libvirt/qemu/NAME.pid` are.
-        proc, sys, cgroup: the kernel's views of the same host (and PID namespace).
+        proc: the kernel's view of the processes, in libvirtd's PID namespace.
+        sys: the same host's sysfs.
+        cgroup: where its control groups are mounted.
     """
     connection = LibvirtConnection(uri)
     processes = QemuProcesses(run_root, proc)

@@ -209,10 +209,10 @@ class BalloonHandler(LibvirtHandler[SetBalloon]):
             stats = dom.memoryStats()
         fresh = time.time() - stats.get("last_update", 0) <= _FRESH_STATS_S
         usable = stats.get("usable")
-        actual = stats.get("actual", 0) << 10
+        actual = int(stats.get("actual", 0)) << 10
         if not fresh or usable is None or step.after >= actual:
             return step.after
-        spare = max(0, (usable << 10) - _BALLOON_MARGIN)
+        spare = max(0, (int(usable) << 10) - _BALLOON_MARGIN)
         return max(step.after, actual - spare)
 
     def check(self, step: SetBalloon) -> None:

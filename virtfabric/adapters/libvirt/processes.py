@@ -7,6 +7,8 @@ guest.
 from __future__ import annotations
 
 import re
+from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -48,7 +50,7 @@ class QemuProcesses:
         # libvirt's QEMU has `-uuid UUID`; a pid file may be stale and its number reused.
         return any(
             flag == b"-uuid" and value.decode(errors="replace").lower() == guest
-            for flag, value in zip(arguments, arguments[1:], strict=False)
+            for flag, value in pairwise(arguments)
         )
 
     def read_vcpu_threads(self, pid: int) -> dict[int, int]:
@@ -69,6 +71,23 @@ class QemuProcesses:
             if match:
                 threads[int(match[1])] = int(task.name)
         return dict(sorted(threads.items()))
+
+    def is_emulated(self, threads: dict[int, int]) -> bool:
+        """Whether QEMU runs these vCPU threads (as `read_vcpu_threads` gave them) under TCG."""
+        for tid in threads.values():
+            try:
+                return (self._proc / str(tid) / "comm").read_text().rstrip().endswith("/TCG")
+            except OSError:  # it ended meanwhile; ask the next
+                continue
+        return False
+
+    def is_emulated(self, pid: int) -> bool:
+        """Whether TCG runs the vCPUs instead of KVM."""
+        for task in (self._proc / str(pid) / "task").glob("*/comm"):
+            with suppress(OSError):
+                if re.fullmatch(r"CPU \d+/TCG\n?", task.read_text()):
+                    return True
+        return False
 
     def read_affinity(self, pid: int, tid: int) -> CpuSet:
         """pCPUs that the scheduler lets a thread run on.

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PAUSED: Final = frozenset({libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED})
-_OPERATIONS: Final = {
+_OPERATIONS: Final[dict[int, str]] = {
     value: name.removeprefix("VIR_DOMAIN_JOB_OPERATION_").lower().replace("_", "-")
     for name, value in vars(libvirt).items()
     if name.startswith("VIR_DOMAIN_JOB_OPERATION_") and isinstance(value, int)
@@ -124,7 +124,7 @@ def read_job(dom: Any) -> str | None:
     stats = dom.jobStats()
     if stats.get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE:
         return None
-    return _OPERATIONS.get(stats.get("operation", -1), "unknown")
+    return _OPERATIONS.get(int(stats.get("operation", -1)), "unknown")
 
 
 class LibvirtHost:

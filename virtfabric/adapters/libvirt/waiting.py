@@ -61,6 +61,10 @@ class Pulse:
                 return value
             if cancelled is not None and cancelled.is_set():
                 raise StepCancelledError("cancelled by the caller")
-            with self._moved:
-                self._moved.wait_for(lambda seen=seen: self._count != seen, min(pause, left))
+            self._sleep(seen, min(pause, left))
             pause = min(pause * 1.5, _LAST_POLL_S)
+
+    def _sleep(self, seen: int, timeout_s: float) -> None:
+        """Until the count differs from `seen`, but `timeout_s` at most."""
+        with self._moved:
+            self._moved.wait_for(lambda: self._count != seen, timeout_s)

@@ -1,0 +1,145 @@
+"""Benchmarks on a real private host: the allocate path, the hook, the agent at rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import libvirt
+
+from demo.host import Guest, Host
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+ROUNDS = 12
+RAW = Path(__file__).with_name("inside_raw.py")
+CALLS = Path(__file__).with_name("inside_calls.py")
+CONFIG = {
+    "capacity": {"cpus": "0-1", "memory": "3GiB", "reserve": "32MiB", "overhead": "16MiB"},
+}
+
+
+def _row(what: str, value: float, unit: str, target: float) -> dict[str, Any]:
+    return {
+        "what": what, "value": round(value, 3), "unit": unit, "target": target,
+        "met": value <= target,
+    }  # fmt: skip
+
+
+def measure_allocate() -> list[dict[str, Any]]:
+    """`allocate` of +1 CPU with re-pinning and +64 MiB against the same raw libvirt calls."""
+    guest = Guest(
+        name="grower", priority=90, cpu="500m:2", virtio_mem=256, max_vcpus=2, placement="shared"
+    )
+    with Host("bench-allocate") as host:
+        host.write_config(CONFIG)
+        host.define(guest)
+        host.start_guest(guest.name)
+        host.wait_ready(guest.name)
+        raw = json.loads(
+            host.box.run([sys.executable, str(RAW), guest.name, str(ROUNDS)], env=host.env).stdout
+        )
+        host.start_agent()
+        ours = json.loads(
+            host.box.run([sys.executable, str(CALLS), guest.name, str(ROUNDS)], env=host.env).stdout
+        )
+    ratio = statistics.median(ours["took"]) / statistics.median(raw)
+    own = statistics.median(ours["agent"]) * 1e3
+    return [
+        _row("allocate: the agent's own part", own, "ms median", 15.0),
+        _row("allocate, D-Bus call to verified, against raw libvirt calls", ratio, "x", 1.5),
+    ]
+
+
+def _time(run: Callable[[], object], rounds: int = 40) -> float:
+    samples = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        run()
+        samples.append(time.perf_counter() - began)
+    return statistics.median(samples)
+
+
+def measure_hook() -> list[dict[str, Any]]:
+    """The hook against `python3 -IS` with an empty script, inside the host, agent answering."""
+    guest = Guest(name="managed", priority=50, virtio_mem=64)
+    plain = Guest(name="plain", priority=None, virtio_mem=64)
+    with Host("bench-hook") as host, tempfile.TemporaryDirectory() as scratch:
+        host.write_config(CONFIG)
+        host.start_agent()
+        xml = {}
+        for one in (guest, plain):
+            host.define(one)
+            xml[one.name] = host.virsh("dumpxml", one.name).stdout
+        empty = Path(scratch) / "empty.py"
+        empty.write_text("")
+        hook = "/etc/libvirt/hooks/qemu.d/50-virtfabric"
+        script = f"""
+import json, statistics, subprocess, time
+xml = json.loads({json.dumps(json.dumps(xml))})
+def median(argv, text):
+    took = []
+    for _ in range(40):
+        began = time.perf_counter()
+        subprocess.run(argv, input=text, text=True, capture_output=True)
+        took.append(time.perf_counter() - began)
+    return statistics.median(took)
+base = median(["/usr/bin/python3", "-IS", {str(empty)!r}], "")
+print(json.dumps([
+    median([{hook!r}, "plain", "prepare", "begin", "-"], xml["plain"]) / base,
+    median([{hook!r}, "managed", "prepare", "begin", "-"], xml["managed"]) / base,
+]))
+"""
+        ratios = json.loads(host.box.run(["/usr/bin/python3", "-c", script]).stdout)
+    return [
+        _row("hook, unmanaged guest, against an empty python3 -IS", ratios[0], "x", 1.5),
+        _row("hook, managed guest, agent answering", ratios[1], "x", 2.0),
+    ]
+
+
+def measure_rest(count: int = 50, watch_s: float = 20.0) -> list[dict[str, Any]]:
+    """The agent beside `count` paused guests, at a 1 s sampling interval."""
+    with Host("bench-rest") as host:
+        memory = {**CONFIG["capacity"], "memory": "12GiB"}
+        host.write_config({"capacity": memory, "agent": {"sample_interval_s": 1.0}})
+        for number in range(count):
+            guest = Guest(
+                name=f"g{number}", priority=50, cpu="0.01:1", memory=96, reserve=96, virtio_mem=None
+            )
+            host.define(guest)
+            host.virsh("start", "--paused", guest.name)
+        host.start_agent(timeout_s=300)
+        assert host.agent is not None
+        pid = host.agent.pid
+        status = Path(f"/proc/{pid}/status")
+        ticks = os.sysconf("SC_CLK_TCK")
+
+        def cpu_s() -> float:
+            fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+            return (int(fields[11]) + int(fields[12])) / ticks
+
+        host.wait(lambda: len(host.cli_json("guests")) == count, "all guests known")
+        began, at = cpu_s(), time.monotonic()
+        # the measurement is the passing of time itself
+        subprocess.run(["sleep", str(watch_s)], check=True)
+        share = (cpu_s() - began) / (time.monotonic() - at) * 100
+        line = next(x for x in status.read_text().splitlines() if x.startswith("VmRSS"))
+        rss_mb = int(line.split()[1]) / 1024
+    return [
+        _row(f"agent at rest, {count} guests: RSS", rss_mb, "MB", 70.0),
+        _row(f"agent at rest, {count} guests: CPU", share, "% of a core", 1.0),
+    ]
+
+
+def libvirt_version() -> str:
+    """Of the client library, for the report."""
+    number = libvirt.getVersion()
+    return f"{number // 1_000_000}.{number // 1000 % 1000}.{number % 1000}"

@@ -1,0 +1,226 @@
+"""The command as users run it: a process beside an agent on a real bus."""
+
+from __future__ import annotations
+
+import json
+import signal
+
+import pytest
+
+from virtfabric.cli.main import main
+from virtfabric.dbus.client import with_agent
+
+
+@pytest.fixture
+def inside(served, capsys):
+    """The command in this process: quicker where no signal or pipe is at stake."""
+
+    def run(*args):
+        code = main(["--bus", served.address, *args])
+        said = capsys.readouterr()
+        return code, said.out, said.err
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["status"], ["capacity: CPU 4, 1 free", "db (vCPU 0-1)", "batch", "alert: a thing"]),
+        (["guests"], ["1 / 2 / 4", "512MiB / 1GiB / 4GiB", "db"]),
+        (["host"], ["host h1", "siblings", "unmanaged guests running: legacy"]),
+        (["grants"], ["g1", "cpu 1", "2023-11-14"]),
+        (["loans"], ["batch", "db", "cpu 1"]),
+        (["policy", "show", "db"], ["priority 90", "reservation 1, limit 4", "limit -"]),
+        (["explain", "r1"], ["root asked", "batch paid"]),
+        (["audit"], ["request.granted"]),
+        (["audit", "--verify"], ["the chain of 1 records is whole"]),
+        (["drift"], ["vcpu 0 affinity", "0-3"]),
+        (["jobs"], ["jobs"]),
+    ],
+)
+def test_reading_commands_print_text_and_json(inside, command, words):
+    code, out, err = inside(*command)
+    assert (code, err) == (0, "")
+    assert [w for w in words if w not in out] == []
+    assert "\x1b" not in out  # plain text in a pipe
+    code, out, _ = inside(*command, "--json")
+    assert code == 0
+    json.loads(out)
+
+
+def test_json_is_the_agents_own_document(inside):
+    document = json.loads(inside("--json", "status")[1])
+    assert document == json.loads(inside("status", "--json")[1])
+    assert document["host"]["host_id"] == "h1"
+    assert document["generation"] == 17
+
+
+def test_allocate_shows_what_changed_and_who_paid(inside):
+    code, out, _ = inside("allocate", "db", "--cpu", "+1")
+    assert code == 0
+    assert "db: cpu 1" in out
+    assert "grant g1" in out
+    assert "batch paid cpu 1" in out
+    document = json.loads(inside("allocate", "db", "--cpu", "+1", "--json")[1])
+    assert (document["state"], document["result"]["grant"]) == ("done", "g1")
+
+
+def test_dry_run_prints_the_steps(inside):
+    code, out, _ = inside("allocate", "db", "--cpu", "+1", "--dry-run")
+    assert code == 0
+    assert "1. batch: cap at 1 CPU" in out
+    assert "batch would pay cpu 1" in out
+    assert json.loads(inside("allocate", "db", "--cpu", "+1", "--dry-run", "--json")[1])["steps"]
+
+
+@pytest.mark.parametrize(
+    "wants",
+    [["--cpu", "-1"], ["--memory", "-64M"], ["--cpu", "-0.5", "--memory", "-1G"], ["--cpu=-500m"]],
+)
+def test_amounts_below_zero_are_amounts(inside, wants):
+    assert inside("allocate", "db", *wants)[0] == 0
+
+
+def test_release_policy_and_repair_see_their_jobs_through(inside):
+    assert "release of g1" in inside("release", "g1")[1]
+    assert "step: pin" in inside("drift", "--repair")[1]
+    code, out, _ = inside("policy", "set", "db", "--priority", "80", "--cpu", "1:4")
+    assert (code, "placement: done" in out) == (0, True)
+    assert inside("policy", "clear", "db")[1] == "db: unmanaged (no policy)\n"
+
+
+@pytest.mark.parametrize(
+    ("command", "code", "words"),
+    [
+        (["allocate", "nobody", "--cpu", "1"], 3, "refused (unknown-guest)"),
+        (["allocate", "db", "--cpu", "+64"], 3, "would fit: cpu 1"),
+        (["policy", "set", "db", "--priority", "99"], 2, "priority: '99' is above the ceiling"),
+        (["policy", "set", "db", "--priority", "101"], 2, "priority: '101'"),
+        (["policy", "set", "db", "--cpu", "4:1"], 2, "cpu.limit: '1' is below the reservation"),
+        (["audit", "--since", "yesterday"], 2, "--since: 'yesterday' is not a time"),
+        (["allocate", "db", "--cpu", "1", "--key", "bad"], 1, "advice: ask it again"),
+        (["allocate", "db", "--cpu", "1", "--key", "defect"], 1, "internal error"),
+        (["explain", "defect"], 1, "internal error"),
+        (["audit", "--verify", "--head", "ff"], 1, ""),
+    ],
+)
+def test_errors_have_their_documented_exit_codes(inside, command, code, words):
+    found, _, err = inside(*command)
+    assert (found, words in err) == (code, True), err
+    assert "Traceback" not in err
+    assert "secret" not in err
+
+
+@pytest.mark.parametrize(
+    ("command", "words"),
+    [
+        (["allocate", "db"], "give --cpu, --memory or both"),
+        (["allocate", "db", "--cpu", "lots"], "--cpu"),
+        (["allocate", "db", "--cpu", "--", "-x"], "--cpu"),
+        (["allocate", "db", "--memory", "12Q"], "--memory: '12Q' is not a size"),
+        (["allocate", "db", "--memory", "-99999999T"], "--memory"),
+        (["allocate", "db", "--cpu", "1", "--for", "soon"], "--for"),
+        (["policy", "set", "db"], "give at least one of"),
+        (["policy", "set", "db", "--placement", "moon"], "--placement"),
+        (["audit", "--head", "ff"], "--head goes with --verify"),
+        (["explode"], "explode"),
+        ([], "COMMAND"),
+    ],
+)
+def test_usage_errors_name_the_field_and_end_with_2(inside, capsys, command, words):
+    with pytest.raises(SystemExit) as ended:
+        inside(*command)
+    said = capsys.readouterr().err
+    assert ended.value.code == 2
+    assert words in said, said
+
+
+def test_an_error_in_json_is_a_document(inside):
+    code, out, _ = inside("allocate", "db", "--cpu", "+64", "--json")
+    assert code == 3
+    error = json.loads(out)["error"]
+    assert (error["reason"], error["would_fit"]) == ("no-capacity", {"cpu": 1000})
+
+
+def test_no_agent_is_exit_4_with_advice(served):
+    code, out, err = served("status", bus="unix:path=/nonexistent/bus")
+    assert (code, out) == (4, "")
+    assert "the agent does not answer on the bus" in err
+    assert "virtfabricd" in err
+    assert "virtfabric doctor" in err
+
+
+def _until(stream, words):
+    for line in stream:
+        if words in line:
+            return
+    raise AssertionError(f"{words!r} never came")
+
+
+@pytest.mark.parametrize("flags", [[], ["--json"]])
+def test_ctrl_c_cancels_and_waits_for_the_undo(served, flags):
+    before = _running(served)
+    process = served.popen("allocate", "db", "--cpu", "+1", "--key", "slow", *flags)
+    if flags:
+        while not _running(served) - before:  # its deadline is the test's own
+            pass
+    else:
+        _until(process.stderr, "step ")
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 1
+    assert "cancelled, nothing changed" in err
+    assert not _running(served) - before  # it waited
+    if flags:
+        assert json.loads(out)["error"]["reason"] == "cancelled"
+
+
+def _running(served):
+    jobs = with_agent(served.address, lambda client: client.call("ListJobs"))
+    return {j["id"] for j in jobs if j["state"] == "running"}
+
+
+def test_watch_prints_events_until_ctrl_c(served):
+    process = served.popen("watch", "--json")
+    while process.poll() is None and not _watching(served):
+        pass
+    assert served("allocate", "db", "--cpu", "+1")[0] == 0
+    kinds = set()
+    for line in process.stdout:
+        kinds.add(json.loads(line)["kind"])
+        if "job.done" in kinds:
+            break
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == 0
+    process.communicate()
+    assert {"grant.made", "job.done"} <= kinds
+
+
+def _watching(served):
+    """Whether somebody besides agent and asker is on the bus, and has asked for signals."""
+
+    async def names(client):
+        reply = await client._link.call_bus("ListNames", "")
+        return [n for n in reply.body[0] if n.startswith(":")]
+
+    return len(with_agent(served.address, names)) >= 3
+
+
+def test_a_closed_pipe_is_no_traceback(served):
+    process = served.popen("host", "--json")
+    process.stdout.close()
+    err = process.stderr.read()
+    process.wait(timeout=20)
+    process.stderr.close()
+    assert "Traceback" not in err
+
+
+def test_every_command_has_help_with_an_example(capsys):
+    for command in ["status", "guests", "host", "grants", "loans", "jobs", "policy", "allocate", "release", "explain", "audit", "drift", "watch"]:
+        with pytest.raises(SystemExit) as ended:
+            main([command, "--help"])
+        said = capsys.readouterr().out
+        assert ended.value.code == 0
+        assert f"example:\n  virtfabric {command}" in said
+        assert "--json" in said

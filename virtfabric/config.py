@@ -1,0 +1,437 @@
+"""The configuration: `/etc/virtfabric/*.toml` checked into frozen dataclasses.
+
+Every value is checked when it is read; an error names file, key and value. What depends on the
+machine (do these pCPUs exist?) is checked by `resolve_capacity`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Final
+
+from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
+from virtfabric.model.errors import ConfigError, InvalidValueError
+from virtfabric.model.host import Capacity, HostTopology
+from virtfabric.model.request import Offerable
+from virtfabric.model.units import MIB, Bytes, CpuSet, MilliCpu
+
+CONFIG_DIR: Final = Path("/etc/virtfabric")
+MIN_RESERVE: Final = Bytes(256 * MIB)
+RESERVE_PERCENT: Final = 5
+LOG_LEVELS: Final = ("debug", "info", "warning", "error")
+EVERYBODY: Final = "*"
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfig:
+    """`[agent]`. `bus` empty is the system bus; `syslog` empty exports no audit heads."""
+
+    uri: str = "qemu:///system"
+    state_dir: Path = Path("/var/lib/virtfabric")
+    run_dir: Path = Path("/run/virtfabric")
+    bus: str = ""
+    log_level: str = "info"
+    hook_socket: Path = Path("/run/virtfabric/hook.sock")
+    sample_interval_s: float = 1.0
+    drift_interval_s: float = 30.0
+    syslog: str = "/dev/log"
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityConfig:
+    """`[capacity]`. None leaves it to `resolve_capacity`.
+
+    Attributes:
+        memory: bytes in all, spread over the nodes in proportion to their size.
+        memory_by_node: bytes by node id; nodes that are not named give nothing.
+    """
+
+    cpus: CpuSet | None = None
+    housekeeping: CpuSet | None = None
+    memory: Bytes | None = None
+    memory_by_node: Mapping[int, Bytes] | None = None
+    reserve: Bytes | None = None
+    overhead: Bytes = Bytes(96 * MIB)
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryConfig:
+    """`[memory]`. `lend_ballooned`: nothing enforces a balloon against a hostile guest."""
+
+    lend_ballooned: bool = False
+    deadline_s: float = 30.0
+
+
+@dataclass(frozen=True, slots=True)
+class PrincipalConfig:
+    """`[[access.principal]]`: the bounds of one user (name, uid, or `*` for all others)."""
+
+    user: str
+    max_priority: int = 100
+    max_cpu: MilliCpu | None = None
+    max_memory: Bytes | None = None
+
+    @property
+    def ceiling(self) -> Offerable:
+        """The bounds as authorisation knows them; a resource that is not named has none."""
+        bounds = {CPU: self.max_cpu, MEMORY: self.max_memory}
+        amounts = Amounts({Key(r): v for r, v in bounds.items() if v is not None})
+        return Offerable(self.max_priority, amounts or None)
+
+
+@dataclass(frozen=True, slots=True)
+class AccessConfig:
+    """`[access]`. `group` is a name (it need not exist) or a gid in digits; empty for none."""
+
+    group: str = "virtfabric"
+    principals: tuple[PrincipalConfig, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    """The whole configuration; `Config()` is what an empty file means."""
+
+    agent: AgentConfig = field(default_factory=AgentConfig)
+    capacity: CapacityConfig = field(default_factory=CapacityConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
+    access: AccessConfig = field(default_factory=AccessConfig)
+
+    def ceiling_for(self, uid: int, name: str) -> Offerable:
+        """The bounds of a user: by name, by uid, by `*`; root without an entry has none."""
+        by_user = {p.user: p for p in self.access.principals}
+        users = (name, str(uid)) if uid == 0 else (name, str(uid), EVERYBODY)
+        found = next((by_user[u] for u in users if u in by_user), None)
+        return found.ceiling if found else Offerable()
+
+
+Check = Callable[[Any], Any]
+
+
+class _WrongError(Exception):
+    """A value is wrong; the message continues `file: key = value`."""
+
+
+def _text(value: Any, *, choices: Sequence[str] = (), empty: bool = False) -> str:
+    if not isinstance(value, str):
+        raise _WrongError("is not text")
+    if not value and not empty:
+        raise _WrongError("is empty")
+    if choices and value not in choices:
+        raise _WrongError(f"is not one of {', '.join(choices)}")
+    return value
+
+
+def _path(value: Any) -> Path:
+    path = Path(_text(value))
+    if not path.is_absolute():
+        raise _WrongError("is not an absolute path")
+    return path
+
+
+def _switch(value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _WrongError("is not true or false")
+    return value
+
+
+def _seconds(value: Any, *, least: float, most: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise _WrongError("is not a number of seconds")
+    if not least <= value <= most:
+        raise _WrongError(f"is not between {least:g} and {most:g} seconds")
+    return float(value)
+
+
+def _priority(value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 100:
+        raise _WrongError("is not a whole number from 0 to 100")
+    return value
+
+
+def _parsed(value: Any, parse: Callable[[str], Any]) -> Any:
+    try:
+        return parse(_text(value))
+    except InvalidValueError as error:
+        _, _, problem = str(error).partition(repr(error.value) + " ")
+        advice = f" ({error.advice})" if error.advice else ""
+        raise _WrongError(f"{problem or error}{advice}") from None
+
+
+def _size(value: Any, *, zero: bool = False) -> Bytes:
+    # A plain number of bytes is a size too; TOML writes it without quotes.
+    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+    size: Bytes = _parsed(text, Bytes.parse)
+    if not size and not zero:
+        raise _WrongError("must be above 0")
+    return size
+
+
+def _cpu(value: Any) -> MilliCpu:
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    amount: MilliCpu = _parsed(f"{value:g}" if number else value, MilliCpu.parse)
+    if not amount:
+        raise _WrongError("must be above 0")
+    return amount
+
+
+def _cpus(value: Any) -> CpuSet:
+    cpus: CpuSet = _parsed(value, CpuSet.parse)
+    if not cpus:
+        raise _WrongError("names no CPU")
+    return cpus
+
+
+def _group(value: Any) -> str:
+    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
+        return str(value)
+    return _text(value, empty=True)
+
+
+def _user(value: Any) -> str:
+    text = _group(value)
+    if not text:
+        raise _WrongError("is empty")
+    return text
+
+
+_KEYS: Final[Mapping[str, Mapping[str, Check]]] = {
+    "agent": {
+        "uri": _text,
+        "state_dir": _path,
+        "run_dir": _path,
+        "bus": partial(_text, empty=True),
+        "log_level": partial(_text, choices=LOG_LEVELS),
+        "hook_socket": _path,
+        "sample_interval_s": partial(_seconds, least=0.05, most=3600),
+        "drift_interval_s": partial(_seconds, least=0.05, most=86400),
+        "syslog": partial(_text, empty=True),
+    },
+    "capacity": {
+        "cpus": _cpus,
+        "housekeeping": _cpus,
+        "memory": _size,
+        "reserve": partial(_size, zero=True),
+        "overhead": partial(_size, zero=True),
+    },
+    "memory": {
+        "lend_ballooned": _switch,
+        "deadline_s": partial(_seconds, least=0.1, most=3600),
+    },
+    "access": {"group": _group, "principal": lambda value: value},
+}
+_PRINCIPAL: Final[Mapping[str, Check]] = {
+    "user": _user, "max_priority": _priority, "max_cpu": _cpu, "max_memory": _size,
+}  # fmt: skip
+_NODE: Final = re.compile(r"node([0-9]{1,4})")
+
+
+@dataclass(frozen=True, slots=True)
+class _Reader:
+    """Checks the values of one source (a file, or the options) and adds them to `found`."""
+
+    source: str
+    found: dict[str, dict[str, Any]]
+
+    def fail(self, key: str, value: Any, problem: str, *, advice: str = "") -> ConfigError:
+        shown = repr(value) if not isinstance(value, dict) else "{...}"
+        return ConfigError(f"{self.source}: {key} = {shown} {problem}", advice=advice)
+
+    def read(self, document: Mapping[str, Any]) -> None:
+        for section, table in document.items():
+            known = self._known(section, section, table, _KEYS)
+            if not isinstance(table, dict):
+                raise self.fail(section, table, f"is not a table; write it as [{section}]")
+            for name, value in table.items():
+                self._read_key(section, name, value, known)
+
+    def _read_key(self, section: str, name: str, value: Any, known: Mapping[str, Check]) -> None:
+        key = f"{section}.{name}"
+        check = self._known(key, name, value, known)
+        target = self.found.setdefault(section, {})
+        if key == "access.principal":
+            target.setdefault("principals", []).extend(self._principals(value))
+        elif key == "capacity.memory" and isinstance(value, dict):
+            target["memory_by_node"] = self._nodes(value)
+            target.pop("memory", None)
+        else:
+            target[name] = self.check(key, value, check)
+            if key == "capacity.memory":
+                target.pop("memory_by_node", None)
+
+    def check(self, key: str, value: Any, check: Check) -> Any:
+        try:
+            return check(value)
+        except _WrongError as error:
+            raise self.fail(key, value, str(error)) from None
+
+    def _known(self, key: str, name: str, value: Any, known: Mapping[str, Any]) -> Any:
+        if name in known:
+            return known[name]
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+        advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
+        raise self.fail(key, value, f"is not a known key; {advice}", advice=advice)
+
+    def _nodes(self, table: Mapping[str, Any]) -> dict[int, Bytes]:
+        nodes = {}
+        for name, value in table.items():
+            match = _NODE.fullmatch(name)
+            if match is None:
+                key = f"capacity.memory.{name}"
+                raise self.fail(key, value, "is not a known key; write node0, node1...")
+            nodes[int(match[1])] = self.check(f"capacity.memory.{name}", value, _size)
+        return nodes
+
+    def _principals(self, value: Any) -> list[PrincipalConfig]:
+        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
+            problem = "is not a list of tables; write [[access.principal]]"
+            raise self.fail("access.principal", value, problem)
+        return [self._principal(number, entry) for number, entry in enumerate(value, 1)]
+
+    def _principal(self, number: int, entry: Mapping[str, Any]) -> PrincipalConfig:
+        place = f"access.principal[{number}]"
+        values = {
+            name: self.check(
+                f"{place}.{name}", value, self._known(f"{place}.{name}", name, value, _PRINCIPAL)
+            )
+            for name, value in entry.items()
+        }
+        if "user" not in values:
+            raise self.fail(place, entry, "has no user")
+        return PrincipalConfig(**values)
+
+
+def _files(source: Path | Sequence[Path]) -> list[Path]:
+    if not isinstance(source, Path):
+        return list(source)
+    if source == CONFIG_DIR and not source.exists():
+        return []  # Not configured: the defaults hold.
+    return sorted(source.glob("*.toml")) if source.is_dir() else [source]
+
+
+def _parse_file(path: Path) -> Mapping[str, Any]:
+    try:
+        return tomllib.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise ConfigError(f"{path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path}: byte {error.start} is not UTF-8") from error
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path}: not TOML: {error}") from error
+
+
+def load_config(
+    source: Path | Sequence[Path] = CONFIG_DIR, overrides: Mapping[str, object] | None = None
+) -> Config:
+    """Read the configuration.
+
+    Args:
+        source: a directory (its `*.toml` in name order), a file, or files. A later file overrides
+            single keys of an earlier one; `[[access.principal]]` entries add up, the last one of
+            a user counts. Only the default directory may be missing.
+        overrides: values by dotted key (`agent.uri`), from command-line options.
+
+    Raises:
+        ConfigError: names file, key and value.
+    """
+    found: dict[str, dict[str, Any]] = {}
+    for path in _files(source):
+        _Reader(str(path), found).read(_parse_file(path))
+    for key, value in (overrides or {}).items():
+        section, _, name = key.partition(".")
+        plain = str(value) if isinstance(value, Path) else value
+        _Reader("option", found).read({section: {name: plain}})
+    return _build(found)
+
+
+def _build(found: Mapping[str, dict[str, Any]]) -> Config:
+    agent = dict(found.get("agent", {}))
+    if "run_dir" in agent:
+        agent.setdefault("hook_socket", agent["run_dir"] / "hook.sock")
+    access = dict(found.get("access", {}))
+    if "principals" in access:
+        last = {p.user: p for p in access["principals"]}
+        access["principals"] = tuple(last.values())
+    return Config(
+        AgentConfig(**agent),
+        CapacityConfig(**found.get("capacity", {})),
+        MemoryConfig(**found.get("memory", {})),
+        AccessConfig(**access),
+    )
+
+
+def resolve_capacity(config: Config, topology: HostTopology) -> Capacity:
+    """What `[capacity]` means on this machine.
+
+    `cpus` is every pCPU unless given; `housekeeping` the first core among `cpus`; `memory` all of
+    each node; `reserve` the larger of 256 MiB and 5 % of `memory`.
+
+    Raises:
+        ConfigError: a pCPU or node that is not there, more memory than there is, or a reserve
+            that leaves nothing.
+    """
+    section = config.capacity
+    cpus = _existing("cpus", section.cpus or topology.cpus, topology)
+    first = next((core & cpus for core in topology.cores if core & cpus), frozenset[int]())
+    housekeeping = _existing("housekeeping", section.housekeeping or CpuSet(first), topology)
+    memory = _memory_by_node(section, topology)
+    total = sum(memory.values())
+    reserve = section.reserve
+    if reserve is None:
+        reserve = max(MIN_RESERVE, Bytes(total * RESERVE_PERCENT // 100))
+    if reserve >= total:
+        raise ConfigError(
+            f"capacity.reserve = {reserve} leaves nothing of capacity.memory = {Bytes(total)}"
+        )
+    return Capacity(cpus, housekeeping, memory, reserve, section.overhead)
+
+
+def _existing(name: str, cpus: CpuSet, topology: HostTopology) -> CpuSet:
+    missing = CpuSet(cpus - topology.cpus)
+    if missing:
+        raise ConfigError(
+            f"capacity.{name} = '{cpus}' names pCPU {missing}, which the host does not have",
+            advice=f"online are {topology.cpus}",
+        )
+    return cpus
+
+
+def _memory_by_node(section: CapacityConfig, topology: HostTopology) -> dict[int, Bytes]:
+    nodes = topology.nodes
+    if section.memory_by_node is not None:
+        for number, amount in section.memory_by_node.items():
+            _check_node(number, amount, topology)
+        return dict(section.memory_by_node)
+    if section.memory is None:
+        return {number: node.memory_total for number, node in nodes.items()}
+    if section.memory > topology.memory_total:
+        raise ConfigError(
+            f"capacity.memory = {section.memory} is more than the host's {topology.memory_total}"
+        )
+    return _spread(section.memory, topology)
+
+
+def _check_node(number: int, amount: Bytes, topology: HostTopology) -> None:
+    key = f"capacity.memory.node{number} = {amount}"
+    if number not in topology.nodes:
+        have = ", ".join(f"node{n}" for n in topology.nodes)
+        raise ConfigError(f"{key}: the host has no such node", advice=f"it has {have}")
+    if amount > topology.nodes[number].memory_total:
+        total = topology.nodes[number].memory_total
+        raise ConfigError(f"{key} is more than the node's {total}")
+
+
+def _spread(amount: Bytes, topology: HostTopology) -> dict[int, Bytes]:
+    """In proportion to node size; the sum is exact, since each share ends where the next begins."""
+    spread, seen, given = {}, 0, 0
+    for number, node in sorted(topology.nodes.items()):
+        seen += node.memory_total
+        upto = int(amount) * seen // topology.memory_total
+        spread[number] = Bytes(upto - given)
+        given = upto
+    return spread
