@@ -28,7 +28,7 @@ from virtfabric.policy.standing import (
 from virtfabric.policy.victims import Market
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
 
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId, RequestId
@@ -84,12 +84,13 @@ def choose_allocation(
     market = Market(snapshot, guest, caps or {}, free(snapshot))
     for change in growing:
         if change.asked > change.line.ceiling:
-            return _refuse(market, growing, Reason.ABOVE_LIMIT, _above_limit(guest, change))
+            return _refuse(market, growing, Reason.ABOVE_LIMIT, _above_limit(guest, change), ())
     fitting = [change._replace(amount=_fit(market, change)) for change in growing]
     short = [then for now, then in zip(fitting, growing, strict=True) if now.amount < then.amount]
     if short and not (request.partial and any(change.amount for change in fitting)):
         detail = _no_capacity(market, short[0].key, short[0].cost)
-        return _refuse(market, growing, Reason.NO_CAPACITY, detail)
+        lacking = [change.key for change in short]
+        return _refuse(market, growing, Reason.NO_CAPACITY, detail, lacking)
     shrinking = [change for change in changes if change.amount < 0]
     return _decide(snapshot, request.id, guest, fitting + shrinking, market)
 
@@ -149,11 +150,14 @@ def choose_admission(
         memory=_starting_memory(guest, line_of(guest, MEMORY_KEY, snapshot)),
     )
     cost = charge_of(guest, held, snapshot)
-    for key, need in cost.items():
-        if need > market.free_of(key) and need > market.available(key):
-            fit = {str(k.resource): min(cost[k], market.available(k)) for k in cost}
-            detail = _no_capacity(market, key, need)
-            return Refusal(Reason.NO_CAPACITY, detail, fit, market.lines())
+    lacking = [
+        key for key, need in cost.items()
+        if need > market.free_of(key) and need > market.available(key)
+    ]  # fmt: skip
+    if lacking:
+        fit = {str(key.resource): min(cost[key], market.available(key)) for key in cost}
+        detail = _no_capacity(market, lacking[0], cost[lacking[0]])
+        return Refusal(Reason.NO_CAPACITY, detail, fit, market.lines(lacking))
     from_free = Amounts({key: market.buy(key, need) for key, need in cost.items()})
     before = held_of(snapshot, guest.uuid)
     return Decision(
@@ -230,11 +234,12 @@ def _most(market: Market, change: _Change) -> int:
 # -- no ---------------------------------------------------------------------------------------
 
 
-def _refuse(market: Market, growing: Sequence[_Change], why: Reason, detail: str) -> Refusal:
-    """A refusal with what would fit of each resource that was to grow."""
+def _refuse(
+    market: Market, growing: Sequence[_Change], why: Reason, detail: str, lacking: Sequence[Key]
+) -> Refusal:
+    """A refusal with what would fit of each resource that was to grow, and who was looked at."""
     would_fit = {str(change.key.resource): _most(market, change) for change in growing}
-    considered = market.lines() if why is Reason.NO_CAPACITY else ()
-    return Refusal(why, detail, would_fit, considered)
+    return Refusal(why, detail, would_fit, market.lines(lacking))
 
 
 def _above_limit(guest: GuestState, change: _Change) -> str:
@@ -261,7 +266,7 @@ def _decide(
     snapshot: HostSnapshot,
     request_id: RequestId,
     guest: GuestState,
-    changes: Iterable[_Change],
+    changes: Sequence[_Change],
     market: Market | None,
 ) -> Decision:
     """The decision for gains that are known to fit, and for what is given up."""

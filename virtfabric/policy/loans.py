@@ -5,8 +5,8 @@ and no CPUs. Everything is a function from books to books.
 
 The rule that conserves: a loan is a claim, the amounts themselves are in the holdings. When a
 grant ends while its borrower was itself reclaimed from, it gives back less than it got. By that
-shortfall its claims on its own borrowers are cut, oldest first: they pass to the victims that it
-still owes, and what it owes nobody is written off (it becomes free when that borrower releases).
+shortfall its claims on its own borrowers are cut, oldest first; what it still owes passes to those
+borrowers as their debt, and what it owes nobody is written off (free when that borrower releases).
 So every amount comes home once, to whom it was taken from first. A loan whose victim cannot take
 it back (stopped, or at its ceiling) ends unpaid: the amounts are free.
 """
@@ -125,8 +125,7 @@ def repay_parts(
     for grant, part in parts:
         rest = rest - part
         own = [loan for loan in borrowed if loan.grant == grant.id]
-        lent = sum((loan.amounts for loan in own), Amounts())
-        home.repay(own, part, spare=(lent - grant.amounts).positive())
+        home.repay(own, part, spare=(_total(own) - grant.amounts).positive())
     home.repay((n for n in borrowed if n.grant not in books.grants), rest, spare=Amounts())
 
 
@@ -261,8 +260,7 @@ class _Draft:
 
     def claims_of(self, guest: GuestId) -> Amounts:
         """What it lent in all."""
-        lent = (loan.amounts for loan in self.loans.values() if loan.victim == guest)
-        return sum(lent, Amounts())
+        return _total(loan for loan in self.loans.values() if loan.victim == guest)
 
     def hand_on(
         self, guest: GuestId, owed: Iterable[Loan], shortfall: Amounts, *, at: float | None = None
@@ -276,15 +274,20 @@ class _Draft:
             at: since when the new claims run, None for since the loan passed on.
         """
         debts = [(loan, dict(loan.amounts)) for loan in sorted(owed, key=_age)]
-        claims = [loan for loan in self.loans.values() if loan.victim == guest]
-        rest = dict(shortfall)
-        for claim in sorted(claims, key=_age):
-            cut = Amounts({k: min(v, rest.get(k, 0)) for k, v in claim.amounts.items()})
-            if not cut:
-                continue
-            rest = {k: v - cut[k] for k, v in rest.items()}
-            self.keep(claim, claim.amounts - cut)
-            self._share_out(claim, cut, debts, at)
+        claims = sorted((n for n in self.loans.values() if n.victim == guest), key=_age)
+        cuts, rest = [], shortfall
+        for claim in claims:
+            cut = Amounts({k: min(v, rest[k]) for k, v in claim.amounts.items()})
+            if cut:
+                rest = rest - cut
+                cuts.append((claim, cut))
+                self.keep(claim, claim.amounts - cut)
+        # What a victim of whole CPUs gave beyond the need is owed as well, and comes out of free.
+        extra = _total(loan for loan, _ in debts) - _total(replace(n, amounts=c) for n, c in cuts)
+        for claim, cut in cuts:
+            more = Amounts({k: max(0, extra[k]) for k in cut})
+            extra = extra - more
+            self._share_out(claim, cut + more, debts, at)
 
     def _share_out(
         self, claim: Loan, cut: Amounts, debts: list[tuple[Loan, Budget]], at: float | None
@@ -313,3 +316,7 @@ class _Draft:
 
 def _age(loan: Loan) -> tuple[float, LoanId]:
     return loan.since, loan.id
+
+
+def _total(loans: Iterable[Loan]) -> Amounts:
+    return sum((loan.amounts for loan in loans), Amounts())

@@ -161,9 +161,9 @@ def charge_of(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -
 
     Args:
         guest: an active or a starting guest.
-        held: None for a guest without a holding (unmanaged, or not taken over yet): it counts
-            with all the memory it can reach and with the part of its vCPUs' time that can fall on
-            managed pCPUs.
+        held: None for a guest without a holding. An unmanaged one counts with all the memory it
+            can reach and with the part of its vCPUs' time that can fall on managed pCPUs; one
+            that was not taken over yet, with its floor and the memory it has.
         snapshot: for the capacity.
     """
     cpu, memory = _charge(guest, held, snapshot)
@@ -172,6 +172,11 @@ def charge_of(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -
 
 def _charge(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -> tuple[int, int]:
     overhead = int(snapshot.capacity.overhead)
+    if held is None and guest.policy is not None:
+        # Managed, but not taken over yet (several run when the agent starts): it is owed its
+        # floor, and has its memory; counting more would leave no room for the first one's grant.
+        floor = floor_of(guest, snapshot)
+        held = floor.with_value(MEMORY_KEY, max(floor[MEMORY_KEY], int(guest.memory_current)))
     if held is None:
         memory = max(int(guest.memory_max), int(guest.memory_current))
         return _stray_cpu(guest, snapshot.capacity, snapshot.topology.cpus), memory + overhead

@@ -15,7 +15,7 @@ from virtfabric.model.guest import MemoryMechanism, RunState
 from virtfabric.policy.standing import Line, line_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterable, Mapping
 
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
@@ -197,6 +197,6 @@ class Market:
         """What was taken, one entry per victim."""
         return tuple(Take(victim, Amounts(gift)) for victim, gift in self.gifts.items())
 
-    def lines(self) -> tuple[str, ...]:
-        """One line for each guest looked at, for a refusal."""
-        return tuple(line for seen in self._surveys.values() for line in seen.lines())
+    def lines(self, keys: Iterable[Key]) -> tuple[str, ...]:
+        """One line for each guest and each of these resources, for a refusal."""
+        return tuple(line for key in keys for line in self.survey(key).lines())

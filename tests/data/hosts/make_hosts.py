@@ -1,4 +1,4 @@
-"""Writes the generated hosts beside this file; the numbering follows what Linux shows on such boxes.
+"""Writes the generated hosts beside this file; numbered as Linux numbers such machines.
 
 `python3 tests/data/hosts/make_hosts.py` (a test compares the files with what it would write).
 """

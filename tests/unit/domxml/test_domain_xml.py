@@ -157,12 +157,12 @@ def test_an_invalid_policy_is_told_and_the_guest_is_unmanaged() -> None:
         ("cpuset='1'", "cpuset='1-'", "vcpupin.cpuset"),
         ("<size unit='KiB'", "<size unit='stone'", "memory.target.size.unit"),
         ("restrictive", "lenient", "numatune.memory.mode"),
-        ("<domain type", "<network type", "domain XML"),
+        ("<vcpu placement", "<vcpu current='1' placement", "domain XML"),
     ],
 )
 def test_an_error_names_the_field(old: str, new: str, field: str) -> None:
     with pytest.raises(InvalidValueError) as error:
-        parse_domain(LIVE.replace(old, new, 1).replace("</domain>", "</domain>"), None)
+        parse_domain(LIVE.replace(old, new, 1), None)
     assert error.value.field == field
 
 
@@ -195,3 +195,9 @@ def test_filter_changes_no_line_beside_the_pins() -> None:
     kept = [line for line in lines if "pin " not in line]
     done = replace_placement(LIVE, None, None, None).replace('"', "'").splitlines()
     assert done == [line.replace('"', "'") for line in kept]
+
+
+def test_only_domains_are_taken() -> None:
+    for read in (lambda x: parse_domain(x, None), lambda x: replace_placement(x, None, None, None)):
+        with pytest.raises(InvalidValueError, match="is not a domain"):
+            read("<network/>")

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.decision import Decision
@@ -30,6 +29,9 @@ from virtfabric.model.ledger import Books, Holding, HostSnapshot
 from virtfabric.model.plan import PinVcpu, SetVcpuCount
 from virtfabric.model.policy import CpuPolicy, GuestPolicy, MemoryPolicy, Placement, Smt
 from virtfabric.model.units import MIB, Bytes, CpuSet, MilliCpu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
 
 DATA = Path(__file__).resolve().parents[2] / "data" / "hosts"
 HOSTS: list[str] = sorted(path.stem for path in DATA.glob("*.json"))

@@ -14,7 +14,12 @@ from lxml import etree
 from virtfabric.adapters.libvirt.handler import LibvirtHandler, LibvirtSetting
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.parse import parse_xml
-from virtfabric.model.errors import HypervisorError, ShortfallError, VerificationError
+from virtfabric.model.errors import (
+    GuestGoneError,
+    HypervisorError,
+    ShortfallError,
+    VerificationError,
+)
 from virtfabric.model.plan import ResizeVirtioMem, SetBalloon, SetNodeset
 from virtfabric.model.units import MIB, Bytes, CpuSet
 
@@ -25,6 +30,7 @@ if TYPE_CHECKING:
     from virtfabric.ports import StepContext
 
 _LIVE: Final = libvirt.VIR_DOMAIN_AFFECT_LIVE
+_RESTRICTIVE: Final = libvirt.VIR_DOMAIN_NUMATUNE_MEM_RESTRICTIVE
 # Growing costs the guest about 1/64 of the growth in free memory, so a large one is taken in
 # steps. Not in smaller ones: QEMU tells of a size at most once a second (measured with 7.2: every
 # request but the first in a second is seen 1 s later, whatever its size).
@@ -140,6 +146,8 @@ class VirtioMemHandler(LibvirtHandler[ResizeVirtioMem]):
     def _read(self, step: ResizeVirtioMem) -> VirtioMem:
         with self.host.connection.domain(step.guest) as dom:
             state = parse_domain(dom.XMLDesc(0), None)
+        if not state.active:  # a persistent guest's definition outlives it
+            raise GuestGoneError(f"{state.name}: is not running any more")
         for device in state.virtio_mem:
             if device.alias == step.alias:
                 return device
@@ -161,6 +169,8 @@ def _choose_targets(device: VirtioMem, after: int) -> list[int]:
 
 def _format_request(domain_xml: str, alias: str, size: int) -> str:
     root = parse_xml(domain_xml, what="domain XML")
+    if root.get("id") is None:
+        raise GuestGoneError(f"{root.findtext('name')}: is not running any more")
     for device in root.findall("devices/memory"):
         name, requested = device.find("alias"), device.find("target/requested")
         if name is not None and name.get("name") == alias and requested is not None:
@@ -252,6 +262,10 @@ class NodesetHandler(LibvirtSetting[SetNodeset]):
     def put(self, step: SetNodeset) -> None:
         """Let the kernel move all of the guest's memory (cpuset.memory_migrate)."""
         with self.host.connection.domain(step.guest) as dom:
+            # libvirt would take it for a guest without <numatune>, make that `strict`, and then
+            # refuse the way back (measured with 9.0).
+            if dom.numaParameters(_LIVE).get("numa_mode") != _RESTRICTIVE:
+                raise HypervisorError(f"{step.name}: only a restrictive guest's memory can move")
             dom.setNumaParameters({"numa_nodeset": str(step.after)}, _LIVE)
 
     def check(self, step: SetNodeset) -> None:

@@ -7,7 +7,6 @@ guest.
 from __future__ import annotations
 
 import re
-from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -79,14 +78,6 @@ class QemuProcesses:
                 return (self._proc / str(tid) / "comm").read_text().rstrip().endswith("/TCG")
             except OSError:  # it ended meanwhile; ask the next
                 continue
-        return False
-
-    def is_emulated(self, pid: int) -> bool:
-        """Whether TCG runs the vCPUs instead of KVM."""
-        for task in (self._proc / str(pid) / "task").glob("*/comm"):
-            with suppress(OSError):
-                if re.fullmatch(r"CPU \d+/TCG\n?", task.read_text()):
-                    return True
         return False
 
     def read_affinity(self, pid: int, tid: int) -> CpuSet:

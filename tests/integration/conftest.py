@@ -1,0 +1,60 @@
+"""Fixtures of tests that need a real libvirtd and real guests."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+HERE = Path(__file__).resolve().parent
+for directory in (str(HERE.parents[1]), str(HERE)):
+    if directory not in sys.path:
+        sys.path.insert(0, directory)
+
+from lab_host import LabHost
+
+from virtfabric.shim.guestimage import GuestImage, ensure_guest_image
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+
+@pytest.fixture(scope="session")
+def guest_image() -> GuestImage:
+    """Kernel and initrd, built once."""
+    return ensure_guest_image()
+
+
+@pytest.fixture(scope="session")
+def needs_root(guest_image: GuestImage) -> None:
+    """Skips where no namespaces can be made."""
+    if os.geteuid() != 0:
+        pytest.skip("needs root: private namespaces and guests")
+
+
+@pytest.fixture
+def make_lab(needs_root: None, tmp_path: Path) -> Iterator[Callable[..., LabHost]]:
+    """Starts private hosts, without an agent; all are torn down when the test ends."""
+    made: list[LabHost] = []
+
+    def make(**options: object) -> LabHost:
+        number = len(made)
+        lab = LabHost(f"vft{os.getpid()}-{number}", tmp_path / f"lab{number}", **options)  # type: ignore[arg-type]
+        made.append(lab)
+        lab.start()
+        return lab
+
+    yield make
+    for lab in made:
+        lab.stop()
+
+
+@pytest.fixture
+def lab(make_lab: Callable[..., LabHost]) -> LabHost:
+    """A private host with a running agent and no guests."""
+    lab = make_lab()
+    lab.start_agent()
+    return lab
