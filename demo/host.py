@@ -152,18 +152,23 @@ class Host:
             shutil.rmtree(self.root, ignore_errors=True)
 
     def install(self) -> None:
-        """Puts the product's own hooks and bus policy in place, inside the sandbox only."""
-        for what in ("hooks", "bus-policy"):
-            done = self.install_part(what)
-            if done.returncode:
-                raise HostError(f"install {what}: {done.stdout}{done.stderr}")
-        self.box.reload_bus()
+        """Puts the product's own hook and bus policy in place, inside the sandbox only.
 
-    def install_part(self, what: str) -> subprocess.CompletedProcess[str]:
-        """Installs the hooks or the bus policy with the product's own command."""
-        if what == "hooks":
-            return self.cli("hooks", "install")
-        return self.cli("install", "--only", "bus")
+        /usr is the machine's own here, so the vendor files go to a scratch root, and the bus
+        policy from there to where an administrator would put one.
+
+        Raises:
+            HostError: a command failed.
+        """
+        scratch = self.root / "vendor"
+        for words in (("hooks", "install"), ("install", "--root", str(scratch))):
+            done = self.cli(*words)
+            if done.returncode:
+                raise HostError(f"virtfabric {' '.join(words)}: {done.stdout}{done.stderr}")
+        name = "org.virtfabric1.conf"
+        policy = (scratch / "usr/share/dbus-1/system.d" / name).read_text()
+        self.box.path(f"/etc/dbus-1/system.d/{name}").write_text(policy)
+        self.box.reload_bus()
 
     # -- agent ------------------------------------------------------------------------------------
 

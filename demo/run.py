@@ -192,8 +192,8 @@ class Demo:
         before = self.host.observe_all()
         self.expect_code(self.run(f"release {self._grant}"), 0)
         self.judge(
-            lambda seen: scenario.expect_shares(seen, scenario.START, self._first), before
-        )  # fmt: skip
+            lambda seen: scenario.expect_shares(seen, scenario.AFTER_RELEASE, self._first), before
+        )
         self.run("loans")
 
     def act_dedicated(self) -> None:

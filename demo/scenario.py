@@ -34,33 +34,33 @@ class Share:
 
 GUESTS = (
     Guest(
-        name="batch", priority=10, cpu="200m:900m", virtio_mem=384, plugged=384,
-        max_vcpus=1,
+        name="batch", priority=10, cpu="200m:600m", max_vcpus=1, virtio_mem=384, plugged=384
     ),
     Guest(name="web", priority=50, cpu="300m:300m", virtio_mem=128, plugged=64, reserve=224),
     Guest(name="database", priority=90, cpu="500m:2", virtio_mem=512, plugged=64),
 )  # fmt: skip
 
 START = {
-    "batch": Share(900, 544),
+    "batch": Share(600, 544),
     "web": Share(300, 224),
-    "database": Share(700, 224),
+    "database": Share(1000, 224),
 }
 MEMORY = sum(s.memory + OVERHEAD for s in START.values()) + FREE_MEMORY + RESERVE
 
-# Act 2: 100m and 32 MiB are free, batch pays the rest of +700m and +128 MiB.
-ASKED_CPU, ASKED_MEMORY = 700, 128
+# Act 2: 100m and 32 MiB are free, batch pays the rest.
+ASKED_CPU, ASKED_MEMORY = 400, 128
 AFTER_ALLOCATE = {
-    "batch": Share(900 - (ASKED_CPU - FREE_CPU), 544 - (ASKED_MEMORY - FREE_MEMORY)),
+    "batch": Share(600 - (ASKED_CPU - FREE_CPU), 544 - (ASKED_MEMORY - FREE_MEMORY)),
     "web": START["web"],
-    "database": Share(700 + ASKED_CPU, 224 + ASKED_MEMORY, vcpus=2),
+    "database": Share(1000 + ASKED_CPU, 224 + ASKED_MEMORY, vcpus=2),
 }
 # Act 3: batch has 100m above its reservation, web nothing.
 TOO_MUCH_CPU = 500
 # Act 4: batch could pay this (down to 160 MiB of boot memory), but the agent dies on the way.
 CRASH_CPU, CRASH_MEMORY = 100, 192
-# Act 6: a whole pCPU for the database; the others keep to the other one, so they may have 1000m.
-DEDICATED_BATCH = 900 - (1000 - 700 - FREE_CPU)
+# Act 5: the second vCPU stays plugged under the old cap. Taking one away needs KVM: QEMU 7.2 under
+# TCG loses count of its vCPUs then.
+AFTER_RELEASE = START | {"database": replace(START["database"], vcpus=2)}
 
 
 def expect_shares(
@@ -98,9 +98,9 @@ def dedicated_shares(seen: dict[str, Observation]) -> dict[str, Share]:
     own = seen["database"].cpus if len(seen["database"].cpus) == 1 else frozenset({1})
     rest = CORNER - own
     return {
-        "batch": replace(START["batch"], cpu=DEDICATED_BATCH, cpus=rest),
+        "batch": replace(START["batch"], cpus=rest),
         "web": replace(START["web"], cpus=rest),
-        "database": replace(START["database"], cpu=None, cpus=own),
+        "database": replace(AFTER_RELEASE["database"], cpu=None, cpus=own),
     }
 
 

@@ -9,10 +9,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-HERE = Path(__file__).resolve().parent
-for directory in (str(HERE.parents[1]), str(HERE)):
-    if directory not in sys.path:
-        sys.path.insert(0, directory)
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from lab_host import LabHost
 

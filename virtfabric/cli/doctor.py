@@ -214,7 +214,7 @@ def check_bus_policy(config: Config, root: Path = Path("/")) -> Iterator[Finding
 def check_agent(args: argparse.Namespace) -> Iterator[Finding]:
     """Whether the agent answers, and its own alerts."""
     try:
-        health = ask(args, "GetHealth")
+        health = ask(args, "Health")
     except VirtfabricError as error:
         yield Finding("agent", Verdict.FAIL, str(error), "systemctl start virtfabricd")
         return
@@ -260,7 +260,8 @@ def examine(args: argparse.Namespace) -> list[Finding]:
     findings = []
     try:
         config = load_config(args.config)
-        findings.append(Finding("configuration", Verdict.OK, str(args.config)))
+        where = str(args.config) if args.config.exists() else f"no {args.config}: the defaults"
+        findings.append(Finding("configuration", Verdict.OK, where))
     except ConfigError as error:
         config = Config()
         findings.append(Finding("configuration", Verdict.FAIL, str(error), error.advice))

@@ -11,6 +11,7 @@ import queue
 import re
 import threading
 import uuid
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.daemon.api import JobState
@@ -25,10 +26,12 @@ from virtfabric.model.errors import (
     RefusedError,
     VirtfabricError,
 )
+from virtfabric.model.guest import RunState
 from virtfabric.model.ids import GuestId, RequestId
 from virtfabric.model.ledger import Books, Holding
 from virtfabric.model.plan import Plan, ResizeVirtioMem, SetBalloon
 from virtfabric.model.policy import Placement
+from virtfabric.model.units import Bytes
 from virtfabric.policy.arbiter import choose_admission, choose_departure
 from virtfabric.policy.layout import choose_layout
 from virtfabric.policy.loans import depart
@@ -123,7 +126,7 @@ class Lifecycle:
     def admit(self, xml: str, wait_s: float) -> str:
         """Answer `prepare`: "" to let the guest start, else the line that virsh shows."""
         try:
-            guest = parse_domain(xml, None)
+            guest = _starting(parse_domain(xml, None))
         except InvalidValueError as error:
             log.warning("prepare hook: %s", error)
             return f"virtfabric: {error}"
@@ -174,7 +177,12 @@ class Lifecycle:
             plan = plan_decision(snapshot, decision, deadline_s=deadline_s)
             if isinstance(plan, Refusal):
                 return plan
-            steps = tuple(s for s in plan.steps if isinstance(s, ResizeVirtioMem | SetBalloon))
+            # its own memory is libvirt's to set up now: a call about it would wait for this hook
+            steps = tuple(
+                step
+                for step in plan.steps
+                if isinstance(step, ResizeVirtioMem | SetBalloon) and step.guest != guest.uuid
+            )
             return Plan(plan.request, plan.generation, steps, {}, plan.offers)
 
         return Undertaking(
@@ -411,6 +419,17 @@ class Lifecycle:
     def _rearrange(self, title: str) -> None:
         """The dedicated set may have changed: the pool follows."""
         self.converge(None, title).ended.wait()
+
+
+def _starting(guest: GuestState) -> GuestState:
+    """A guest as its `prepare` hook means it.
+
+    The XML has an id already and says `<current>` 0, but there is no QEMU yet to change, and it
+    will start with what its memory devices request (measured, libvirt 9.0).
+    """
+    requested = sum(d.requested for d in guest.virtio_mem)
+    memory = Bytes(guest.boot_memory + requested) if guest.virtio_mem else guest.memory_current
+    return replace(guest, state=RunState.SHUTOFF, memory_current=memory)
 
 
 def _with_holding(books: Books, guest: GuestId, amounts: Amounts) -> Books:

@@ -24,6 +24,7 @@ from virtfabric.policy.standing import (
     free,
     held_of,
     line_of,
+    tally,
 )
 from virtfabric.policy.victims import Market
 
@@ -81,7 +82,7 @@ def choose_allocation(
     growing = [change for change in changes if change.asked > change.line.held]
     if not growing:
         return _decide(snapshot, request.id, guest, changes, None)
-    market = Market(snapshot, guest, caps or {}, free(snapshot))
+    market = Market(snapshot, guest, caps or {}, tally(snapshot))
     for change in growing:
         if change.asked > change.line.ceiling:
             return _refuse(market, growing, Reason.ABOVE_LIMIT, _above_limit(guest, change), ())
@@ -144,7 +145,7 @@ def choose_admission(
     """
     if guest.policy is None:
         return Refusal(Reason.UNMANAGED_GUEST, f"{guest.name} has no valid policy")
-    market = Market(snapshot, guest, caps or {}, free(snapshot, without=guest.uuid))
+    market = Market(snapshot, guest, caps or {}, tally(snapshot, without=guest.uuid))
     held = Amounts.of(
         cpu=_starting_cpu(market, line_of(guest, CPU_KEY, snapshot)),
         memory=_starting_memory(guest, line_of(guest, MEMORY_KEY, snapshot)),

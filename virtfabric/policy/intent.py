@@ -92,7 +92,7 @@ def intended_state(
     return Intended(
         guest,
         vcpus,
-        _pins(state, order, layout.pool, max(state.vcpus_online, vcpus)),
+        intended_pins(state, order, layout.pool, max(state.vcpus_online, vcpus)),
         layout.housekeeping,
         UNCAPPED if order else max(LEAST_QUOTA, cpu),
         policy.cpu.shares if policy else DEFAULT_SHARES,
@@ -101,8 +101,10 @@ def intended_state(
     )
 
 
-def _pins(state: GuestState, order: tuple[int, ...], pool: CpuSet, count: int) -> dict[int, CpuSet]:
-    """One pCPU each; vCPUs beyond the holding are stacked on the guest's own set, or float."""
+def intended_pins(
+    state: GuestState, order: tuple[int, ...], pool: CpuSet, count: int
+) -> dict[int, CpuSet]:
+    """Pins of `count` vCPUs: one pCPU each; vCPUs beyond the holding are stacked on the guest's own set, or float."""
     around = CpuSet(order) if order else (pool or CpuSet())
     if not state.config_pins:
         if not order:

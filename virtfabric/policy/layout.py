@@ -70,7 +70,9 @@ def choose_layout(snapshot: HostSnapshot, amounts: Mapping[GuestId, Amounts]) ->
     wanted, floating, floats = _sort_guests(snapshot, amounts)
     board = _Board(
         Terrain(
-            snapshot.topology, snapshot.capacity.cpus, frozenset(snapshot.capacity.housekeeping)
+            snapshot.topology,
+            frozenset(snapshot.capacity.cpus),
+            frozenset(snapshot.capacity.housekeeping),
         ),
         wanted,
     )
@@ -99,7 +101,7 @@ def choose_housekeeping(snapshot: HostSnapshot, taken: set[int], pool: CpuSet) -
 
 def present_layout(snapshot: HostSnapshot) -> tuple[CpuSet, CpuSet]:
     """Pool and housekeeping as the orders in the books make them, nothing placed anew."""
-    terrain = Terrain(snapshot.topology, snapshot.capacity.cpus, frozenset())
+    terrain = Terrain(snapshot.topology, frozenset(snapshot.capacity.cpus), frozenset())
     taken: set[int] = set()
     for guest, holding in snapshot.books.holdings.items():
         if holding.order:

@@ -34,7 +34,10 @@ _REMOTE: Final = 20
 
 @dataclass(frozen=True)
 class Terrain:
-    """The host's tables that the search walks, made once for a layout."""
+    """The host's tables that the search walks, made once for a layout.
+
+    `managed` and `housekeeping` are plain frozensets: `isdisjoint` walks a subclass in Python.
+    """
 
     topology: HostTopology
     managed: frozenset[int]
@@ -44,13 +47,15 @@ class Terrain:
     def cores_of(self) -> dict[int, tuple[CpuSet, ...]]:
         """Cores with a managed pCPU, by node; those with the fewest housekeeping pCPUs first."""
         by_node: dict[int, list[CpuSet]] = {}
-        for core in self.topology.cores:
-            if not core.isdisjoint(self.managed):
-                by_node.setdefault(self.node(min(core)), []).append(core)
-        return {n: tuple(sorted(c, key=self._core_rank)) for n, c in sorted(by_node.items())}
-
-    def _core_rank(self, core: CpuSet) -> tuple[int, int]:
-        return len(core & self.housekeeping), min(core)
+        seen: set[int] = set()
+        for number in sorted(self.managed):
+            if number not in seen:
+                pcpu = self.topology.pcpus[number]
+                seen |= pcpu.siblings
+                by_node.setdefault(pcpu.node, []).append(pcpu.siblings)
+        for cores in by_node.values():
+            cores.sort(key=lambda core: len(core & self.housekeeping))
+        return {node: tuple(cores) for node, cores in sorted(by_node.items())}
 
     def node(self, cpu: int) -> int:
         """The node of a pCPU."""
@@ -168,7 +173,7 @@ def _fill(
         missing = slots.count(None) - len(extra)
         if missing <= 0:
             break
-        found = _on_node(terrain, wanted.smt, free, chosen, node)[:missing]
+        found = _on_node(terrain, wanted.smt, free, chosen, node, missing)[:missing]
         extra += found
         chosen.update(found)
     if len(extra) < slots.count(None):
@@ -217,9 +222,12 @@ def _seat_rest(slots: list[int | None], extra: list[int], wanted: Wanted) -> tup
 
 
 def _on_node(
-    terrain: Terrain, smt: Smt, free: AbstractSet[int], chosen: set[int], node: int
+    terrain: Terrain, smt: Smt, free: AbstractSet[int], chosen: set[int], node: int, missing: int
 ) -> list[int]:
-    """Free pCPUs of a node in the order in which this guest wants them."""
+    """Free pCPUs of a node in the order in which this guest wants them, `missing` if it can.
+
+    Siblings of what it has come first, then whole cores, then what is left of broken ones.
+    """
     cores = terrain.cores_of[node]
     if smt is Smt.ISOLATE:
         empty = (core for core in cores if core.isdisjoint(chosen))
@@ -228,16 +236,18 @@ def _on_node(
             for core in empty
             if core & terrain.managed <= free
         ]
-    own, whole, single = [], [], []
+    beside = {s for cpu in chosen if terrain.node(cpu) == node for s in terrain.siblings(cpu)}
+    found = sorted(beside & free - chosen)
+    single: list[int] = []
     for core in cores:
-        usable = sorted((core & free) - chosen)
-        if not core.isdisjoint(chosen):
-            own += usable
-        elif len(usable) == len(core):
-            whole += usable
-        else:
-            single += usable
-    return own + whole + ([] if smt is Smt.REQUIRE else single)
+        if len(found) >= missing:
+            break
+        usable = core & free
+        if len(usable) == len(core) and usable.isdisjoint(chosen):
+            found += sorted(usable)
+        elif usable.isdisjoint(beside):
+            single += sorted(usable)
+    return found + ([] if smt is Smt.REQUIRE else single)
 
 
 def is_sound(

@@ -28,6 +28,7 @@ from virtfabric.model.policy import DEFAULT_SHARES
 from virtfabric.model.units import CpuSet
 from virtfabric.policy.intent import (
     UNCAPPED,
+    intended_pins,
     intended_state,
     memory_differs,
     quota_of,
@@ -169,7 +170,7 @@ class _Draft:
             self._vcpus(step, intended)
         quota = step.quota(intended.quota)
         (self.caps_down if _shrinks(quota) else self.caps_up).extend(quota)
-        self._pins(step, intended, plugged=guest_answers)
+        self._pins(step, intended.pins, plugged=guest_answers)
         self.rest += step.shares(intended.shares)
         self.rest += step.emulator(intended.emulator) + step.nodeset(intended.nodes)
 
@@ -184,8 +185,8 @@ class _Draft:
         elif intended.vcpus < step.state.vcpus_online and step.state.vcpu_unplug:
             self.unplugs.append(step.vcpus(intended.vcpus, optional=True))
 
-    def _pins(self, step: _Stepper, intended: Intended, *, plugged: bool) -> None:
-        for vcpu, cpus in intended.pins.items():
+    def _pins(self, step: _Stepper, pins: Mapping[int, CpuSet], *, plugged: bool = False) -> None:
+        for vcpu, cpus in pins.items():
             if vcpu >= step.state.vcpus_online:
                 if plugged:
                     self.new_pins.append(step.new_pin(vcpu, cpus))
@@ -209,10 +210,12 @@ class _Draft:
         state = self.snapshot.guests.get(guest)
         if state is None or not state.active or not state.managed:
             return
-        intended = intended_state(self.snapshot, self.amounts, self.layout, guest)
         step = _Stepper(state, self.snapshot.topology.cpus, self.deadline_s)
-        self._pins(step, intended, plugged=False)
-        self.rest += step.emulator(intended.emulator) + step.nodeset(intended.nodes)
+        order = self.layout.orders.get(guest, ())
+        self._pins(step, intended_pins(state, order, self.layout.pool, state.vcpus_online))
+        self.rest += step.emulator(self.layout.housekeeping)
+        if nodes := self.layout.nodes.get(guest):
+            self.rest += step.nodeset(nodes)
 
     def plan(self, request: RequestId) -> Plan:
         """All phases in order."""

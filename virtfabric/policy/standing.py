@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
-from virtfabric.model.guest import MemoryMechanism
+from virtfabric.model.guest import MemoryMechanism, RunState
 from virtfabric.model.policy import GuestPolicy, Placement
 from virtfabric.model.units import MIB
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity
     from virtfabric.model.ids import GuestId
-    from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.ledger import HostSnapshot, Residue
     from virtfabric.model.units import CpuSet
 
 CPU_KEY: Final = Key(CPU)
@@ -42,6 +42,12 @@ VIRTIO_MEM_BLOCK: Final = 2 * MIB
 """Bytes; the block size of a virtio-mem device on x86 with 4 KiB or 2 MiB pages."""
 
 _NO_POLICY: Final = GuestPolicy()
+
+# Names for the inner loops: looking a member up on its enum costs as much as the comparison.
+_SHUTOFF: Final = RunState.SHUTOFF
+_VIRTIO_MEM: Final = MemoryMechanism.VIRTIO_MEM
+_BALLOON: Final = MemoryMechanism.BALLOON
+_DEDICATED: Final = Placement.DEDICATED
 
 
 class Line(NamedTuple):
@@ -78,7 +84,7 @@ class Line(NamedTuple):
 
 def is_dedicated(guest: GuestState) -> bool:
     """Whether its CPU counts in whole pCPUs."""
-    return guest.policy is not None and guest.policy.cpu.placement is Placement.DEDICATED
+    return guest.policy is not None and guest.policy.cpu.placement is _DEDICATED
 
 
 def held_of(snapshot: HostSnapshot, guest: GuestId) -> Amounts:
@@ -89,21 +95,50 @@ def held_of(snapshot: HostSnapshot, guest: GuestId) -> Amounts:
 
 def line_of(guest: GuestState, key: Key, snapshot: HostSnapshot) -> Line:
     """A guest's standing for one of `KEYS`."""
-    policy = guest.policy or _NO_POLICY
-    holding = snapshot.books.holdings.get(guest.uuid)
-    held = holding.amounts[key] if holding else 0
+    held = held_of(snapshot, guest.uuid)[key]
     if key.resource == CPU:
-        floor, ceiling = _cpu_bounds(guest, policy)
-        granule = WHOLE_CPU if policy.cpu.placement is Placement.DEDICATED else 1
-        return Line(held, floor, ceiling, granule, policy.cpu.shares)
-    lends = snapshot.lend_ballooned
-    floor, ceiling = _memory_bounds(guest, policy, lends=lends)
-    if guest.mechanism is MemoryMechanism.VIRTIO_MEM:
-        granule, origin = _block_of(guest), int(guest.boot_memory)
+        return cpu_line(guest, held)
+    return memory_line(guest, held, lends=snapshot.lend_ballooned)
+
+
+def cpu_line(guest: GuestState, held: int) -> Line:
+    """Standing for CPU, with this much held."""
+    policy = (guest.policy or _NO_POLICY).cpu
+    most = (guest.vcpus_max or 1) * WHOLE_CPU
+    ceiling, floor = most, int(policy.reservation)
+    if policy.limit is not None and policy.limit < most:
+        ceiling = int(policy.limit)
+    granule = 1
+    if policy.placement is _DEDICATED:
+        granule = WHOLE_CPU
+        ceiling = ceiling // WHOLE_CPU * WHOLE_CPU
+        floor = max(1, -(-floor // WHOLE_CPU)) * WHOLE_CPU
+    elif floor < LEAST_CPU:
+        floor = LEAST_CPU
+    floor = min(floor, most)
+    return Line(held, floor, max(floor, ceiling), granule, policy.shares, 0, False)  # noqa: FBT003
+
+
+def memory_line(guest: GuestState, held: int, *, lends: bool) -> Line:
+    """Standing for memory, with this much held."""
+    policy = (guest.policy or _NO_POLICY).memory
+    most, limit = int(guest.memory_max), policy.limit
+    ceiling = most if limit is None or limit > most else int(limit)
+    if guest.mechanism is _VIRTIO_MEM:
+        boot, block = int(guest.boot_memory), _block_of(guest)
+        floor, end = boot, boot + (most - boot) // block * block
+        if policy.reservation > boot:
+            floor = min(end, boot - (boot - int(policy.reservation)) // block * block)
+        ceiling = boot + (ceiling - boot) // block * block
+        return Line(held, floor, max(floor, ceiling), block, policy.shares, boot, False)  # noqa: FBT003
+    balloon = guest.mechanism is _BALLOON
+    if balloon and lends:
+        floor = min(max(int(policy.reservation), LEAST_BALLOONED), most)
     else:
-        granule, origin = BALLOON_STEP, held % BALLOON_STEP
-    prepaid = guest.mechanism is MemoryMechanism.BALLOON and not lends
-    return Line(held, floor, ceiling, granule, policy.memory.shares, origin, prepaid)
+        floor = most if balloon else max(most, int(guest.memory_current))
+    origin = held % BALLOON_STEP
+    prepaid = balloon and not lends
+    return Line(held, floor, max(floor, ceiling), BALLOON_STEP, policy.shares, origin, prepaid)
 
 
 def floor_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
@@ -124,36 +159,11 @@ def ceiling_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
     return Amounts({key: line_of(guest, key, snapshot).ceiling for key in KEYS})
 
 
-def _cpu_bounds(guest: GuestState, policy: GuestPolicy) -> tuple[int, int]:
-    most = max(1, guest.vcpus_max) * WHOLE_CPU
-    limit = policy.cpu.limit
-    ceiling = most if limit is None else min(int(limit), most)
-    floor = int(policy.cpu.reservation)
-    if policy.cpu.placement is Placement.DEDICATED:
-        ceiling = ceiling // WHOLE_CPU * WHOLE_CPU
-        floor = max(WHOLE_CPU, -(-floor // WHOLE_CPU) * WHOLE_CPU)
-    floor = min(max(floor, LEAST_CPU), most)
-    return floor, max(floor, ceiling)
-
-
-def _memory_bounds(guest: GuestState, policy: GuestPolicy, *, lends: bool) -> tuple[int, int]:
-    most, reservation = int(guest.memory_max), int(policy.memory.reservation)
-    limit = most if policy.memory.limit is None else min(int(policy.memory.limit), most)
-    match guest.mechanism:
-        case MemoryMechanism.FIXED:
-            floor = limit = max(most, int(guest.memory_current))
-        case MemoryMechanism.VIRTIO_MEM:
-            boot, block = int(guest.boot_memory), _block_of(guest)
-            blocks = -(-max(0, min(reservation, most) - boot) // block)
-            floor = boot + min(blocks, max(0, most - boot) // block) * block
-            limit = boot + max(0, limit - boot) // block * block
-        case MemoryMechanism.BALLOON:
-            floor = min(max(reservation, LEAST_BALLOONED), most) if lends else most
-    return floor, max(floor, limit)
-
-
 def _block_of(guest: GuestState) -> int:
-    return max((int(device.block) for device in guest.virtio_mem), default=0) or VIRTIO_MEM_BLOCK
+    devices = guest.virtio_mem
+    if len(devices) == 1:
+        return int(devices[0].block) or VIRTIO_MEM_BLOCK
+    return max((int(device.block) for device in devices), default=0) or VIRTIO_MEM_BLOCK
 
 
 def charge_of(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -> Amounts:
@@ -166,30 +176,24 @@ def charge_of(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -
             that was not taken over yet, with its floor and the memory it has.
         snapshot: for the capacity.
     """
-    cpu, memory = _charge(guest, held, snapshot)
-    return Amounts.of(cpu=cpu, memory=memory)
-
-
-def _charge(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -> tuple[int, int]:
-    overhead = int(snapshot.capacity.overhead)
-    if held is None and guest.policy is not None:
-        # Managed, but not taken over yet (several run when the agent starts): it is owed its
-        # floor, and has its memory; counting more would leave no room for the first one's grant.
-        floor = floor_of(guest, snapshot)
-        held = floor.with_value(MEMORY_KEY, max(floor[MEMORY_KEY], int(guest.memory_current)))
     if held is None:
-        memory = max(int(guest.memory_max), int(guest.memory_current))
-        return _stray_cpu(guest, snapshot.capacity, snapshot.topology.cpus), memory + overhead
-    memory = held[MEMORY_KEY]
-    match guest.mechanism:
-        case MemoryMechanism.VIRTIO_MEM:
-            pass
-        case MemoryMechanism.BALLOON:
-            # Nothing but the guest's goodwill keeps a ballooned page away from it.
-            memory = memory if snapshot.lend_ballooned else max(memory, int(guest.memory_max))
-        case MemoryMechanism.FIXED:
-            memory = max(memory, int(guest.memory_max))
-    return held[CPU_KEY], memory + overhead
+        return Amounts.of(
+            cpu=_stray_cpu(guest, snapshot.capacity, snapshot.topology.cpus),
+            memory=_stray_memory(guest) + int(snapshot.capacity.overhead),
+        )
+    memory = _memory_charge(guest, held[MEMORY_KEY], lends=snapshot.lend_ballooned)
+    return Amounts.of(cpu=held[CPU_KEY], memory=memory + int(snapshot.capacity.overhead))
+
+
+def _memory_charge(guest: GuestState, held: int, *, lends: bool) -> int:
+    """Without overhead. Nothing but the guest's goodwill keeps a ballooned page away from it."""
+    if guest.mechanism is _VIRTIO_MEM or (lends and guest.mechanism is _BALLOON):
+        return held
+    return max(held, int(guest.memory_max))
+
+
+def _stray_memory(guest: GuestState) -> int:
+    return max(int(guest.memory_max), int(guest.memory_current))
 
 
 def _stray_cpu(guest: GuestState, capacity: Capacity, everywhere: CpuSet) -> int:
@@ -213,8 +217,22 @@ def capacity_of(snapshot: HostSnapshot) -> Amounts:
     return Amounts.of(cpu=len(capacity.cpus) * WHOLE_CPU, memory=int(capacity.grantable_memory))
 
 
-def free(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Amounts:
-    """Capacity less everything in use; below zero when the host is overcommitted.
+class Tally(NamedTuple):
+    """One pass over all guests.
+
+    Attributes:
+        free: capacity less everything in use; below zero when the host is overcommitted.
+        guests: those that are active or hold something, by UUID.
+        held: what each of them holds, one column per resource; 0 without a holding.
+    """
+
+    free: Amounts
+    guests: list[GuestState]
+    held: dict[Key, list[int]]
+
+
+def tally(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Tally:
+    """Count every guest once.
 
     In use are the charges of all guests that are active or have a holding already, what running
     plans have reserved, and memory residues (a vCPU residue costs nothing: quota and pins hold it).
@@ -223,20 +241,41 @@ def free(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Amounts:
         snapshot: the host.
         without: a guest that is left out (one that starts now and is counted by the caller).
     """
-    books = snapshot.books
+    holdings, lends = snapshot.books.holdings, snapshot.lend_ballooned
+    known: list[GuestState] = []
+    cpus: list[int] = []
+    memories: list[int] = []
     cpu = memory = 0
-    for uuid, guest in snapshot.guests.items():
-        holding = books.holdings.get(uuid)
-        if uuid == without or (holding is None and not guest.active):
+    for uuid in sorted(snapshot.guests):
+        guest, holding = snapshot.guests[uuid], holdings.get(uuid)
+        active = guest.state is not _SHUTOFF
+        if uuid == without or (holding is None and not active):
             continue
-        # A guest whose policy was cleared is bound by its old holding no more.
-        stray = holding is None or (guest.active and not guest.managed)
-        charge = _charge(guest, None if stray or holding is None else holding.amounts, snapshot)
-        cpu += charge[0]
-        memory += charge[1]
-    for uuid, holding in books.holdings.items():
-        if uuid not in snapshot.guests and uuid != without:
-            cpu += holding.amounts[CPU_KEY]
-            memory += holding.amounts[MEMORY_KEY] + int(snapshot.capacity.overhead)
-    memory += sum(r.amount for r in books.residues if r.what == "memory" and r.guest != without)
-    return capacity_of(snapshot) - Amounts.of(cpu=cpu, memory=memory) - snapshot.pending
+        held_cpu = holding.amounts[CPU_KEY] if holding else 0
+        held_memory = holding.amounts[MEMORY_KEY] if holding else 0
+        known.append(guest)
+        cpus.append(held_cpu)
+        memories.append(held_memory)
+        if holding is None or (active and guest.policy is None):
+            # A guest whose policy was cleared is bound by its old holding no more.
+            cpu += _stray_cpu(guest, snapshot.capacity, snapshot.topology.cpus)
+            memory += _stray_memory(guest)
+        else:
+            cpu += held_cpu
+            memory += _memory_charge(guest, held_memory, lends=lends)
+    unknown = [h for g, h in holdings.items() if g not in snapshot.guests and g != without]
+    cpu += sum(h.amounts[CPU_KEY] for h in unknown)
+    memory += sum(h.amounts[MEMORY_KEY] for h in unknown)
+    memory += (len(known) + len(unknown)) * int(snapshot.capacity.overhead)
+    memory += sum(r.amount for r in snapshot.books.residues if _is_counted(r, without))
+    used = Amounts.of(cpu=cpu, memory=memory) + snapshot.pending
+    return Tally(capacity_of(snapshot) - used, known, {CPU_KEY: cpus, MEMORY_KEY: memories})
+
+
+def _is_counted(residue: Residue, without: GuestId | None) -> bool:
+    return residue.what == "memory" and residue.guest != without
+
+
+def free(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Amounts:
+    """Capacity less everything in use, as `tally` counts it; below zero when overcommitted."""
+    return tally(snapshot, without=without).free

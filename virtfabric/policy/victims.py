@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from virtfabric.model.amounts import MEMORY, Amounts, Key, format_amount
 from virtfabric.model.decision import Consideration, Take, Verdict
 from virtfabric.model.guest import MemoryMechanism, RunState
-from virtfabric.policy.standing import Line, line_of
+from virtfabric.policy.standing import Line, Tally, cpu_line, memory_line
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -25,6 +25,17 @@ _PRESSURE_BITS: Final = 64
 """Fractions a/b and c/d differ by at least 1/bd; with shares below 2^32 the scaled integers are
 in the exact order of the fractions, and far cheaper to compare than `Fraction`."""
 
+# Names for the inner loops: looking a member up on its enum costs as much as the comparison.
+_UNMANAGED: Final = Verdict.UNMANAGED
+_PRIORITY: Final = Verdict.PRIORITY
+_AT_FLOOR: Final = Verdict.AT_FLOOR
+_PAYS: Final = Verdict.PAYS
+_NOT_NEEDED: Final = Verdict.NOT_NEEDED
+_VIRTIO_MEM: Final = MemoryMechanism.VIRTIO_MEM
+_BALLOON: Final = MemoryMechanism.BALLOON
+_RUNNING: Final = RunState.RUNNING
+_SHUTOFF: Final = RunState.SHUTOFF
+
 
 class Candidate(NamedTuple):
     """A guest that may pay; the tuple's order is the order of the drain."""
@@ -35,13 +46,6 @@ class Candidate(NamedTuple):
     name: str
     line: Line
     give: int
-
-    def consider(self, key: Key, verdict: Verdict, pays: int = 0) -> Consideration:
-        """Its entry in the decision."""
-        line = self.line
-        return Consideration(
-            self.uuid, self.name, key, verdict, self.priority, line.held, line.floor, pays
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,81 +76,101 @@ class Survey:
         gifts: list[tuple[GuestId, int]] = []
         considered: list[Consideration] = []
         for candidate in self.candidates:
-            granule = candidate.line.granule
-            gift = min(candidate.give, -(-need // granule) * granule) if need > 0 else 0
-            need -= gift
-            if gift:
-                gifts.append((candidate.uuid, gift))
-            verdict = Verdict.PAYS if gift else Verdict.NOT_NEEDED
-            considered.append(candidate.consider(self.key, verdict, gift))
+            priority, _, uuid, name, line, give = candidate
+            gift = 0
+            if need > 0:
+                gift = min(give, -(-need // line.granule) * line.granule)
+                need -= gift
+                gifts.append((uuid, gift))
+            verdict = _PAYS if gift else _NOT_NEEDED
+            considered.append(
+                Consideration(uuid, name, self.key, verdict, priority, line.held, line.floor, gift)
+            )
         return gifts, considered + self.others
 
     def lines(self) -> tuple[str, ...]:
         """One line for each guest, when all of it was not enough."""
+        key = self.key
         could = (
-            f"{c.consider(self.key, Verdict.NOT_NEEDED)}, not enough: could pay "
-            f"{format_amount(self.key, c.give)}"
+            f"{c.name} (priority {c.priority}, holds {format_amount(key, c.line.held)}, floor "
+            f"{format_amount(key, c.line.floor)}): {key}: could pay {format_amount(key, c.give)}, "
+            "not enough"
             for c in self.candidates
         )
         return (*could, *(str(other) for other in self.others))
 
 
 def survey(
-    snapshot: HostSnapshot, borrower: GuestState, key: Key, caps: Mapping[GuestId, Amounts]
+    snapshot: HostSnapshot,
+    counted: Tally,
+    borrower: GuestState,
+    key: Key,
+    caps: Mapping[GuestId, Amounts],
 ) -> Survey:
-    """Look at every guest but the borrower that runs or holds something."""
+    """Look at every guest but the borrower that runs or holds something.
+
+    Args:
+        snapshot: the host.
+        counted: all its guests.
+        borrower: only strictly lower priorities than its own pay.
+        key: the contended resource.
+        caps: as for `arbiter.choose_allocation`.
+    """
     priority = borrower.policy.priority if borrower.policy else 0
-    holdings = snapshot.books.holdings
+    lends, is_memory = snapshot.lend_ballooned, key.resource == MEMORY
     candidates: list[Candidate] = []
     others: list[Consideration] = []
-    for uuid in sorted(snapshot.guests):
-        guest = snapshot.guests[uuid]
-        if uuid == borrower.uuid or not (guest.active or uuid in holdings):
+    for guest, held in zip(counted.guests, counted.held[key], strict=True):
+        uuid, policy = guest.uuid, guest.policy
+        if uuid == borrower.uuid:
             continue
-        line = line_of(guest, key, snapshot)
-        verdict = _exclusion(snapshot, guest, priority, key)
-        own = guest.policy.priority if guest.policy else 0
-        give = line.slack
-        if verdict is None and give <= 0:
-            verdict = Verdict.AT_FLOOR
-        if verdict is None and uuid in caps:
-            give = min(give, caps[uuid][key] // line.granule * line.granule)
-            verdict = Verdict.NO_MECHANISM if give <= 0 else None
-        if verdict is None:
-            pressure = -(((line.held - line.floor) << _PRESSURE_BITS) // max(1, line.shares))
+        line = memory_line(guest, held, lends=lends) if is_memory else cpu_line(guest, held)
+        if policy is None:
+            others.append(Consideration(uuid, guest.name, key, _UNMANAGED, 0, held, line.floor, 0))
+            continue
+        own, give, verdict = policy.priority, 0, _PRIORITY
+        if own < priority:
+            give, verdict = _offer(snapshot, guest, key, line, caps)
+        if give:
+            pressure = -(((held - line.floor) << _PRESSURE_BITS) // (line.shares or 1))
             candidates.append(Candidate(own, pressure, uuid, guest.name, line, give))
         else:
-            others.append(Consideration(uuid, guest.name, key, verdict, own, line.held, line.floor))
+            others.append(Consideration(uuid, guest.name, key, verdict, own, held, line.floor, 0))
     candidates.sort()
     return Survey(key, candidates, others)
 
 
-def _exclusion(
-    snapshot: HostSnapshot, guest: GuestState, priority: int, key: Key
-) -> Verdict | None:
-    """Why a guest is not asked at all; None when it may be."""
-    if guest.policy is None:
-        return Verdict.UNMANAGED
-    if guest.policy.priority >= priority:
-        return Verdict.PRIORITY
+def _offer(
+    snapshot: HostSnapshot,
+    guest: GuestState,
+    key: Key,
+    line: Line,
+    caps: Mapping[GuestId, Amounts],
+) -> tuple[int, Verdict]:
+    """What a guest of lower priority could give; the verdict matters when that is nothing."""
     if _is_busy(snapshot, guest):
-        return Verdict.BUSY
-    if key.resource != MEMORY:
-        return None
-    lends = guest.mechanism is MemoryMechanism.VIRTIO_MEM or (
-        guest.mechanism is MemoryMechanism.BALLOON and snapshot.lend_ballooned
-    )
-    if not lends:
-        return Verdict.NO_MECHANISM
-    # Only a guest that runs can let go of memory; a paused one still loses CPU by its quota.
-    return None if guest.state is RunState.RUNNING else Verdict.BUSY
+        return 0, Verdict.BUSY
+    if key.resource == MEMORY:
+        lends = guest.mechanism is _VIRTIO_MEM or (
+            guest.mechanism is _BALLOON and snapshot.lend_ballooned
+        )
+        if not lends:
+            return 0, Verdict.NO_MECHANISM
+        if guest.state is not _RUNNING:
+            # Only a guest that runs can let go of memory; a paused one still loses CPU by quota.
+            return 0, Verdict.BUSY
+    give = line.slack
+    if guest.uuid in caps and give:
+        give = min(give, caps[guest.uuid][key] // line.granule * line.granule)
+        return max(0, give), Verdict.NO_MECHANISM
+    return give, _AT_FLOOR
 
 
 def _is_busy(snapshot: HostSnapshot, guest: GuestState) -> bool:
     return (
-        guest.uuid in snapshot.busy
-        or guest.job is not None
-        or not guest.active
+        guest.job is not None
+        or guest.state is _SHUTOFF
+        or guest.uuid in snapshot.busy
         or guest.uuid not in snapshot.books.holdings
     )
 
@@ -156,7 +180,7 @@ class Market:
     """What one borrower can have: free capacity, then what others pay.
 
     Attributes:
-        free: may be below zero; nothing is granted from that then.
+        counted: all guests; what is free may be below zero, nothing is granted from that then.
         gifts: what each victim gives, in the order of the drain.
         considered: of every resource that free capacity did not cover.
     """
@@ -164,19 +188,19 @@ class Market:
     snapshot: HostSnapshot
     borrower: GuestState
     caps: Mapping[GuestId, Amounts]
-    free: Amounts
+    counted: Tally
     gifts: dict[GuestId, dict[Key, int]] = field(default_factory=dict)
     considered: list[Consideration] = field(default_factory=list)
     _surveys: dict[Key, Survey] = field(default_factory=dict)
 
     def free_of(self, key: Key) -> int:
         """What free capacity has of it, at least 0."""
-        return max(0, self.free[key])
+        return max(0, self.counted.free[key])
 
     def survey(self, key: Key) -> Survey:
         """Every other guest, looked at once."""
         if key not in self._surveys:
-            self._surveys[key] = survey(self.snapshot, self.borrower, key, self.caps)
+            self._surveys[key] = survey(self.snapshot, self.counted, self.borrower, key, self.caps)
         return self._surveys[key]
 
     def available(self, key: Key) -> int:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 
 import libvirt
 
-from virtfabric.adapters.libvirt.handler import LibvirtHandler, LibvirtSetting, S
+from virtfabric.adapters.libvirt.handler import LibvirtHandler, LibvirtSetting, S, has_code
 from virtfabric.model.errors import (
     GuestGoneError,
     HypervisorError,
@@ -89,7 +89,9 @@ class VcpuCountHandler(LibvirtHandler[SetVcpuCount]):
         except (GuestGoneError, HypervisorGoneError):
             raise
         except HypervisorError as error:
-            if not _is_timeout(error):  # such as: the vCPUs of the start cannot be unplugged
+            if not has_code(
+                error, libvirt.VIR_ERR_OPERATION_TIMEOUT
+            ):  # such as: the vCPUs of the start cannot be unplugged
                 return len(self.read_threads(step))
         return self._wait(step, lambda found: found <= count, until, cancelled)
 
@@ -119,14 +121,6 @@ class VcpuCountHandler(LibvirtHandler[SetVcpuCount]):
             return max(0, self._unplug(step, step.before, until, None) - step.before)
         self._plug(step, step.before, until, None)
         return 0
-
-
-def _is_timeout(error: HypervisorError) -> bool:
-    cause = error.__cause__
-    return (
-        isinstance(cause, libvirt.libvirtError)
-        and cause.get_error_code() == libvirt.VIR_ERR_OPERATION_TIMEOUT
-    )
 
 
 class _PinHandler(LibvirtSetting[S]):

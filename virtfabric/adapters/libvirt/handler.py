@@ -5,7 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Generic, TypeVar
 
-from virtfabric.model.errors import GuestGoneError, InvalidValueError
+import libvirt
+
+from virtfabric.model.errors import (
+    GuestGoneError,
+    HypervisorError,
+    HypervisorGoneError,
+    InvalidValueError,
+)
 from virtfabric.model.plan import Step
 
 if TYPE_CHECKING:
@@ -100,17 +107,46 @@ class LibvirtHandler(Generic[S]):
         return step
 
 
+def has_code(error: HypervisorError, code: int) -> bool:
+    """Whether libvirt's own error behind this one has this code; never for a guest that is gone."""
+    cause = error.__cause__
+    return (
+        not isinstance(error, GuestGoneError | HypervisorGoneError)
+        and isinstance(cause, libvirt.libvirtError)
+        and cause.get_error_code() == code
+    )
+
+
 class LibvirtSetting(LibvirtHandler[S]):
     """A value that the host sets at once and no guest has a say in: undo is the inverse step."""
 
     def bring_about(self, step: S, context: StepContext) -> None:
         """Set `after`."""
-        self.put(step)
+        self._put_when_found(step)
 
     def give_back(self, step: S) -> int:
         """Set `before`; nothing is left over."""
-        self.put(step.inverse())
+        self._put_when_found(step.inverse())
         return 0
+
+    def _put_when_found(self, step: S) -> None:
+        """Set it, again while a libvirtd that has just started may not have found the guest yet."""
+        error = self.host.pulse.wait_for(
+            lambda: self._attempt(step),
+            lambda error: error is None,
+            until=self.host.connection.fresh_until,
+        )
+        if error is not None:
+            raise error
+
+    def _attempt(self, step: S) -> HypervisorError | None:
+        try:
+            self.put(step)
+        except HypervisorError as error:
+            if not has_code(error, libvirt.VIR_ERR_OPERATION_INVALID):
+                raise
+            return error
+        return None
 
     def put(self, step: S) -> None:
         """Set `step.after`.

@@ -1,0 +1,111 @@
+"""`virtfabricd` that dies, or stands still, at a named point of a named step: `FAULT [options]`.
+
+FAULT is `ACTION:STEP:PHASE[:PATH]`:
+
+* ACTION `kill` (SIGKILL to the own process) or `hold` (create PATH, go on when it is gone);
+* STEP a step type (`resize-virtio-mem`, ...), or `any`;
+* PHASE `before-apply`, `after-apply` or `after-verify`.
+
+`recover-only` makes an agent that recovers from its journal, and dies before it does anything else:
+what is there then is the undo's work, not that of the placement that follows every start.
+
+The product has no switch for this. The handlers are exchanged from outside, in this process only.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import virtfabric.adapters.libvirt as real
+from virtfabric.cli import agentd
+from virtfabric.daemon.agent import Agent
+
+if TYPE_CHECKING:
+    from virtfabric.model.plan import Step
+    from virtfabric.ports import StepContext, StepHandler
+
+PHASES = ("before-apply", "after-apply", "after-verify")
+_POLL_S = 0.02
+
+
+def die() -> None:
+    """As `kill -9` does it: no handler, no flush, no goodbye."""
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens where."""
+
+    action: str
+    step: str
+    phase: str
+    path: Path | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Fault:
+        """Reads `ACTION:STEP:PHASE[:PATH]`."""
+        action, step, phase, *path = text.split(":", 3)
+        if action not in ("kill", "hold") or phase not in PHASES or (action == "hold") != bool(path):
+            sys.exit(f"fault_agent: {text!r} is not ACTION:STEP:PHASE[:PATH]")
+        return cls(action, step, phase, Path(path[0]) if path else None)
+
+    def reach(self, step: Step, phase: str) -> None:
+        """The agent is at this phase of this step."""
+        if phase != self.phase or self.step not in (step.kind, "any"):
+            return
+        if self.path is None:
+            die()
+            return
+        self.path.write_text(str(step))
+        while self.path.exists():
+            time.sleep(_POLL_S)
+
+
+class FaultyHandler:
+    """Implements `ports.StepHandler` with the real handler, and the fault."""
+
+    def __init__(self, inner: StepHandler, fault: Fault) -> None:
+        self.kind = inner.kind
+        self._inner = inner
+        self._fault = fault
+
+    def apply(self, step: Step, context: StepContext) -> None:
+        """The fault strikes before or after."""
+        self._fault.reach(step, "before-apply")
+        self._inner.apply(step, context)
+        self._fault.reach(step, "after-apply")
+
+    def verify(self, step: Step) -> None:
+        """The fault strikes after."""
+        self._inner.verify(step)
+        self._fault.reach(step, "after-verify")
+
+    def undo(self, step: Step) -> int:
+        """As it is."""
+        return self._inner.undo(step)
+
+
+def main() -> int:
+    """Runs the agent with the fault of the first argument."""
+    text, options = sys.argv[1], sys.argv[2:]
+    if text == "recover-only":
+        Agent.start = lambda _self: die()  # type: ignore[method-assign]
+        return agentd.main(options)
+    fault, build = Fault.parse(text), real.libvirt_handlers
+
+    def build_faulty(host: Any) -> tuple[FaultyHandler, ...]:
+        return tuple(FaultyHandler(handler, fault) for handler in build(host))
+
+    real.libvirt_handlers = build_faulty  # type: ignore[assignment]
+    return agentd.main(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
