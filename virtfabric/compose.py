@@ -182,8 +182,8 @@ class Composition:
         self._read_missed()
 
     def _read_missed(self) -> None:
-        """Calls that hooks left while no agent answered: told here, the guests are settled by now."""
-        for call in read_missed_calls(Path(self.config.agent.run_dir)):
+        """Tell of calls that hooks left while no agent answered; the guests are settled by now."""
+        for call in read_missed_calls(Path(self.config.agent.hook_socket).parent):
             log.warning("a hook ran while the agent was away: %s %s", call.operation, call.name)
             call.path.unlink(missing_ok=True)
 
@@ -209,5 +209,3 @@ class Composition:
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-

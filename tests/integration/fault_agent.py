@@ -52,7 +52,11 @@ class Fault:
     def parse(cls, text: str) -> Fault:
         """Reads `ACTION:STEP:PHASE[:PATH]`."""
         action, step, phase, *path = text.split(":", 3)
-        if action not in ("kill", "hold") or phase not in PHASES or (action == "hold") != bool(path):
+        if (
+            action not in ("kill", "hold")
+            or phase not in PHASES
+            or (action == "hold") != bool(path)
+        ):
             sys.exit(f"fault_agent: {text!r} is not ACTION:STEP:PHASE[:PATH]")
         return cls(action, step, phase, Path(path[0]) if path else None)
 

@@ -1,0 +1,1 @@
+"""Each role of `ports` for real and simulated."""

@@ -120,7 +120,7 @@ def _reload(args: argparse.Namespace, composition: Composition) -> None:
         composition.reload(_load(args))
         log.info("configuration reloaded")
     except VirtfabricError as error:
-        log.error("configuration not taken over: %s", error)  # noqa: TRY400 - no traceback wanted
+        log.error("configuration not taken over: %s", error)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -107,7 +107,7 @@ class Agent:
         """
         self._lifecycle.start()
         done = threading.Event()
-        self._lifecycle.enqueue(self._lifecycle.resync)
+        self._lifecycle.enqueue(lambda: self._lifecycle.resync(place=True))
         self._lifecycle.enqueue(done.set)
         self._world.events.start(self._on_event)
         self._connected = True

@@ -78,7 +78,8 @@ class AgentApi(Protocol):
     def policy_set(self, caller: Caller, guest: str, changes: Mapping[str, str]) -> Json:
         """Change policy fields.
 
-        Keys as in the command: priority, cpu `1:4`, memory `512M:4G`, shares, placement, smt, admission, drift. Returns the new policy and, for a running guest,
+        Keys as in the command: priority, cpu `1:4`, memory `512M:4G`, shares, placement, smt,
+        admission, drift. Returns the new policy and, for a running guest,
         `job`: its re-placement.
         """
 

@@ -345,9 +345,7 @@ class Conductor:
             now + work.lease_s if work.lease_s else None,
         )  # fmt: skip
 
-    def _residues(
-        self, books: Books, guests: Collection[GuestId], now: float
-    ) -> list[Residue]:
+    def _residues(self, books: Books, guests: Collection[GuestId], now: float) -> list[Residue]:
         """What a guest still has beyond its holding: memory inside the step's tolerance, vCPUs.
 
         Surplus vCPUs take nothing from anybody: quota and pins hold them.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.model.errors import Refusal
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.units import CpuSet
     from virtfabric.ports import AuditLog
 
 
@@ -43,8 +44,16 @@ class Drift:
 
 def _is_residue(snapshot: HostSnapshot, state: GuestState, intended: int) -> bool:
     """Whether surplus vCPUs are known already: shown as a residue, not as somebody's change."""
-    known = sum(r.amount for r in snapshot.books.residues if r.guest == state.uuid and r.what == "vcpu")
+    residues = (r for r in snapshot.books.residues if r.guest == state.uuid and r.what == "vcpu")
+    known = sum(r.amount for r in residues)
     return 0 < (state.vcpus_online - intended) * 1000 <= known
+
+
+def _with_affinity(state: GuestState, everywhere: CpuSet) -> GuestState:
+    """Unpinned means everywhere: on a host whose pool is every pCPU that is as intended."""
+    pins = {vcpu: cpus or everywhere for vcpu, cpus in state.vcpu_affinity.items()}
+    emulator = state.emulator_affinity or everywhere
+    return replace(state, vcpu_affinity=pins, emulator_affinity=emulator)
 
 
 class DriftWatch:
@@ -77,6 +86,7 @@ class DriftWatch:
             if state.policy is None or guest in snapshot.busy:
                 continue
             intended = intended_state(snapshot, amounts, layout, guest)
+            state = _with_affinity(state, snapshot.topology.cpus)
             found += [
                 Drift(guest, state.name, d.what, str(d.intended), str(d.found), state.policy.drift)
                 for d in differences(intended, state)

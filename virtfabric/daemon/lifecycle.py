@@ -94,6 +94,7 @@ class Lifecycle:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="lifecycle", daemon=True)
         self._admitted_at: dict[GuestId, float] = {}
+        self._unplaced: set[GuestId] = set()
 
     def start(self) -> None:
         """Begin working off what hooks and events queue."""
@@ -238,7 +239,7 @@ class Lifecycle:
         match event.kind.value:
             case "connected":
                 self._notices.publish("agent.connected", {})
-                self.enqueue(self.resync)
+                self.enqueue(lambda: self.resync(place=True))
             case "disconnected":
                 self._notices.publish("agent.disconnected", {"why": event.detail})
             case "stopped" if event.guest:
@@ -265,8 +266,15 @@ class Lifecycle:
 
     # -- coming -----------------------------------------------------------------------------
 
-    def resync(self) -> None:
-        """Read everything; guests that came or went while we were away are settled."""
+    def resync(self, *, place: bool = False) -> None:
+        """Read everything; guests that came or went while we were away are settled.
+
+        Args:
+            place: bring every guest to where it should be, also those that were here before: what
+                happened to them while nobody looked is unknown. Otherwise what somebody changed
+                on them is drift, which their policy may want to be reported only.
+        """
+        before = self._observatory.guests
         self._observatory.refresh_all()
         guests = self._observatory.guests
         for held in list(self._ledger.view().books.holdings):
@@ -274,8 +282,15 @@ class Lifecycle:
             if (state is None or not state.active) and not self._just_admitted(held):
                 self.depart(held)
         for state in guests.values():
-            if state.active:
+            if state.active and (place or not self._is_settled(before.get(state.uuid), state)):
                 self.settle_in(state.uuid)
+
+    def _is_settled(self, before: GuestState | None, now: GuestState) -> bool:
+        """Whether it is the same run of the guest, under the same policy, and was placed."""
+        if before is None or before.pid != now.pid or before.policy != now.policy:
+            return False
+        held = now.uuid in self._ledger.view().books.holdings
+        return held == now.managed and now.uuid not in self._unplaced
 
     def _just_admitted(self, guest: GuestId) -> bool:
         since = self._admitted_at.get(guest)
@@ -353,8 +368,11 @@ class Lifecycle:
         job = self.converge(None if dedicated else [state.uuid], f"placement of {state.name}")
         job.ended.wait()
         if job.state is JobState.DONE:
+            self._unplaced.discard(state.uuid)
+            self._notices.settle(f"placement {state.uuid}")
             self._notices.publish("guest.placed", {"guest": state.uuid, "name": state.name})
         else:
+            self._unplaced.add(state.uuid)
             self._notices.alert(
                 f"placement {state.uuid}",
                 f"guest {state.name} could not be placed: {(job.error or {}).get('detail', '')}",
@@ -389,6 +407,7 @@ class Lifecycle:
     def depart(self, guest: GuestId) -> None:
         """A guest stopped: its grants end, what it borrowed goes home."""
         self._admitted_at.pop(guest, None)
+        self._unplaced.discard(guest)
         self._drift.forget(guest)
         view = self._ledger.view()
         if guest not in view.books.holdings:

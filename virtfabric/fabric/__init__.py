@@ -1,0 +1,1 @@
+"""Many hosts: manager, directory, leases, lending. Empty until its issue."""

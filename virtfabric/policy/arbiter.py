@@ -347,7 +347,9 @@ def _starting_cpu(market: Market, line: Line) -> int:
 def _starting_memory(guest: GuestState, line: Line) -> int:
     match guest.mechanism:
         case MemoryMechanism.VIRTIO_MEM:
-            return line.round_up(max(line.floor, int(guest.memory_current)))
+            # At `prepare` the device has nothing yet, but it is asked for this much from the start.
+            plugged = sum(max(int(d.requested), int(d.current)) for d in guest.virtio_mem)
+            return line.round_up(max(line.floor, int(guest.boot_memory) + plugged))
         case MemoryMechanism.BALLOON:
             # A guest boots with all of it and deflates nothing before its driver is up.
             return max(line.floor, int(guest.memory_max))

@@ -104,8 +104,12 @@ def intended_state(
 def intended_pins(
     state: GuestState, order: tuple[int, ...], pool: CpuSet, count: int
 ) -> dict[int, CpuSet]:
-    """Pins of `count` vCPUs: one pCPU each; vCPUs beyond the holding are stacked on the guest's own set, or float."""
-    around = CpuSet(order) if order else (pool or CpuSet())
+    """Pins of the first `count` vCPUs.
+
+    A dedicated guest has one pCPU for each, and vCPUs beyond its holding are stacked on its own
+    set; a shared guest floats on the pool, inside the operator's pins where these allow it.
+    """
+    around = CpuSet(order) if order else pool
     if not state.config_pins:
         if not order:
             return dict.fromkeys(range(count), around)

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 COST_WORDS: Final = ("distance to its memory", "cores broken", "vCPUs moved", "housekeeping pCPUs")
 """What the components of an offer's cost mean; the last component is the first pCPU."""
 OFFERS_SHOWN: Final = 4
+NODES_NEARBY: Final = 3
+"""How many nodes are looked at for a guest that has a place already."""
 
 _LOCAL: Final = 10
 """SLIT's distance of a node to itself (ACPI 6.5, 5.2.17)."""
@@ -147,8 +149,9 @@ def _strategies(
     yield nothing, near, free
     if len(terrain.cores_of) == 1:
         return
-    for node, cores in terrain.cores_of.items():
-        if sum(len(core & free) for core in cores) < wanted.count:
+    # who has a place is not carried across the whole host
+    for node in near[:NODES_NEARBY] if used else near:
+        if sum(len(core & free) for core in terrain.cores_of[node]) < wanted.count:
             continue
         rank = terrain.nearest((node,))
         if node in used:
@@ -247,6 +250,8 @@ def _on_node(
             found += sorted(usable)
         elif usable.isdisjoint(beside):
             single += sorted(usable)
+    # rather a core that is broken towards the pool than one of another dedicated guest
+    single.sort(key=lambda cpu: not terrain.siblings(cpu) & terrain.managed <= free)
     return found + ([] if smt is Smt.REQUIRE else single)
 
 

@@ -176,6 +176,8 @@ def charge_of(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -
             that was not taken over yet, with its floor and the memory it has.
         snapshot: for the capacity.
     """
+    if held is None and guest.policy is not None:
+        held = _owed(guest, snapshot)
     if held is None:
         return Amounts.of(
             cpu=_stray_cpu(guest, snapshot.capacity, snapshot.topology.cpus),
@@ -190,6 +192,12 @@ def _memory_charge(guest: GuestState, held: int, *, lends: bool) -> int:
     if guest.mechanism is _VIRTIO_MEM or (lends and guest.mechanism is _BALLOON):
         return held
     return max(held, int(guest.memory_max))
+
+
+def _owed(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
+    """What a managed guest without a holding is counted with: its floor, and what it has."""
+    floor = floor_of(guest, snapshot)
+    return floor.with_value(MEMORY_KEY, max(floor[MEMORY_KEY], int(guest.memory_current)))
 
 
 def _stray_memory(guest: GuestState) -> int:
@@ -256,7 +264,13 @@ def tally(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Tally:
         known.append(guest)
         cpus.append(held_cpu)
         memories.append(held_memory)
-        if holding is None or (active and guest.policy is None):
+        if holding is None and guest.policy is not None:
+            # Not taken over yet (several run when the agent starts): counting more than it is
+            # owed and has would leave no room for the grant of the first one.
+            owed = _owed(guest, snapshot)
+            cpu += owed[CPU_KEY]
+            memory += _memory_charge(guest, owed[MEMORY_KEY], lends=lends)
+        elif holding is None or (active and guest.policy is None):
             # A guest whose policy was cleared is bound by its old holding no more.
             cpu += _stray_cpu(guest, snapshot.capacity, snapshot.topology.cpus)
             memory += _stray_memory(guest)

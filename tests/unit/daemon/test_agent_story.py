@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import agent_world as aw
 import pytest
+
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase, SimulatedCrash
 from virtfabric.model.errors import InvalidValueError, RefusedError
 from virtfabric.model.ids import JobId

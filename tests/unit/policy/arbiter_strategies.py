@@ -160,9 +160,7 @@ def snapshots(draw: st.DrawFn, *, plain: bool = False) -> HostSnapshot:
     cpus = min(len(topology.cpus), -(-used_cpu // 1000) + draw(st.integers(0, 3)))
     memory = used_memory + RESERVE + draw(st.integers(-64, 512)) * MIB
     managed = CpuSet(topology.cpus.sorted()[: max(1, cpus)])
-    capacity = replace(
-        snapshot.capacity, cpus=managed, memory={0: Bytes(max(0, memory))}
-    )
+    capacity = replace(snapshot.capacity, cpus=managed, memory={0: Bytes(max(0, memory))})
     return replace(snapshot, capacity=capacity)
 
 
