@@ -341,7 +341,7 @@ Finding = tuple[bool, str]
 
 
 def _judge(what: str, wanted: str, found: str, *, ok: bool) -> Finding:
-    return (True, f"{what} is {found}") if ok else (False, f"{what}: want {wanted}, found {found}")
+    return (ok, f"{what}: {found}" if ok else f"{what}: want {wanted}, found {found}")
 
 
 def _format_cpu(milli: int | None) -> str:
@@ -362,7 +362,7 @@ def expect_affinity(seen: Observation, cpus: Iterable[int]) -> Finding:
     wanted = frozenset(cpus)
     places = {*seen.affinity.values(), *seen.cpuset.values()}
     found = " and ".join(sorted(format_cpu_list(p) for p in places)) or "no vCPU thread"
-    what = f"{seen.guest}: vCPU threads may run on (/proc, cpuset): pCPU"
+    what = f"{seen.guest}: pCPUs of its vCPU threads (/proc, cpuset)"
     return _judge(what, format_cpu_list(wanted), found, ok=places == {wanted})
 
 

@@ -87,8 +87,9 @@ class Demo:
         self.stage.act(
             "Three guests in a corner of this machine",
             f"A private libvirtd; the agent may grant pCPUs {corner} (2000m) and "
-            f"{scenario.MEMORY} MiB. Each guest carries its policy",
-            "in its libvirt metadata: batch has priority 10, web 50, database 90.",
+            f"{scenario.MEMORY} MiB.",
+            "Each guest carries its policy in its libvirt metadata: batch has priority 10, web 50, "
+            "database 90.",
         )
         self.stage.command("cat /etc/virtfabric/demo.toml")
         self.stage.output(self.host.write_config(scenario.config()))
@@ -120,7 +121,8 @@ class Demo:
         self.stage.act(
             "The database asks for more than is free",
             f"Free are {scenario.FREE_CPU}m of CPU and {scenario.FREE_MEMORY} MiB. It asks for "
-            f"+{cpu}m and +{memory} MiB: the guest of the lowest priority pays.",
+            f"+{cpu}m and +{memory} MiB:",
+            "batch, the guest of the lowest priority, pays the rest. web could, too, and must not.",
         )
         before = self.host.observe_all()
         done = self.run(f"allocate database --cpu +{cpu}m --memory +{memory}M")
@@ -144,8 +146,9 @@ class Demo:
         """A request that cannot be had changes nothing."""
         self.stage.act(
             "A request that cannot be had",
-            f"batch has 100m above its reservation and web nothing: +{scenario.TOO_MUCH_CPU}m is "
-            "refused, with the reason, and nothing changes.",
+            f"batch and web have 100m each above their reservations: +{scenario.TOO_MUCH_CPU}m is "
+            "refused,",
+            "with the reason, and nothing changes.",
         )
         before = self.host.observe_all()
         done = self.run(f"allocate database --cpu +{scenario.TOO_MUCH_CPU}m")
@@ -159,8 +162,9 @@ class Demo:
         cpu, memory = scenario.CRASH_CPU, scenario.CRASH_MEMORY
         self.stage.act(
             "The agent dies in mid-transaction",
-            f"batch starts to give up {memory} MiB, which takes its kernel a moment; the agent is "
-            "killed with SIGKILL meanwhile and started again.",
+            f"batch starts to give up {memory} MiB, which takes its kernel a moment. Meanwhile the "
+            "agent is killed",
+            "with SIGKILL, and started again.",
         )
         before = self.host.observe_all(fresh=True)
         words = f"allocate database --cpu +{cpu}m --memory +{memory}M"
@@ -169,7 +173,7 @@ class Demo:
         began = checker.wait_until(lambda: self._has_begun(before), self._patience_s)
         self.stage.command("kill -9 $(pidof virtfabricd)")
         self.host.kill_agent(signal.SIGKILL)
-        self.stage.output(*client.communicate(timeout=60))
+        self.stage.output(*reversed(client.communicate(timeout=60)))
         half_done = self.host.observe_all()
         self.stage.say("What the dead agent left behind:")
         self.stage.compare(before, half_done)

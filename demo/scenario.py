@@ -36,7 +36,7 @@ GUESTS = (
     Guest(
         name="batch", priority=10, cpu="200m:600m", max_vcpus=1, virtio_mem=384, plugged=384
     ),
-    Guest(name="web", priority=50, cpu="300m:300m", virtio_mem=128, plugged=64, reserve=224),
+    Guest(name="web", priority=50, cpu="200m:300m", virtio_mem=128, plugged=64),
     Guest(name="database", priority=90, cpu="500m:2", virtio_mem=512, plugged=64),
 )  # fmt: skip
 
@@ -47,14 +47,15 @@ START = {
 }
 MEMORY = sum(s.memory + OVERHEAD for s in START.values()) + FREE_MEMORY + RESERVE
 
-# Act 2: 100m and 32 MiB are free, batch pays the rest.
+# Act 2: 100m and 32 MiB are free, batch pays the rest. web could pay, too (100m and 64 MiB), but
+# batch has enough and a lower priority.
 ASKED_CPU, ASKED_MEMORY = 400, 128
 AFTER_ALLOCATE = {
     "batch": Share(600 - (ASKED_CPU - FREE_CPU), 544 - (ASKED_MEMORY - FREE_MEMORY)),
     "web": START["web"],
     "database": Share(1000 + ASKED_CPU, 224 + ASKED_MEMORY, vcpus=2),
 }
-# Act 3: batch has 100m above its reservation, web nothing.
+# Act 3: batch and web have 100m each above their reservations.
 TOO_MUCH_CPU = 500
 # Act 4: batch could pay this (down to 160 MiB of boot memory), but the agent dies on the way.
 CRASH_CPU, CRASH_MEMORY = 100, 192

@@ -57,7 +57,7 @@ class Stage:
             return
         self._console.print(Text(f"   $ {line}", style="bold cyan"))
         if done is not None:
-            self.output(done.stdout, done.stderr)
+            self.output(done.stderr, done.stdout)  # progress comes before results
             if done.returncode:
                 self._console.print(Text(f"     [exit code {done.returncode}]", style="yellow"))
         sys.stdout.flush()

@@ -31,9 +31,9 @@ __all__ = ["BATCH", "DATABASE", "MIB", "WEB", "Guest", "HostError", "LabHost", "
 
 MIB = checker.MIB
 BATCH = Guest(
-    name="batch", priority=10, cpu="200m:1", max_vcpus=1, virtio_mem=384, plugged=384
+    name="batch", priority=10, cpu="200m:600m", max_vcpus=1, virtio_mem=384, plugged=384
 )  # fmt: skip
-WEB = Guest(name="web", priority=50, cpu="300m:300m", virtio_mem=128, plugged=64, reserve=224)
+WEB = Guest(name="web", priority=50, cpu="200m:300m", virtio_mem=128, plugged=64)
 DATABASE = Guest(name="database", priority=90, cpu="500m:2", virtio_mem=512, plugged=64)
 CAPACITY: dict[str, Any] = {
     "cpus": "0-1",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -85,4 +86,26 @@ def test_demo_fails_when_the_executor_does_nothing(needs_root: None) -> None:
     # All but the refused request (nothing should happen, nothing does) and the story.
     for act in (1, 2, 4, 5, 6):
         assert any("✗" in line for line in acts[act]), f"act {act} believed an idle agent"
+    assert find_traces() <= before
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_interrupted_demo_leaves_no_trace(needs_root: None, number: signal.Signals) -> None:
+    before = find_traces()
+    path = os.pathsep.join(filter(None, (str(REPO), os.environ.get("PYTHONPATH", ""))))
+    demo = subprocess.Popen(
+        [sys.executable, str(DEMO)],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": path},
+    )
+    assert demo.stdout is not None
+    with demo.stdout:
+        for line in demo.stdout:
+            if "virsh start batch" in line:
+                demo.send_signal(number)
+                break
+        demo.stdout.read()
+    assert demo.wait(60) != 0
     assert find_traces() <= before

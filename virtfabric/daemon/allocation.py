@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.daemon.conductor import Undertaking
 from virtfabric.daemon.intake import parse_request
 from virtfabric.daemon.lifecycle import new_request
+from virtfabric.daemon.undertaking import Undertaking
 from virtfabric.model.amounts import CPU, MEMORY, Key
 from virtfabric.model.errors import Reason, Refusal, RefusedError
 from virtfabric.model.ids import GrantId
@@ -18,12 +18,13 @@ if TYPE_CHECKING:
 
     from virtfabric.daemon.api import Caller
     from virtfabric.daemon.authority import Authority
-    from virtfabric.daemon.conductor import Caps, Conductor, Outcome
+    from virtfabric.daemon.conductor import Conductor
     from virtfabric.daemon.executor import Progress
     from virtfabric.daemon.jobs import Job, Jobs
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.notices import Notices
     from virtfabric.daemon.observatory import Observatory
+    from virtfabric.daemon.undertaking import Caps, Outcome
     from virtfabric.model.decision import Decision
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ledger import Grant, HostSnapshot

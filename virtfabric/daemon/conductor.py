@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import logging
 import uuid
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
-from virtfabric.daemon.executor import Execution, Progress, Shortfall
+from virtfabric.daemon.executor import Execution, Progress, Shortfall, Stopwatch
+from virtfabric.daemon.undertaking import Outcome
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.errors import (
     JournalError,
@@ -29,19 +30,16 @@ from virtfabric.policy.placement import plan_convergence, plan_decision
 from virtfabric.ports import TransactionState
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Collection, Mapping
 
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.observatory import Observatory
+    from virtfabric.daemon.undertaking import Caps, Place, Undertaking
     from virtfabric.model.decision import Decision
-    from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId, RequestId
     from virtfabric.model.plan import Plan
     from virtfabric.ports import AuditLog, Clock, Handlers, Journal
 
-    Caps = Mapping[GuestId, Amounts]
-    Decide = Callable[[HostSnapshot, Caps], Decision | Refusal]
-    Place = Callable[[HostSnapshot, Decision | None], Plan | Refusal]
 
 log = logging.getLogger(__name__)
 
@@ -49,48 +47,6 @@ WAIT_SLICE_S: Final = 1.0
 """Longest wait for another plan before cancellation and deadline are looked at again."""
 RETRY: Final = frozenset({Reason.BUSY, Reason.NO_CAPACITY, Reason.NO_PLACEMENT})
 """Refusals that a running plan may turn into a yes when it ends."""
-
-
-@dataclass(slots=True)
-class Undertaking:
-    """What is to be conducted.
-
-    Attributes:
-        decide: makes the decision from a snapshot; None for a plan that moves no amounts.
-        place: turns it into steps.
-        ends: the grant that this ends, if any.
-        grants: whether a gain becomes a grant of its own (with loans for what victims paid).
-        settle_books: a last change of the books, after the decision's.
-        incoming: a guest that is starting, as its hook showed it. It is never read through
-            libvirt: calls on it block until its hook returns.
-        body: request and such, for journal and audit.
-    """
-
-    request: RequestId
-    title: str
-    place: Place
-    decide: Decide | None = None
-    ends: Grant | None = None
-    grants: bool = False
-    lease_s: float | None = None
-    deadline_s: float = 30.0
-    settle_books: Callable[[Books], Books] | None = None
-    incoming: GuestState | None = None
-    body: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What an undertaking led to."""
-
-    txn: TransactionId
-    decision: Decision | None
-    grant: Grant | None
-    steps: tuple[str, ...]
-    residues: tuple[Residue, ...]
-    offers: tuple[dict[str, Any], ...]
-    took_s: float
-    agent_s: float
 
 
 class Conductor:
@@ -156,10 +112,10 @@ class Conductor:
             RefusedError: nothing was changed.
             StepCancelledError, VirtfabricError: everything was undone.
         """
-        began = self._clock.monotonic()
+        began, outside = self._clock.monotonic(), Stopwatch(self._clock)
         txn = TransactionId(f"txn-{uuid.uuid4().hex[:12]}")
         try:
-            decision, plan = self._reserve(work, txn, progress, began + work.deadline_s)
+            decision, plan = self._reserve(work, txn, progress, outside, began + work.deadline_s)
         except RefusedError as error:
             self._audit.append(
                 "request.refused",
@@ -168,14 +124,19 @@ class Conductor:
             )
             raise
         try:
-            return self._execute(work, txn, decision, plan, progress, began)
+            return self._execute(work, txn, decision, plan, progress, outside, began)
         finally:
             self._ledger.abort(txn)
 
     # -- deciding ---------------------------------------------------------------------------
 
     def _reserve(
-        self, work: Undertaking, txn: TransactionId, progress: Progress, until: float
+        self,
+        work: Undertaking,
+        txn: TransactionId,
+        progress: Progress,
+        outside: Stopwatch,
+        until: float,
     ) -> tuple[Decision | None, Plan]:
         while True:
             if progress.cancelled.is_set():
@@ -188,7 +149,7 @@ class Conductor:
                 snapshot, decision, plan = answer
                 touched = _guests_of(work, decision, plan)
                 if not touched & snapshot.busy:
-                    if self._take_hold(work, txn, answer, touched):
+                    if self._take_hold(work, txn, answer, touched, outside):
                         return decision, plan
                     continue
                 if self._clock.monotonic() >= until:
@@ -204,11 +165,14 @@ class Conductor:
         txn: TransactionId,
         answer: tuple[HostSnapshot, Decision | None, Plan],
         touched: frozenset[GuestId],
+        outside: Stopwatch,
     ) -> bool:
         """Reserve what was planned, unless guests or ledger are no longer as they were then."""
         snapshot, decision, _ = answer
         incoming = {work.incoming.uuid} if work.incoming else set()
-        if self._observatory.refresh(touched - incoming):
+        with outside:
+            changed = self._observatory.refresh(touched - incoming)
+        if changed:
             return False
         free_part = decision.from_free.positive() if decision else Amounts()
         return self._ledger.reserve(txn, snapshot.generation, free_part, touched)
@@ -229,6 +193,7 @@ class Conductor:
         decision: Decision | None,
         plan: Plan,
         progress: Progress,
+        outside: Stopwatch,
         began: float,
     ) -> Outcome:
         body = {
@@ -240,7 +205,7 @@ class Conductor:
         } | work.body  # fmt: skip
         self._journal.begin(txn, body, self._clock.now())
         self._audit.append("plan.begun", _subjects(work, txn, decision), body)
-        execution = Execution(txn, self._journal, self._handlers, self._clock, progress)
+        execution = Execution(txn, self._journal, self._handlers, self._clock, progress, outside)
         try:
             execution.extend(plan.steps)
             decision, plan = self._run(work, txn, decision, plan, execution)
@@ -297,7 +262,9 @@ class Conductor:
         execution: Execution,
         began: float,
     ) -> Outcome:
-        self._observatory.refresh(plan.guests - ({work.incoming.uuid} if work.incoming else set()))
+        with execution.outside:
+            incoming = {work.incoming.uuid} if work.incoming else set()
+            self._observatory.refresh(plan.guests - incoming)
         now = self._clock.now()
         grant = self._new_grant(work, decision, now)
         loans = (
@@ -327,9 +294,10 @@ class Conductor:
 
         self._ledger.commit(txn, change, store)
         residues = tuple(r for r in final[0].residues if r.guest in plan.guests)
+        own = max(0.0, took - execution.outside.seconds)
         outcome = Outcome(
             txn, decision, grant, tuple(str(s) for s in execution.applied), residues,
-            tuple(o.to_json() for o in plan.offers), took, max(0.0, took - execution.outside_s),
+            tuple(o.to_json() for o in plan.offers), took, own,
         )  # fmt: skip
         self._audit_commit(work, outcome, loans)
         return outcome

@@ -83,12 +83,13 @@ class DriftWatch:
             state = snapshot.guests.get(guest)
             if guest not in amounts or state is None or not state.active:
                 continue
-            if state.policy is None or guest in snapshot.busy:
+            policy = state.policy
+            if policy is None or guest in snapshot.busy:
                 continue
             intended = intended_state(snapshot, amounts, layout, guest)
             state = _with_affinity(state, snapshot.topology.cpus)
             found += [
-                Drift(guest, state.name, d.what, str(d.intended), str(d.found), state.policy.drift)
+                Drift(guest, state.name, d.what, str(d.intended), str(d.found), policy.drift)
                 for d in differences(intended, state)
                 if not (d.what == "vcpus" and _is_residue(snapshot, state, intended.vcpus))
             ]

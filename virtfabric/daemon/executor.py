@@ -59,6 +59,21 @@ class Progress:
         self._report(self._base + self._span * min(max(fraction, 0.0), 1.0), text)
 
 
+class Stopwatch:
+    """Adds up the seconds of the `with` blocks it is given; not re-entrant."""
+
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._since = 0.0
+        self.seconds = 0.0
+
+    def __enter__(self) -> None:
+        self._since = self._clock.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self.seconds += self._clock.monotonic() - self._since
+
+
 @dataclass(frozen=True, slots=True)
 class Shortfall:
     """A guest stopped short in a step that the plan depends on."""
@@ -73,7 +88,7 @@ class Execution:
 
     Attributes:
         residues: what optional steps and undos could not bring about.
-        outside_s: seconds spent in libvirt and waiting for guests (the handlers' `apply`).
+        outside: times what is not ours (the handlers' `apply`: libvirt, and waiting for guests).
     """
 
     def __init__(
@@ -83,6 +98,7 @@ class Execution:
         handlers: Handlers,
         clock: Clock,
         progress: Progress,
+        outside: Stopwatch,
     ) -> None:
         self._txn = txn
         self._journal = journal
@@ -93,7 +109,7 @@ class Execution:
         self._done: list[tuple[int, Step]] = []
         self._total = 0
         self.residues: list[Residue] = []
-        self.outside_s = 0.0
+        self.outside = outside
 
     @property
     def applied(self) -> tuple[Step, ...]:
@@ -142,12 +158,9 @@ class Execution:
 
     def _carry_out(self, index: int, step: Step) -> None:
         handler = self._handlers.for_step(step)
-        began = self._clock.monotonic()
-        try:
+        with self.outside:
             handler.apply(step, self._progress)
-        finally:
-            self.outside_s += self._clock.monotonic() - began
-        self._journal.mark(self._txn, index, StepState.APPLIED)
+        # no mark in between: recovery undoes an APPLYING step as it does an APPLIED one
         handler.verify(step)
         self._journal.mark(self._txn, index, StepState.VERIFIED)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.daemon.conductor import Undertaking
 from virtfabric.daemon.intake import parse_policy_changes
 from virtfabric.daemon.lifecycle import new_request
+from virtfabric.daemon.undertaking import Undertaking
 from virtfabric.domxml.policy import format_policy
 from virtfabric.model.amounts import CPU, MEMORY, Key
 from virtfabric.model.errors import Reason, Refusal, RefusedError

@@ -15,7 +15,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.daemon.api import JobState
-from virtfabric.daemon.conductor import Undertaking
+from virtfabric.daemon.undertaking import Undertaking
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.filter import replace_placement
 from virtfabric.model.amounts import Amounts

@@ -20,7 +20,7 @@ from virtfabric.dbus.names import JOB, JOBS, MANAGER, ROOT, job_of_path, job_pat
 from virtfabric.model.errors import InvalidValueError
 
 if TYPE_CHECKING:
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
     from concurrent.futures import Executor
 
     from dbus_next.message import Message
@@ -91,14 +91,12 @@ class Dispatcher:
         self._agent = agent
         self._pool = pool
 
-    async def answer(
-        self, message: Message, identify: Callable[[], Awaitable[Caller]]
-    ) -> tuple[str, list[Any]]:
+    async def answer(self, message: Message, caller: Caller) -> tuple[str, list[Any]]:
         """Signature and body of the reply.
 
         Args:
             message: the call.
-            identify: tells who calls; only asked where it matters.
+            caller: who calls, as the bus vouches.
 
         Raises:
             ProtocolError: the call does not fit the API.
@@ -113,12 +111,12 @@ class Dispatcher:
                 f"the call has {message.signature!r}",
             )
         if interface.name == MANAGER:
-            return await self._manage(method, message, await identify())
+            return await self._manage(method, message, caller)
         if interface.name == JOB:
             job = job_of_path(message.path)
-            await self._run(self._agent.job_cancel, await identify(), job)
+            await self._run(self._agent.job_cancel, caller, job)
             return "", []
-        return await self._standard(method, message, identify)
+        return await self._standard(method, message, caller)
 
     async def _run(self, function: Callable[..., Any], *args: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(self._pool, function, *args)
@@ -132,7 +130,7 @@ class Dispatcher:
         return "s", [json.dumps(answer)]
 
     async def _standard(
-        self, method: Method, message: Message, identify: Callable[[], Awaitable[Caller]]
+        self, method: Method, message: Message, caller: Caller
     ) -> tuple[str, list[Any]]:
         match method.name:
             case "Ping":
@@ -140,25 +138,23 @@ class Dispatcher:
             case "GetMachineId":
                 return "s", [(await self._run(_MACHINE_ID.read_text)).strip()]
             case "Introspect":
-                return "s", [await self._introspect(message.path, identify)]
+                return "s", [await self._introspect(message.path, caller)]
             case "Set":
                 raise ProtocolError("PropertyReadOnly", "the properties are read-only")
             case _:
-                return await self._get(message, identify)
+                return await self._get(message, caller)
 
-    async def _introspect(self, path: str, identify: Callable[[], Awaitable[Caller]]) -> str:
+    async def _introspect(self, path: str, caller: Caller) -> str:
         children: list[str] = []
         if path == ROOT:
             children = [JOBS.rpartition("/")[2]]
         elif path == JOBS:
-            children = [j["id"] for j in await self._run(self._agent.jobs, await identify())]
+            children = [j["id"] for j in await self._run(self._agent.jobs, caller)]
         elif job_of_path(path) is None:
             children = [child_of(path)]
         return introspection_xml(interfaces_at(path) or (), children)
 
-    async def _get(
-        self, message: Message, identify: Callable[[], Awaitable[Caller]]
-    ) -> tuple[str, list[Any]]:
+    async def _get(self, message: Message, caller: Caller) -> tuple[str, list[Any]]:
         wanted = message.body[0]
         interface = _interface(message.path, wanted)
         names = {p.name: p.signature for p in interface.properties}
@@ -169,7 +165,7 @@ class Dispatcher:
             names = {name: names[name]}
         values: dict[str, Any] = {}
         if names:
-            values = await self._read(message.path, await identify())
+            values = await self._read(message.path, caller)
         found = {n: Variant(signature, values[n]) for n, signature in names.items()}
         if message.member == "Get":
             return "v", list(found.values())

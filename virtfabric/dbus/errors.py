@@ -31,10 +31,10 @@ _UNREACHABLE: Final = frozenset(
 
 
 class ProtocolError(VirtfabricError):
-    """A call that does not fit the API: wrong types, unknown method, object or property.
+    """A call that does not fit the API: wrong types, unknown method or object, too many at once.
 
     Attributes:
-        name: the standard error's last part (`InvalidArgs`, `UnknownMethod`).
+        name: the standard error's last part (`InvalidArgs`, `UnknownMethod`, `LimitsExceeded`).
     """
 
     def __init__(self, name: str, detail: str) -> None:
@@ -75,7 +75,9 @@ def wire_error(error: BaseException) -> WireError:
             document["would_fit"] = dict(no.would_fit)
             document["considered"] = list(no.considered)
         case ProtocolError():
-            document = document_of(Reason.INVALID_ARGUMENT.value, str(error))
+            busy = error.name == "LimitsExceeded"
+            reason = Reason.BUSY if busy else Reason.INVALID_ARGUMENT
+            document = document_of(reason.value, str(error))
             return WireError(f"{DBUS_ERRORS}.{error.name}", str(error), document)
         case InvalidValueError():
             document = document_of(Reason.INVALID_ARGUMENT.value, str(error), advice=error.advice)

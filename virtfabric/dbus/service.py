@@ -18,21 +18,22 @@ from dbus_next.message import Message
 from virtfabric.dbus.credentials import Callers
 from virtfabric.dbus.dispatch import Dispatcher
 from virtfabric.dbus.emission import Outbox, emissions_of
-from virtfabric.dbus.errors import SIGNATURE, WireError, document_of, wire_error
+from virtfabric.dbus.errors import SIGNATURE, ProtocolError, WireError, wire_error
 from virtfabric.dbus.link import Link
-from virtfabric.dbus.names import BUS_NAME, DBUS_ERRORS, DBUS_NAME
-from virtfabric.model.errors import AlreadyRunningError, Reason, UnreachableError, VirtfabricError
+from virtfabric.dbus.names import BUS_NAME, DBUS_NAME
+from virtfabric.model.errors import AlreadyRunningError, UnreachableError, VirtfabricError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Coroutine
+    from collections.abc import Callable, Coroutine, Iterator
 
-    from virtfabric.daemon.api import AgentApi, Caller, Notice
+    from virtfabric.daemon.api import AgentApi, Notice
 
 log = logging.getLogger(__name__)
 
-WORKERS: Final = 16
-CALLS_EACH: Final = 32
-"""Calls of one client under way at once; the rest is told LimitsExceeded."""
+WORKERS: Final = 32
+CALLS_EACH: Final = 8
+"""Calls of one unprivileged user under way at once; more are told LimitsExceeded. Counted by user,
+not by connection, and well below `WORKERS`: whoever may only read cannot keep root out."""
 BACKOFF_S: Final = (0.1, 5.0)
 """First and longest wait between two attempts to get back on the bus."""
 _LEAVERS: Final = (
@@ -51,7 +52,7 @@ class Service:
         self._dispatcher = Dispatcher(agent, self._pool)
         self._callers = Callers()
         self._outbox = Outbox()
-        self._running: Counter[str] = Counter()
+        self._running: Counter[int] = Counter()
         self._tasks: set[asyncio.Task[None]] = set()
         self._link: Link | None = None
         self._unsubscribe: Callable[[], None] = lambda: None
@@ -139,33 +140,38 @@ class Service:
             self._callers.forget(message.body[0])
 
     async def _serve(self, message: Message) -> None:
-        link, sender = self._link, str(message.sender)
+        link = self._link
         if link is None:
             return
-        self._running[sender] += 1
         try:
-            if self._running[sender] > CALLS_EACH:
-                reply = _too_many(message)
-            else:
-                reply = await self._reply(link, message)
+            reply = await self._reply(link, message)
             if not message.flags & MessageFlag.NO_REPLY_EXPECTED:
                 await link.send(reply)
         except UnreachableError:
-            log.debug("%s left before its answer", sender)
-        finally:
-            self._running[sender] -= 1
-            if not self._running[sender]:
-                del self._running[sender]
+            log.debug("%s left before its answer", message.sender)
 
     async def _reply(self, link: Link, message: Message) -> Message:
-        async def identify() -> Caller:
-            return await self._callers.find(link, str(message.sender))
-
         try:
-            signature, body = await self._dispatcher.answer(message, identify)
+            caller = await self._callers.find(link, str(message.sender))
+            if caller.uid and self._running[caller.uid] >= CALLS_EACH:
+                raise ProtocolError(
+                    "LimitsExceeded", f"more than {CALLS_EACH} calls of one user at once"
+                )
+            with self._counted(caller.uid):
+                signature, body = await self._dispatcher.answer(message, caller)
             return Message.new_method_return(message, signature, body)
         except Exception as error:  # noqa: BLE001 - the skin's one guard: mapped, logged, answered
             return _error(message, wire_error(error))
+
+    @contextlib.contextmanager
+    def _counted(self, uid: int) -> Iterator[None]:
+        self._running[uid] += 1
+        try:
+            yield
+        finally:
+            self._running[uid] -= 1
+            if not self._running[uid]:
+                del self._running[uid]
 
     # -- signals ----------------------------------------------------------------------------
 
@@ -203,9 +209,3 @@ def _error(message: Message, error: WireError) -> Message:
         signature=SIGNATURE,
         body=error.body,
     )
-
-
-def _too_many(message: Message) -> Message:
-    detail = f"more than {CALLS_EACH} calls under way at once"
-    document = document_of(Reason.BUSY.value, detail)
-    return _error(message, WireError(f"{DBUS_ERRORS}.LimitsExceeded", detail, document))

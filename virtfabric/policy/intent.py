@@ -87,6 +87,9 @@ def intended_state(
     vcpus = min(state.vcpus_max, max(1, -(-cpu // WHOLE_CPU)))
     if order:
         vcpus = min(state.vcpus_max, len(order))
+    if not state.vcpu_unplug:
+        # surplus vCPUs stay; pins and cap hold them to what the guest holds
+        vcpus = max(vcpus, state.vcpus_online)
     policy = state.policy
     fixed = state.mechanism is MemoryMechanism.FIXED
     return Intended(

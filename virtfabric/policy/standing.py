@@ -96,13 +96,21 @@ def held_of(snapshot: HostSnapshot, guest: GuestId) -> Amounts:
 def line_of(guest: GuestState, key: Key, snapshot: HostSnapshot) -> Line:
     """A guest's standing for one of `KEYS`."""
     held = held_of(snapshot, guest.uuid)[key]
+    policy, lends = guest.policy or _NO_POLICY, snapshot.lend_ballooned
     if key.resource == CPU:
-        return cpu_line(guest, held)
-    return memory_line(guest, held, lends=snapshot.lend_ballooned)
+        return Line(held, *cpu_bounds(guest), policy.cpu.shares, 0, prepaid=False)
+    virtio, balloon = guest.mechanism is _VIRTIO_MEM, guest.mechanism is _BALLOON
+    return Line(
+        held,
+        *memory_bounds(guest, lends=lends),
+        policy.memory.shares,
+        int(guest.boot_memory) if virtio else held % BALLOON_STEP,
+        prepaid=balloon and not lends,
+    )
 
 
-def cpu_line(guest: GuestState, held: int) -> Line:
-    """Standing for CPU, with this much held."""
+def cpu_bounds(guest: GuestState) -> tuple[int, int, int]:
+    """Floor, ceiling and granule of CPU."""
     policy = (guest.policy or _NO_POLICY).cpu
     most = (guest.vcpus_max or 1) * WHOLE_CPU
     ceiling, floor = most, int(policy.reservation)
@@ -112,33 +120,30 @@ def cpu_line(guest: GuestState, held: int) -> Line:
     if policy.placement is _DEDICATED:
         granule = WHOLE_CPU
         ceiling = ceiling // WHOLE_CPU * WHOLE_CPU
-        floor = max(1, -(-floor // WHOLE_CPU)) * WHOLE_CPU
+        floor = -(-floor // WHOLE_CPU) * WHOLE_CPU or WHOLE_CPU
     elif floor < LEAST_CPU:
         floor = LEAST_CPU
-    floor = min(floor, most)
-    return Line(held, floor, max(floor, ceiling), granule, policy.shares, 0, False)  # noqa: FBT003
+    if floor > most:
+        floor = most
+    return floor, ceiling if ceiling > floor else floor, granule
 
 
-def memory_line(guest: GuestState, held: int, *, lends: bool) -> Line:
-    """Standing for memory, with this much held."""
+def memory_bounds(guest: GuestState, *, lends: bool) -> tuple[int, int, int]:
+    """Floor, ceiling and granule of memory."""
     policy = (guest.policy or _NO_POLICY).memory
     most, limit = int(guest.memory_max), policy.limit
-    ceiling = most if limit is None or limit > most else int(limit)
+    ceiling, granule = most if limit is None or limit > most else int(limit), BALLOON_STEP
     if guest.mechanism is _VIRTIO_MEM:
-        boot, block = int(guest.boot_memory), _block_of(guest)
-        floor, end = boot, boot + (most - boot) // block * block
-        if policy.reservation > boot:
-            floor = min(end, boot - (boot - int(policy.reservation)) // block * block)
-        ceiling = boot + (ceiling - boot) // block * block
-        return Line(held, floor, max(floor, ceiling), block, policy.shares, boot, False)  # noqa: FBT003
-    balloon = guest.mechanism is _BALLOON
-    if balloon and lends:
-        floor = min(max(int(policy.reservation), LEAST_BALLOONED), most)
+        floor, granule = int(guest.boot_memory), _block_of(guest)
+        ceiling = floor + (ceiling - floor) // granule * granule
+        if policy.reservation > floor:
+            end = floor + (most - floor) // granule * granule
+            floor = min(end, floor - (floor - int(policy.reservation)) // granule * granule)
+    elif guest.mechanism is _BALLOON:
+        floor = min(max(int(policy.reservation), LEAST_BALLOONED), most) if lends else most
     else:
-        floor = most if balloon else max(most, int(guest.memory_current))
-    origin = held % BALLOON_STEP
-    prepaid = balloon and not lends
-    return Line(held, floor, max(floor, ceiling), BALLOON_STEP, policy.shares, origin, prepaid)
+        floor = max(most, int(guest.memory_current))
+    return floor, ceiling if ceiling > floor else floor, granule
 
 
 def floor_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
@@ -232,11 +237,14 @@ class Tally(NamedTuple):
         free: capacity less everything in use; below zero when the host is overcommitted.
         guests: those that are active or hold something, by UUID.
         held: what each of them holds, one column per resource; 0 without a holding.
+        engaged: those that nothing can be taken from now: another plan or a job works on them,
+            they are not running yet, or not in the books yet.
     """
 
     free: Amounts
     guests: list[GuestState]
     held: dict[Key, list[int]]
+    engaged: set[GuestId]
 
 
 def tally(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Tally:
@@ -251,6 +259,7 @@ def tally(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Tally:
     """
     holdings, lends = snapshot.books.holdings, snapshot.lend_ballooned
     known: list[GuestState] = []
+    engaged = set(snapshot.busy)
     cpus: list[int] = []
     memories: list[int] = []
     cpu = memory = 0
@@ -261,6 +270,8 @@ def tally(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Tally:
             continue
         held_cpu = holding.amounts[CPU_KEY] if holding else 0
         held_memory = holding.amounts[MEMORY_KEY] if holding else 0
+        if guest.job is not None or holding is None or not active:
+            engaged.add(uuid)
         known.append(guest)
         cpus.append(held_cpu)
         memories.append(held_memory)
@@ -283,7 +294,8 @@ def tally(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Tally:
     memory += (len(known) + len(unknown)) * int(snapshot.capacity.overhead)
     memory += sum(r.amount for r in snapshot.books.residues if _is_counted(r, without))
     used = Amounts.of(cpu=cpu, memory=memory) + snapshot.pending
-    return Tally(capacity_of(snapshot) - used, known, {CPU_KEY: cpus, MEMORY_KEY: memories})
+    held = {CPU_KEY: cpus, MEMORY_KEY: memories}
+    return Tally(capacity_of(snapshot) - used, known, held, engaged)
 
 
 def _is_counted(residue: Residue, without: GuestId | None) -> bool:

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from virtfabric.model.amounts import MEMORY, Amounts, Key, format_amount
 from virtfabric.model.decision import Consideration, Take, Verdict
 from virtfabric.model.guest import MemoryMechanism, RunState
-from virtfabric.policy.standing import Line, Tally, cpu_line, memory_line
+from virtfabric.policy.standing import Tally, cpu_bounds, memory_bounds
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Iterable, Mapping
 
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
@@ -29,12 +29,12 @@ in the exact order of the fractions, and far cheaper to compare than `Fraction`.
 _UNMANAGED: Final = Verdict.UNMANAGED
 _PRIORITY: Final = Verdict.PRIORITY
 _AT_FLOOR: Final = Verdict.AT_FLOOR
+_BUSY: Final = Verdict.BUSY
 _PAYS: Final = Verdict.PAYS
 _NOT_NEEDED: Final = Verdict.NOT_NEEDED
 _VIRTIO_MEM: Final = MemoryMechanism.VIRTIO_MEM
 _BALLOON: Final = MemoryMechanism.BALLOON
 _RUNNING: Final = RunState.RUNNING
-_SHUTOFF: Final = RunState.SHUTOFF
 
 
 class Candidate(NamedTuple):
@@ -44,7 +44,9 @@ class Candidate(NamedTuple):
     pressure: int
     uuid: GuestId
     name: str
-    line: Line
+    held: int
+    floor: int
+    granule: int
     give: int
 
 
@@ -75,16 +77,14 @@ class Survey:
         """
         gifts: list[tuple[GuestId, int]] = []
         considered: list[Consideration] = []
-        for candidate in self.candidates:
-            priority, _, uuid, name, line, give = candidate
-            gift = 0
+        for priority, _, uuid, name, held, floor, granule, give in self.candidates:
+            gift, verdict = 0, _NOT_NEEDED
             if need > 0:
-                gift = min(give, -(-need // line.granule) * line.granule)
+                gift, verdict = min(give, -(-need // granule) * granule), _PAYS
                 need -= gift
                 gifts.append((uuid, gift))
-            verdict = _PAYS if gift else _NOT_NEEDED
             considered.append(
-                Consideration(uuid, name, self.key, verdict, priority, line.held, line.floor, gift)
+                Consideration(uuid, name, self.key, verdict, priority, held, floor, gift)
             )
         return gifts, considered + self.others
 
@@ -92,8 +92,8 @@ class Survey:
         """One line for each guest, when all of it was not enough."""
         key = self.key
         could = (
-            f"{c.name} (priority {c.priority}, holds {format_amount(key, c.line.held)}, floor "
-            f"{format_amount(key, c.line.floor)}): {key}: could pay {format_amount(key, c.give)}, "
+            f"{c.name} (priority {c.priority}, holds {format_amount(key, c.held)}, floor "
+            f"{format_amount(key, c.floor)}): {key}: could pay {format_amount(key, c.give)}, "
             "not enough"
             for c in self.candidates
         )
@@ -116,7 +116,7 @@ def survey(
         key: the contended resource.
         caps: as for `arbiter.choose_allocation`.
     """
-    priority = borrower.policy.priority if borrower.policy else 0
+    highest = borrower.policy.priority if borrower.policy else 0
     lends, is_memory = snapshot.lend_ballooned, key.resource == MEMORY
     candidates: list[Candidate] = []
     others: list[Consideration] = []
@@ -124,55 +124,45 @@ def survey(
         uuid, policy = guest.uuid, guest.policy
         if uuid == borrower.uuid:
             continue
-        line = memory_line(guest, held, lends=lends) if is_memory else cpu_line(guest, held)
-        if policy is None:
-            others.append(Consideration(uuid, guest.name, key, _UNMANAGED, 0, held, line.floor, 0))
-            continue
-        own, give, verdict = policy.priority, 0, _PRIORITY
-        if own < priority:
-            give, verdict = _offer(snapshot, guest, key, line, caps)
-        if give:
-            pressure = -(((held - line.floor) << _PRESSURE_BITS) // (line.shares or 1))
-            candidates.append(Candidate(own, pressure, uuid, guest.name, line, give))
+        floor, _, granule = memory_bounds(guest, lends=lends) if is_memory else cpu_bounds(guest)
+        verdict, priority = _exclusion(guest, highest, counted.engaged)
+        give = 0
+        if verdict is None:
+            verdict = _withheld(guest, lends=lends) if is_memory else None
+            give = (held - floor) // granule * granule if verdict is None else 0
+        if give > 0 and uuid in caps:
+            give, verdict = min(give, caps[uuid][key] // granule * granule), Verdict.NO_MECHANISM
+        if give > 0 and policy is not None:
+            shares = (policy.memory if is_memory else policy.cpu).shares
+            pressure = -(((held - floor) << _PRESSURE_BITS) // (shares or 1))
+            candidates.append(
+                Candidate(priority, pressure, uuid, guest.name, held, floor, granule, give)
+            )
         else:
-            others.append(Consideration(uuid, guest.name, key, verdict, own, held, line.floor, 0))
+            why = verdict or _AT_FLOOR
+            others.append(Consideration(uuid, guest.name, key, why, priority, held, floor, 0))
     candidates.sort()
     return Survey(key, candidates, others)
 
 
-def _offer(
-    snapshot: HostSnapshot,
-    guest: GuestState,
-    key: Key,
-    line: Line,
-    caps: Mapping[GuestId, Amounts],
-) -> tuple[int, Verdict]:
-    """What a guest of lower priority could give; the verdict matters when that is nothing."""
-    if _is_busy(snapshot, guest):
-        return 0, Verdict.BUSY
-    if key.resource == MEMORY:
-        lends = guest.mechanism is _VIRTIO_MEM or (
-            guest.mechanism is _BALLOON and snapshot.lend_ballooned
-        )
-        if not lends:
-            return 0, Verdict.NO_MECHANISM
-        if guest.state is not _RUNNING:
-            # Only a guest that runs can let go of memory; a paused one still loses CPU by quota.
-            return 0, Verdict.BUSY
-    give = line.slack
-    if guest.uuid in caps and give:
-        give = min(give, caps[guest.uuid][key] // line.granule * line.granule)
-        return max(0, give), Verdict.NO_MECHANISM
-    return give, _AT_FLOOR
+def _exclusion(
+    guest: GuestState, highest: int, engaged: Container[GuestId]
+) -> tuple[Verdict | None, int]:
+    """Why a guest is not asked at all, None when it may be; and its priority."""
+    policy = guest.policy
+    if policy is None:
+        return _UNMANAGED, 0
+    if policy.priority >= highest:
+        return _PRIORITY, policy.priority
+    return (_BUSY if guest.uuid in engaged else None), policy.priority
 
 
-def _is_busy(snapshot: HostSnapshot, guest: GuestState) -> bool:
-    return (
-        guest.job is not None
-        or guest.state is _SHUTOFF
-        or guest.uuid in snapshot.busy
-        or guest.uuid not in snapshot.books.holdings
-    )
+def _withheld(guest: GuestState, *, lends: bool) -> Verdict | None:
+    """Why its memory cannot be had; None when it can."""
+    if guest.mechanism is not _VIRTIO_MEM and not (lends and guest.mechanism is _BALLOON):
+        return Verdict.NO_MECHANISM
+    # Only a guest that runs can let go of memory; a paused one still loses CPU by its quota.
+    return None if guest.state is _RUNNING else _BUSY
 
 
 @dataclass(slots=True)

@@ -122,6 +122,7 @@ class LittleAgent:
         self.jobs_ = Jobs(self.notices)
         self.callers = []
         self.let_go = threading.Event()
+        self.hanging = threading.Semaphore(0)
 
     def _see(self, caller):
         self.callers.append(caller)
@@ -224,6 +225,9 @@ class LittleAgent:
 
     def explain(self, caller, subject):
         self._see(caller)
+        if subject == "wait":
+            self.hanging.release()
+            assert self.let_go.wait(10)
         if subject == "defect":
             raise ZeroDivisionError("secret path /usr/lib/y.py")
         return {"subject": subject, "lines": ["root asked", "batch paid"], "records": [RECORD]}

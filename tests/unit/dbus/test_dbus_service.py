@@ -13,8 +13,9 @@ from dbus_next import Variant
 from dbus_next.constants import MessageType
 from dbus_next.message import Message
 
+from virtfabric.daemon.api import Notice
 from virtfabric.dbus.client import AgentClient, with_agent
-from virtfabric.dbus.emission import LIMIT
+from virtfabric.dbus.emission import Outbox, emissions_of
 from virtfabric.dbus.link import Link
 from virtfabric.dbus.names import (
     BUS_NAME,
@@ -26,7 +27,7 @@ from virtfabric.dbus.names import (
     ROOT,
     job_path,
 )
-from virtfabric.dbus.service import CALLS_EACH, Service
+from virtfabric.dbus.service import CALLS_EACH, WORKERS, Service
 from virtfabric.model.errors import (
     AlreadyRunningError,
     Reason,
@@ -228,56 +229,82 @@ def test_an_unknown_job_is_an_unknown_id(agent, bus):
     assert run(work()) == ["org.virtfabric1.Error.UnknownId"] * 2
 
 
-def _release_as(uid, gid, groups, address):
-    """Call Release from a child that has become somebody else; gives (go, what it says).
+class Somebody:
+    """A forked child that has become `nobody` and waits for `go` to do its work.
 
     Forked, not executed: an interpreter in a directory of root's would not start for others, or
     start with another standard library.
     """
-    begin, go = os.pipe()
-    heard, say = os.pipe()
-    child = os.fork()
-    if child:
+
+    def __init__(self, work):
+        self.user = pwd.getpwnam("nobody")
+        begin, self._go = os.pipe()
+        self._heard, say = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._become(work, begin, say)
         os.close(begin)
         os.close(say)
-        return child, go, heard
-    code = 1
-    try:
-        os.close(go)
-        os.setgroups(groups)
-        os.setresgid(gid, gid, gid)
-        os.setresuid(uid, uid, uid)
-        os.read(begin, 1)
+
+    def _become(self, work, begin, say):
         try:
-            with_agent(address, lambda client: client.call("Release", "g1"))
-        except VirtfabricError as error:
-            os.write(say, f"{type(error).__name__} {error}".encode())
-        code = 0
-    finally:
-        os._exit(code)
+            os.close(self._go)
+            os.setgroups([54321])
+            os.setresgid(*[self.user.pw_gid] * 3)
+            os.setresuid(*[self.user.pw_uid] * 3)
+            if os.read(begin, 1):
+                os.write(say, work().encode())
+        finally:
+            os._exit(0)
+
+    def go(self):
+        os.write(self._go, b".")
+
+    def said(self):
+        """What its work returned; empty when it broke."""
+        return os.read(self._heard, 65536).decode()
+
+    def end(self):
+        os.close(self._go)
+        os.close(self._heard)
+        os.waitpid(self.pid, 0)
 
 
-@pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
-def test_another_user_is_seen_as_that_user(agent, bus):
-    nobody = pwd.getpwnam("nobody")
-    child, go, heard = _release_as(nobody.pw_uid, nobody.pw_gid, [54321], bus.address)
-
-    async def work():
-        async with serving(agent, bus):
-            os.write(go, b".")
-            return await asyncio.to_thread(os.read, heard, 4096)
-
+@contextlib.contextmanager
+def somebody(work):
+    child = Somebody(work)
     try:
-        said = run(work()).decode()
+        yield child
     finally:
-        os.close(go)
-        os.close(heard)
-        _, status = os.waitpid(child, 0)
-    assert status == 0
-    assert said.startswith(f"RefusedError not-allowed: nobody (uid {nobody.pw_uid}, gids [")
+        child.end()
+
+
+as_root = pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
+
+
+def _release(address):
+    try:
+        with_agent(address, lambda client: client.call("Release", "g1"))
+    except VirtfabricError as error:
+        return f"{type(error).__name__} {error}"
+    return "released"
+
+
+@as_root
+def test_another_user_is_seen_as_that_user(agent, bus):
+    with somebody(lambda: _release(bus.address)) as nobody:
+
+        async def work():
+            async with serving(agent, bus):
+                nobody.go()
+                return await asyncio.to_thread(nobody.said)
+
+        said = run(work())
+    uid = nobody.user.pw_uid
+    assert said.startswith(f"RefusedError not-allowed: nobody (uid {uid}, gids [")
     [caller] = agent.callers
-    assert (caller.uid, caller.principal.name, caller.pid) == (nobody.pw_uid, "nobody", child)
-    assert caller.gids == {nobody.pw_gid, 54321}
+    assert (caller.uid, caller.principal.name, caller.pid) == (uid, "nobody", nobody.pid)
+    assert caller.gids == {nobody.user.pw_gid, 54321}
 
 
 def test_two_clients_at_once_are_not_mixed_up(agent, bus):
@@ -421,29 +448,38 @@ def test_a_burst_of_notices_does_not_break_the_bus(agent, bus):
     assert health["version"] == "0.1.0"
 
 
-def test_more_than_the_queue_takes_is_counted_and_told(agent, bus):
+def test_more_than_the_queue_takes_is_counted_and_told():
     async def work():
-        async with both(agent, bus) as client:
+        outbox = Outbox(limit=10)
+        for n in range(15):
+            [emission] = emissions_of(Notice("flood.test", 0.0, {"n": n}))
+            outbox.put(emission)
+        taken = [await outbox.take() for _ in range(11)]
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.01):
+                await outbox.take()
+        return [(e.body[0], json.loads(e.body[1])) for e in taken]
 
-            async def hear():
-                count = 0
-                async for heard in client.signals():
-                    if heard.member != "Notice":
-                        continue
-                    if heard.body[0] == "notices.lost":
-                        return count, json.loads(heard.body[1])["count"]
-                    count += 1
-                raise AssertionError("unreachable")
+    *kept, last = run(work())
+    assert [body["n"] for _, body in kept] == list(range(10))
+    assert last == ("notices.lost", {"count": 5})
 
-            hearing = asyncio.create_task(hear())
-            await asyncio.sleep(0)
-            for n in range(LIMIT + 100):
-                agent.notices.publish("flood.test", {"n": n})
-            return await hearing
 
-    count, lost = run(work())
-    assert lost > 0
-    assert count + lost == LIMIT + 100
+def test_only_the_newest_progress_waits():
+    async def work():
+        outbox = Outbox()
+        for n in range(100):
+            body = {"job": "j1", "fraction": n / 100, "text": f"step {n}"}
+            for emission in emissions_of(Notice("job.progress", 0.0, body)):
+                outbox.put(emission)
+        ended = {"job": "j1", "state": "done", "result": {}, "error": None}
+        for emission in emissions_of(Notice("job.done", 0.0, ended)):
+            outbox.put(emission)
+        return [await outbox.take() for _ in range(3)]
+
+    first, *rest = run(work())
+    assert (first.member, first.body) == ("Progress", (0.99, "step 99"))
+    assert "Done" in {e.member for e in rest}
 
 
 def test_a_malformed_notice_silences_nothing(agent, bus):
@@ -459,19 +495,41 @@ def test_a_malformed_notice_silences_nothing(agent, bus):
     assert run(work())[-1].body == ("still here",)
 
 
-def test_one_client_cannot_have_all_the_workers(agent, bus):
-    async def work():
-        async with both(agent, bus):
-            link = await Link.connect(bus.address, lambda _m: None)
-            call = {"destination": BUS_NAME, "path": ROOT, "interface": MANAGER}
-            replies = await asyncio.gather(
-                *(link.call(Message(**call, member="GetStatus")) for _ in range(CALLS_EACH * 3))
-            )
-            await link.close()
-            return [r.error_name for r in replies if r.message_type is MessageType.ERROR]
+def _ask_too_much(address):
+    """Names of the errors that a flood of slow calls gets, over two connections."""
 
-    refused = run(work())
-    assert set(refused) <= {"org.freedesktop.DBus.Error.LimitsExceeded"}
+    async def work():
+        links = [await Link.connect(address, lambda _m: None) for _ in range(2)]
+        call = {"destination": BUS_NAME, "path": ROOT, "interface": MANAGER, "member": "Explain"}
+        replies = await asyncio.gather(
+            *(
+                links[n % 2].call(Message(**call, signature="s", body=["wait"]))
+                for n in range(CALLS_EACH + 4)
+            )
+        )
+        return ",".join(sorted(str(r.error_name) for r in replies))
+
+    return asyncio.run(work())
+
+
+@as_root
+def test_an_unprivileged_user_cannot_keep_root_out(agent, bus):
+    assert CALLS_EACH * 2 <= WORKERS
+    with somebody(lambda: _ask_too_much(bus.address)) as nobody:
+
+        async def work():
+            async with both(agent, bus) as client:
+                nobody.go()
+                for _ in range(CALLS_EACH):
+                    assert await asyncio.to_thread(agent.hanging.acquire, timeout=5)
+                health = await client.call("Health")  # answered while nobody's calls hang
+                agent.let_go.set()
+                return health, await asyncio.to_thread(nobody.said)
+
+        health, said = run(work())
+    assert health["version"] == "0.1.0"
+    refused = said.count("org.freedesktop.DBus.Error.LimitsExceeded")
+    assert (refused, said.count("None")) == (4, CALLS_EACH)
 
 
 def test_a_second_agent_on_the_bus_is_refused(agent, bus):

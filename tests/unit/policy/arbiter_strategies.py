@@ -56,11 +56,12 @@ def memory_bounds(guest: GuestState, *, lend: bool) -> Bounds:
     limit = min(guest.memory_max, guest.memory_max if policy.limit is None else policy.limit)
     if guest.mechanism is MemoryMechanism.VIRTIO_MEM:
         block = max(d.block for d in guest.virtio_mem)
-        floor = ceiling = guest.boot_memory
-        while floor < policy.reservation and floor < guest.memory_max:
+        boot = guest.boot_memory
+        blocks = (guest.memory_max - boot) // block
+        floor = boot
+        while floor < policy.reservation and floor < boot + blocks * block:
             floor += block
-        while ceiling + block <= limit:
-            ceiling += block
+        ceiling = boot + min(blocks, (limit - boot) // block) * block
         return Bounds(floor, max(floor, ceiling), block)
     if guest.mechanism is MemoryMechanism.BALLOON and lend:
         floor = min(guest.memory_max, max(policy.reservation, 64 * MIB))
@@ -203,5 +204,40 @@ def requests(draw: st.DrawFn, snapshot: HostSnapshot) -> Request:
 
 @st.composite
 def cases(draw: st.DrawFn) -> tuple[HostSnapshot, Request]:
+    """Any host and any request, sensible or not."""
     snapshot = draw(snapshots())
     return snapshot, draw(requests(snapshot))
+
+
+@st.composite
+def hopeful_cases(draw: st.DrawFn) -> tuple[HostSnapshot, Request]:
+    """A request for more, for a guest that may have it: mostly granted, mostly at others' cost."""
+    snapshot = draw(snapshots())
+    free_cpu, free_memory = draw(st.integers(0, 700)), draw(st.integers(0, 40)) * MIB
+    borrower = draw(guests(50, plain=True))
+    assert borrower.policy is not None
+    kind = draw(st.sampled_from((Placement.SHARED, Placement.SHARED, Placement.DEDICATED)))
+    cpu = replace(borrower.policy.cpu, placement=kind)
+    policy = replace(borrower.policy, priority=draw(st.sampled_from((50, 91, 91))), cpu=cpu)
+    borrower = replace(borrower, policy=policy)
+    held = Amounts.of(cpu=cpu_bounds(borrower).floor, memory=memory_bounds(borrower, lend=False).floor)
+    books = replace(
+        snapshot.books,
+        holdings={**snapshot.books.holdings, borrower.uuid: Holding(borrower.uuid, held)},
+    )
+    snapshot = replace(snapshot, guests={**snapshot.guests, borrower.uuid: borrower}, books=books)
+    used_cpu, used_memory = used(snapshot)
+    cpus = CpuSet(snapshot.topology.cpus.sorted()[: max(1, -(-(used_cpu + free_cpu) // 1000))])
+    memory = {0: Bytes(used_memory + RESERVE + free_memory)}
+    snapshot = replace(snapshot, capacity=replace(snapshot.capacity, cpus=cpus, memory=memory))
+    step = 1000 if kind is Placement.DEDICATED else 100
+    cpu_want = draw(st.none() | st.integers(0, 12).map(lambda n: Want(Mode.BY, n * step)))
+    memory_want = draw(st.none() | st.integers(0, 60).map(lambda n: Want(Mode.BY, n * 4 * MIB)))
+    return snapshot, Request(
+        RequestId("req"), borrower.uuid, AGENT, Origin.AGENT, cpu_want, memory_want,
+        partial=draw(st.booleans()),
+    )  # fmt: skip
+
+
+def any_case() -> st.SearchStrategy[tuple[HostSnapshot, Request]]:
+    return hopeful_cases() | hopeful_cases() | cases()

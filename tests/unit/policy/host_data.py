@@ -94,6 +94,7 @@ def make_guest(number: int, **options: Any) -> GuestState:
     mechanism = get("mechanism", MemoryMechanism.VIRTIO_MEM)
     memory = get("memory", BOOT_MEMORY)
     most = get("memory_max", max(memory, BOOT_MEMORY + 512 * MIB))
+    devices = get("devices", 1)
     virtio = mechanism is MemoryMechanism.VIRTIO_MEM
     fields: dict[str, Any] = {
         "name": f"guest{number}",
@@ -105,7 +106,7 @@ def make_guest(number: int, **options: Any) -> GuestState:
         "memory_current": Bytes(memory),
         "memory_max": Bytes(most),
         "mechanism": mechanism,
-        "virtio_mem": _devices(memory, most, get("devices", 1)) if virtio else (),
+        "virtio_mem": _devices(memory, most, devices) if virtio else (),
         "policy": policy,
     }
     return GuestState(uuid=guest_id(number), **fields | options)

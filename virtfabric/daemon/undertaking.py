@@ -1,0 +1,63 @@
+"""What is conducted, and what came of it: the values around `daemon.conductor`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Mapping
+
+    from virtfabric.model.amounts import Amounts
+    from virtfabric.model.decision import Decision
+    from virtfabric.model.errors import Refusal
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.ids import GuestId, RequestId, TransactionId
+    from virtfabric.model.ledger import Books, Grant, HostSnapshot, Residue
+    from virtfabric.model.plan import Plan
+
+    Caps = Mapping[GuestId, Amounts]
+    Decide = Callable[[HostSnapshot, Caps], Decision | Refusal]
+    Place = Callable[[HostSnapshot, Decision | None], Plan | Refusal]
+
+
+@dataclass(slots=True)
+class Undertaking:
+    """What is to be conducted.
+
+    Attributes:
+        decide: makes the decision from a snapshot; None for a plan that moves no amounts.
+        place: turns it into steps.
+        ends: the grant that this ends, if any.
+        grants: whether a gain becomes a grant of its own (with loans for what victims paid).
+        settle_books: a last change of the books, after the decision's.
+        incoming: a guest that is starting, as its hook showed it. It is never read through
+            libvirt: calls on it block until its hook returns.
+        body: request and such, for journal and audit.
+    """
+
+    request: RequestId
+    title: str
+    place: Place
+    decide: Decide | None = None
+    ends: Grant | None = None
+    grants: bool = False
+    lease_s: float | None = None
+    deadline_s: float = 30.0
+    settle_books: Callable[[Books], Books] | None = None
+    incoming: GuestState | None = None
+    body: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What an undertaking led to."""
+
+    txn: TransactionId
+    decision: Decision | None
+    grant: Grant | None
+    steps: tuple[str, ...]
+    residues: tuple[Residue, ...]
+    offers: tuple[dict[str, Any], ...]
+    took_s: float
+    agent_s: float
