@@ -23,6 +23,7 @@ from virtfabric.adapters.telemetry import PsutilLoad
 from virtfabric.config import resolve_capacity
 from virtfabric.daemon.agent import Agent
 from virtfabric.daemon.wiring import Settings, World
+from virtfabric.dbus.polkit import Polkit
 from virtfabric.model.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -73,6 +74,7 @@ def _settings(config: Config, libvirt_version: str) -> Settings:
         group=_group_id(config.access.group),
         ceiling_for=ceiling_for,
         lend_ballooned=config.memory.lend_ballooned,
+        polkit=Polkit(config.agent.bus or None),
     )
 
 

@@ -28,6 +28,12 @@ def _cpu(value: int | None) -> str:
     return "-" if value is None else str(MilliCpu(value))
 
 
+def _residue(residue: Json) -> str:
+    if residue["what"] == "memory":
+        return f"{_memory(residue['amount'])} memory"
+    return f"{MilliCpu(residue['amount'])} vCPU"
+
+
 def _memory(value: int | None) -> str:
     return "-" if value is None else str(Bytes(value))
 
@@ -104,10 +110,7 @@ def _remarks(guest: Json) -> str:
         found.append("changing")
     if guest["job"]:
         found.append(f"busy: {guest['job']}")
-    found += [
-        f"still holds {_memory(r['amount']) if r['what'] == 'memory' else r['amount']} {r['what']}"
-        for r in guest["residues"]
-    ]
+    found += [f"still holds {_residue(r)}" for r in guest["residues"]]
     return "; ".join(found)
 
 
@@ -221,8 +224,7 @@ def outcome_lines(subject: str, result: Json) -> list[str]:
     lines += [f"  step: {s}" for s in result.get("steps") or []]
     lines += [f"  considered: {c}" for c in result.get("considered") or []]
     lines += [
-        f"  residue: {r.get('name', r['guest'])} still holds {r['amount']} {r['what']} "
-        f"{r.get('detail', '')}".rstrip()
+        f"  residue: {r.get('name', r['guest'])} has {_residue(r)} {r.get('detail', '')}".rstrip()
         for r in result.get("residues") or []
     ]
     if "took_s" in result:

@@ -165,7 +165,10 @@ class Allocation:
             "delta": decision.delta.to_json() if decision else {},
             "paid": [entry(t.victim, t.amounts) for t in decision.takes] if decision else [],
             "returned": [entry(r.victim, r.amounts) for r in decision.returns] if decision else [],
-            "residues": [r.to_json() for r in outcome.residues],
+            "residues": [
+                r.to_json() | {"name": guests[r.guest].name if r.guest in guests else r.guest}
+                for r in outcome.residues
+            ],
             "considered": [str(c) for c in decision.considered] if decision else [],
             "steps": list(outcome.steps), "took_s": round(outcome.took_s, 4),
             "agent_s": round(outcome.agent_s, 4),

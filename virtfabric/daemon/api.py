@@ -22,12 +22,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who is on the other end of an edge, from the kernel (SO_PEERCRED) or the bus."""
+    """Who is on the other end of an edge, from the kernel (SO_PEERCRED) or the bus.
+
+    Attributes:
+        bus_name: unique name on the bus, for polkit; empty for other edges.
+    """
 
     principal: Principal
     uid: int
     gids: frozenset[int]
     pid: int = 0
+    bus_name: str = ""
 
 
 class JobState(StrEnum):

@@ -199,7 +199,7 @@ class Conductor:
         body = {
             "request": work.request, "title": work.title, "txn": txn,
             "decision": decision.to_json() if decision else None,
-            "generation": plan.generation,
+            "names": self._names(work, decision, plan), "generation": plan.generation,
             "offers": [o.to_json() for o in plan.offers],
             "steps": [str(s) for s in plan.steps],
         } | work.body  # fmt: skip
@@ -213,6 +213,13 @@ class Conductor:
         except VirtfabricError as error:
             self._undo(work, txn, decision, execution, error)
             raise
+
+    def _names(
+        self, work: Undertaking, decision: Decision | None, plan: Plan
+    ) -> dict[GuestId, str]:
+        """Guests' names as they are now: a story is told long after."""
+        guests = self._observatory.guests
+        return {g: guests[g].name for g in _guests_of(work, decision, plan) if g in guests}
 
     def _run(
         self,

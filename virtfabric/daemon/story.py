@@ -5,7 +5,8 @@ from __future__ import annotations
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.model.amounts import Amounts
+from virtfabric.model.amounts import Amounts, Key, format_amount
+from virtfabric.model.units import Bytes
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -17,12 +18,15 @@ def _amounts(data: Mapping[str, int] | None) -> str:
     return str(Amounts.from_json(data or {}))
 
 
+def _amount(consideration: Mapping[str, Any], field: str) -> str:
+    return format_amount(Key.parse(consideration["resource"]), consideration[field])
+
+
 def _names(decision: Mapping[str, Any]) -> dict[str, str]:
     return {c["guest"]: c["name"] for c in decision.get("considered", [])}
 
 
-def _decision_lines(decision: Mapping[str, Any]) -> Iterable[str]:
-    names = _names(decision)
+def _decision_lines(decision: Mapping[str, Any], names: Mapping[str, str]) -> Iterable[str]:
     free = _amounts(decision["from_free"])
     yield f"  decided: {_amounts(decision['delta'])}; from free capacity {free}"
     for take in decision["takes"]:
@@ -34,14 +38,16 @@ def _decision_lines(decision: Mapping[str, Any]) -> Iterable[str]:
     for one in decision["considered"]:
         yield (
             f"  considered {one['name']} for {one['resource']}: {one['verdict']} "
-            f"(priority {one['priority']}, held {one['held']}, floor {one['floor']})"
+            f"(priority {one['priority']}, held {_amount(one, 'held')}, "
+            f"floor {_amount(one, 'floor')})"
         )
 
 
 def _begun(body: Mapping[str, Any]) -> Iterable[str]:
     yield f"{body.get('title')}: plan of {len(body.get('steps', []))} steps ({body.get('txn')})"
     if body.get("decision"):
-        yield from _decision_lines(body["decision"])
+        names = _names(body["decision"]) | body.get("names", {})
+        yield from _decision_lines(body["decision"], names)
     for offer in body.get("offers", []):
         chosen = " (chosen)" if offer["chosen"] else ""
         yield f"  offer pCPU {offer['order']}: {offer['why']}{chosen}"
@@ -57,7 +63,10 @@ def _committed(body: Mapping[str, Any]) -> Iterable[str]:
     for loan in body.get("loans", []):
         yield f"  loan opened: {loan}"
     for residue in body.get("residues", []):
-        yield f"  residue: {residue['what']} {residue['amount']} ({residue['detail']})"
+        amount = (
+            Bytes(residue["amount"]) if residue["what"] == "memory" else residue["amount"] // 1000
+        )
+        yield f"  residue: {residue['what']} {amount} ({residue['detail']})"
 
 
 def _refused(body: Mapping[str, Any]) -> Iterable[str]:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import pwd
 from collections import OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
 from dbus_next.constants import MessageType
@@ -64,6 +65,7 @@ class Callers:
         caller = await asyncio.to_thread(
             caller_of, facts["UnixUserID"], facts.get("UnixGroupIDs"), facts.get("ProcessID", 0)
         )
+        caller = replace(caller, bus_name=sender)
         self._known[sender] = caller
         while len(self._known) > KEPT:
             self._known.popitem(last=False)

@@ -43,7 +43,7 @@ class Consideration:
     def __str__(self) -> str:
         floor = format_amount(self.key, self.floor)
         held = f"holds {format_amount(self.key, self.held)}, floor {floor}"
-        pays = f" pays {format_amount(self.key, self.pays)}" if self.pays else ""
+        pays = f" {format_amount(self.key, self.pays)}" if self.pays else ""
         return f"{self.name} (priority {self.priority}, {held}): {self.key}: {self.verdict}{pays}"
 
     def to_json(self) -> dict[str, Any]:

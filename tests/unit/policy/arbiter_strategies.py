@@ -220,7 +220,9 @@ def hopeful_cases(draw: st.DrawFn) -> tuple[HostSnapshot, Request]:
     cpu = replace(borrower.policy.cpu, placement=kind)
     policy = replace(borrower.policy, priority=draw(st.sampled_from((50, 91, 91))), cpu=cpu)
     borrower = replace(borrower, policy=policy)
-    held = Amounts.of(cpu=cpu_bounds(borrower).floor, memory=memory_bounds(borrower, lend=False).floor)
+    held = Amounts.of(
+        cpu=cpu_bounds(borrower).floor, memory=memory_bounds(borrower, lend=False).floor
+    )
     books = replace(
         snapshot.books,
         holdings={**snapshot.books.holdings, borrower.uuid: Holding(borrower.uuid, held)},
