@@ -22,7 +22,7 @@ check: setup-checks  ## lint, types, layers, unit and contract tests (under a mi
 	$(VENV)/ruff check .
 	$(VENV)/mypy
 	$(VENV)/lint-imports
-	$(VENV)/pytest -q tests/unit tests/contract
+	$(VENV)/pytest -q -n 2 tests/unit tests/contract
 
 test: setup check  ## checks, then integration tests on real guests
 	$(VENV)/pytest -q tests/integration

@@ -301,14 +301,23 @@ class Host:
         """Waits until these guests (all when none is named) report about themselves.
 
         Raises:
-            HostError: one of them did not.
+            HostError: one of them did not, or it ended; the message has the end of its console.
         """
-        consoles = [self.console(name) for name in names or self.guests]
-        self.wait(
-            lambda: all(checker.read_report(console) for console in consoles),
-            "the guests are up",
-            timeout_s=timeout_s,
-        )
+
+        def ready() -> bool:
+            silent = [n for n in names or self.guests if not checker.read_report(self.console(n))]
+            for name in silent:
+                self._must_run(name)
+            return not silent
+
+        self.wait(ready, "the guests are up", timeout_s=timeout_s)
+
+    def _must_run(self, name: str) -> None:
+        try:
+            checker.find_qemu(self.place, name)
+        except checker.CheckerError as error:
+            console = self.console(name).read_text(errors="replace").splitlines()[-15:]
+            raise HostError("\n".join([f"guest {name} ended while it booted", *console])) from error
 
     # -- looking ----------------------------------------------------------------------------------
 

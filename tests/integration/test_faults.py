@@ -256,6 +256,7 @@ def test_guest_destroyed_in_mid_plan(host: LabHost) -> None:
     assert host.agent.poll() is None
     assert host.cli_json("grants") == []
     host.wait(lambda: count_open(host) == 0, "the transaction is closed")
+    start_normal(host)  # the other one would stand still again when it places batch
     host.console("batch").write_text("")
     host.wait(lambda: host.start_guest("batch").returncode == 0, "batch starts again")
     host.wait_ready("batch")

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from lab_host import DATABASE, WEB, Guest, LabHost, checker
+from lab_host import Guest, LabHost, checker
 
 from demo.host import AGENT, CONFIG
 
@@ -25,6 +25,9 @@ HOOK = "/etc/libvirt/hooks/qemu.d/50-virtfabric"
 BATCH = Guest(
     name="batch", priority=10, cpu="200m:900m", max_vcpus=1, virtio_mem=384, plugged=384
 )  # fmt: skip
+# Each starts with its limit of CPU, and 100m are left: nobody's start changes anybody else.
+WEB = Guest(name="web", priority=50, cpu="300m:300m", virtio_mem=128, plugged=64)
+DATABASE = Guest(name="database", priority=90, cpu="500m:700m", virtio_mem=512, plugged=64)
 
 
 @pytest.fixture(scope="module")

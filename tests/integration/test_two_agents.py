@@ -71,9 +71,7 @@ def test_second_agent_on_one_bus_is_refused(host: LabHost) -> None:
 def test_race_for_the_last_memory(host: LabHost) -> None:
     """Exactly one wins, whichever; the kernel shows it, and the loser lost nothing."""
     before = host.observe_all(fresh=True)
-    clients = {
-        name: host.start_cli("allocate", name, "--memory", f"+{ASKED}M") for name in before
-    }
+    clients = {name: host.start_cli("allocate", name, "--memory", f"+{ASKED}M") for name in before}
     said = {name: client.communicate(timeout=90) for name, client in clients.items()}
     codes = {name: client.returncode for name, client in clients.items()}
     assert sorted(codes.values()) == [0, 3], said

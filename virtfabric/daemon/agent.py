@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.wiring import Settings, World
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
-    from virtfabric.model.ids import JobId
+    from virtfabric.model.ids import GuestId, JobId
 
     Json = dict[str, Any]
 
@@ -96,6 +96,7 @@ class Agent:
         self._ticker = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
         self._connected = False
         self._telemetry: Mapping[str, float] = {}
+        self._stats: Mapping[GuestId, Mapping[str, int]] = {}
 
     # -- life -------------------------------------------------------------------------------
 
@@ -119,6 +120,9 @@ class Agent:
     def _on_event(self, event: Any) -> None:
         if event.kind.value in ("connected", "disconnected"):
             self._connected = event.kind.value == "connected"
+        if event.kind.value == "connected":
+            # before the resync, which waits for guests that an unfinished undo holds
+            self._lifecycle.enqueue(self._conductor.unfinished.finish)
         self._lifecycle.on_event(event)
 
     def close(self) -> None:
@@ -166,7 +170,7 @@ class Agent:
             if grant.expires is not None and grant.expires <= now:
                 self._expire(grant.id)
         self._telemetry = self._world.load.sample()
-        self._world.stats.sample()
+        self._stats = self._world.stats.sample()
 
     def _expire(self, grant: Any) -> None:
         running = {j.title for j in self._jobs.all() if not j.ended.is_set()}
@@ -176,6 +180,7 @@ class Agent:
 
     def _audit_host(self) -> None:
         """The periodic look: read all, settle what was missed, compare, retry residues."""
+        self._conductor.unfinished.finish()
         self._lifecycle.resync()
         residual = {r.guest for r in self._ledger.view().books.residues}
         for guest in residual - self._ledger.view().busy:
@@ -229,7 +234,11 @@ class Agent:
     def guests(self, caller: Caller) -> list[Json]:
         """See `AgentApi`."""
         self._require(caller, Action.READ)
-        return guests_view(self._observatory.snapshot())
+        stats = self._stats
+        return [
+            view | {"stats": dict(stats.get(view["uuid"], {}))}
+            for view in guests_view(self._observatory.snapshot())
+        ]
 
     def grants(self, caller: Caller) -> list[Json]:
         """See `AgentApi`."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.daemon.executor import Execution, Progress, Shortfall, Stopwatch
 from virtfabric.daemon.undertaking import Outcome
+from virtfabric.daemon.unfinished import Unfinished
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.errors import (
     JournalError,
@@ -68,6 +69,9 @@ class Conductor:
         self._audit = audit
         self._handlers = handlers
         self._clock = clock
+        self.unfinished = Unfinished(
+            ledger=ledger, journal=journal, audit=audit, handlers=handlers, clock=clock
+        )
 
     def place_decision(self, deadline_s: float) -> Place:
         """A placer of decisions, with this deadline for each step that needs a guest."""
@@ -112,6 +116,7 @@ class Conductor:
             RefusedError: nothing was changed.
             StepCancelledError, VirtfabricError: everything was undone.
         """
+        self.unfinished.finish()
         began, outside = self._clock.monotonic(), Stopwatch(self._clock)
         txn = TransactionId(f"txn-{uuid.uuid4().hex[:12]}")
         try:
@@ -126,7 +131,8 @@ class Conductor:
         try:
             return self._execute(work, txn, decision, plan, progress, outside, began)
         finally:
-            self._ledger.abort(txn)
+            if txn not in self.unfinished:
+                self._ledger.abort(txn)
 
     # -- deciding ---------------------------------------------------------------------------
 
@@ -204,9 +210,9 @@ class Conductor:
             "steps": [str(s) for s in plan.steps],
         } | work.body  # fmt: skip
         self._journal.begin(txn, body, self._clock.now())
-        self._audit.append("plan.begun", _subjects(work, txn, decision), body)
         execution = Execution(txn, self._journal, self._handlers, self._clock, progress, outside)
         try:
+            self._audit.append("plan.begun", _subjects(work, txn, decision), body)
             execution.extend(plan.steps)
             decision, plan = self._run(work, txn, decision, plan, execution)
             return self._commit(work, txn, decision, plan, execution, began)
@@ -313,7 +319,7 @@ class Conductor:
         if decision is None:
             return None
         gain = decision.delta.positive()
-        if not work.grants or not (gain if work.lease_s or gain else ()):
+        if not work.grants or not gain:
             return None
         return Grant(
             GrantId(f"grant-{uuid.uuid4().hex[:10]}"), decision.guest, gain, work.request, now,
@@ -379,11 +385,14 @@ class Conductor:
             body |= _refusal_body(error.refusal)
             kind = "request.refused"
         try:
-            if not problems:
+            if problems:
+                self.unfinished.add(txn)
+            else:
                 self._close_undone(txn, execution, touched, str(error))
             self._audit.append(kind, _subjects(work, txn, decision), body)
-        except JournalError:
-            log.exception("undone, but the journal cannot take it; the next start undoes it again")
+        except JournalError as full:
+            self.unfinished.add(txn)
+            log.error("undone, but the journal cannot take it (%s); tried again later", full)
         try:
             self._observatory.refresh(touched)
         except VirtfabricError as again:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from virtfabric.model.errors import Refusal
 from virtfabric.model.policy import DriftAction
-from virtfabric.policy.intent import differences, intended_state
+from virtfabric.policy.intent import Difference, differences, intended_state
 from virtfabric.policy.layout import choose_layout
 
 if TYPE_CHECKING:
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
     from virtfabric.model.units import CpuSet
+    from virtfabric.policy.intent import Intended
     from virtfabric.ports import AuditLog
 
 
@@ -42,11 +43,19 @@ class Drift:
         }  # fmt: skip
 
 
-def _is_residue(snapshot: HostSnapshot, state: GuestState, intended: int) -> bool:
-    """Whether surplus vCPUs are known already: shown as a residue, not as somebody's change."""
+def _differences(snapshot: HostSnapshot, state: GuestState, intended: Intended) -> list[Difference]:
+    """As policy sees them, but for vCPUs plugged beyond the holding.
+
+    Those that an undo or a shrink left are a residue; any more somebody plugged beside us, which
+    is drift also where this agent would not unplug them.
+    """
+    found = [d for d in differences(intended, state) if d.what != "vcpus"]
+    entitled = max(1, snapshot.books.holdings[state.uuid].amounts.cpu.whole)
     residues = (r for r in snapshot.books.residues if r.guest == state.uuid and r.what == "vcpu")
-    known = sum(r.amount for r in residues)
-    return 0 < (state.vcpus_online - intended) * 1000 <= known
+    known = sum(r.amount for r in residues) // 1000
+    if not min(entitled, state.vcpus_max) <= state.vcpus_online <= entitled + known:
+        found.append(Difference("vcpus", str(entitled), str(state.vcpus_online)))
+    return found
 
 
 def _with_affinity(state: GuestState, everywhere: CpuSet) -> GuestState:
@@ -90,8 +99,7 @@ class DriftWatch:
             state = _with_affinity(state, snapshot.topology.cpus)
             found += [
                 Drift(guest, state.name, d.what, str(d.intended), str(d.found), policy.drift)
-                for d in differences(intended, state)
-                if not (d.what == "vcpus" and _is_residue(snapshot, state, intended.vcpus))
+                for d in _differences(snapshot, state, intended)
             ]
         return found
 

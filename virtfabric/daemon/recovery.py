@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-_TOUCHED = frozenset({StepState.APPLYING, StepState.APPLIED, StepState.VERIFIED})
+TOUCHED = frozenset({StepState.APPLYING, StepState.APPLIED, StepState.VERIFIED})
 
 
 def recover(
@@ -39,8 +39,8 @@ def recover(
     """
     for transaction in reversed(journal.open_transactions()):
         log.warning("transaction %s was cut off; undoing it", transaction.id)
-        residues = [r for s in reversed(transaction.steps) for r in _undo(s, handlers, clock)]
-        touched = {s.step.guest for s in transaction.steps if s.state in _TOUCHED}
+        residues = undo_transaction(transaction, handlers, clock)
+        touched = {s.step.guest for s in transaction.steps if s.state in TOUCHED}
         kept = tuple(r for r in books.residues if r.guest not in touched)
         books = replace(books, residues=(*kept, *residues), generation=books.generation + 1)
         outcome = {"state": "undone", "why": "the agent was cut off", "recovered": True}
@@ -49,8 +49,19 @@ def recover(
     return books
 
 
+def undo_transaction(
+    transaction: JournalledTransaction, handlers: Handlers, clock: Clock
+) -> list[Residue]:
+    """Undo the steps that were touched, newest first; what guests keep is the residue.
+
+    Raises:
+        VirtfabricError: a step could not be undone; repeating is safe.
+    """
+    return [r for s in reversed(transaction.steps) for r in _undo(s, handlers, clock)]
+
+
 def _undo(entry: JournalledStep, handlers: Handlers, clock: Clock) -> list[Residue]:
-    if entry.state not in _TOUCHED:
+    if entry.state not in TOUCHED:
         return []
     step = entry.step
     try:
@@ -68,7 +79,7 @@ def _record(audit: AuditLog, transaction: JournalledTransaction, residues: list[
     body = transaction.body
     subjects = [transaction.id, str(body.get("request", ""))]
     subjects += sorted({s.step.guest for s in transaction.steps})
-    undone = [str(s.step.inverse()) for s in reversed(transaction.steps) if s.state in _TOUCHED]
+    undone = [str(s.step.inverse()) for s in reversed(transaction.steps) if s.state in TOUCHED]
     audit.append(
         "plan.recovered",
         [s for s in subjects if s],

@@ -26,7 +26,7 @@ CONNECT_TIMEOUT_S: Final = 5.0
 _REPLIES: Final = (MessageType.METHOD_RETURN, MessageType.ERROR)
 
 
-class _Bus(MessageBus):
+class _Bus(MessageBus):  # type: ignore[misc]
     """Ends where the library would spin for ever: a bus that hangs up while we log in."""
 
     async def _auth_readline(self) -> str:

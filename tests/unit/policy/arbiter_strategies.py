@@ -136,7 +136,7 @@ def snapshots(draw: st.DrawFn, *, plain: bool = False) -> HostSnapshot:
     """A host with up to eight guests; its memory is near what they use, its CPUs may be too few."""
     topology = load_host(draw(st.sampled_from(HOSTS)))
     lend = draw(st.booleans())
-    count = draw(st.integers(2, 6) if plain else st.integers(0, 8))
+    count = draw(st.integers(3, 4) if plain else st.integers(0, 8))
     found = [draw(guests(number, plain=plain)) for number in range(count)]
     holdings: dict[GuestId, Holding] = {}
     for guest in found:

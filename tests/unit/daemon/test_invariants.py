@@ -1,0 +1,130 @@
+"""The invariants of architecture.md, over random lives of a whole agent on a simulated host."""
+
+from __future__ import annotations
+
+import agent_world as aw
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+
+from virtfabric.model.policy import Placement
+from virtfabric.model.units import MIB
+
+NAMES = {"batch": 10, "web": 50, "database": 90, "pinned": 70}
+
+
+def _specs() -> tuple[object, ...]:
+    return (
+        aw.make_spec(10, "batch", 10, vcpus=2, initial_mib=512),
+        aw.make_spec(50, "web", 50, initial_mib=256),
+        aw.make_spec(90, "database", 90),
+        aw.make_spec(70, "pinned", 70, cpu=(1000, 3000), placement=Placement.DEDICATED),
+    )
+
+
+class Life(RuleBasedStateMachine):
+    """Allocate, release, stop, start, stop short, crash: what may never happen, never does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = aw.AgentWorld(specs=_specs(), cores=6, memory_mib=2600).start()
+
+    def teardown(self) -> None:
+        self.world.close()
+
+    def _running(self, name: str) -> bool:
+        return bool(self.world.live(name).active)
+
+    @rule(
+        name=st.sampled_from(sorted(NAMES)),
+        cpu=st.sampled_from(["", "+1", "-1", "+500m", "2", "4"]),
+        memory=st.sampled_from(["", "+128M", "-64M", "+512M", "+2M"]),
+        partial=st.sampled_from(["yes", "no"]),
+    )
+    def allocate(self, name: str, cpu: str, memory: str, partial: str) -> None:
+        wants = {k: v for k, v in (("cpu", cpu), ("memory", memory)) if v}
+        if not wants:
+            return
+        before = self.world.frozen()
+        job = self.world.allocate(name, partial=partial, deadline="2", **wants)
+        assert job["state"] in ("done", "refused"), job
+        if job["state"] == "refused":
+            assert self.world.frozen() == before
+
+    @rule(choice=st.integers(0, 1000))
+    def release(self, choice: int) -> None:
+        grants = [g["id"] for g in self.world.agent.grants(aw.ROOT)]
+        if grants:
+            grant = grants[choice % len(grants)]
+            job = self.world.finish(self.world.agent.release(aw.ROOT, grant)["job"])
+            assert job["state"] == "done", job
+
+    @rule(name=st.sampled_from(sorted(NAMES)))
+    def stop_or_start(self, name: str) -> None:
+        uuid = aw.uuid_of(NAMES[name])
+        if self._running(name):
+            self.world.host.stop_guest(uuid)
+            self._until(lambda: self.world.guest(name)["cpu"]["grant"] is None, f"{name} left")
+        else:
+            self.world.host.start_guest(uuid)
+            self._until(lambda: self.world.guest(name)["cpu"]["grant"], f"{name} is in")
+
+    @rule(name=st.sampled_from(sorted(NAMES)), mib=st.integers(0, 64))
+    def stop_short(self, name: str, mib: int) -> None:
+        uuid = aw.uuid_of(NAMES[name])
+        self.world.host.faults.gives[uuid] = mib * MIB
+        before = self.world.frozen()
+        job = self.world.allocate("database", memory="+256M", deadline="1")
+        self.world.host.faults.gives.clear()
+        if job["state"] != "done":
+            assert self.world.frozen() == before
+
+    def _until(self, condition: object, what: str) -> None:
+        aw.eventually(condition, what)  # type: ignore[arg-type]
+        self._idle()
+
+    def _idle(self) -> None:
+        running = lambda: any(j["state"] == "running" for j in self.world.agent.jobs(aw.ROOT))  # noqa: E731
+        aw.eventually(lambda: not running() and not self.world.agent.drift(aw.ROOT), "all settles")
+
+    @invariant()
+    def nobody_is_wronged(self) -> None:
+        self._idle()
+        guests = [g for g in self.world.agent.guests(aw.ROOT) if g["cpu"]["grant"] is not None]
+        for guest in guests:
+            for resource in ("cpu", "memory"):
+                held = guest[resource]
+                assert held["floor"] <= held["grant"] <= held["limit"], guest
+        assert sum(g["cpu"]["grant"] for g in guests) <= 6000
+        overhead = self.world.overhead_mib * MIB
+        assert sum(g["memory"]["grant"] + overhead for g in guests) <= 2600 * MIB
+
+    @invariant()
+    def no_pcpu_in_two_dedicated_sets(self) -> None:
+        states = [g for g in self.world.host.read_guests().values() if g.active]
+        own = [g for g in states if g.policy.cpu.placement is Placement.DEDICATED]
+        taken = [c for g in own for c in frozenset().union(*g.vcpu_affinity.values())]
+        assert len(taken) == len(set(taken))
+        for guest in states:
+            if guest not in own:
+                for cpus in guest.vcpu_affinity.values():
+                    assert not cpus & set(taken)
+
+    @invariant()
+    def journal_and_audit_are_whole(self) -> None:
+        assert self.world.journal.open_transactions() == ()
+        assert self.world.agent.audit_verify(aw.ROOT, "")["whole"]
+        loans = self.world.agent.loans(aw.ROOT)
+        # what an admission borrowed has no grant of its own and names its request
+        lent = {loan["grant"] for loan in loans if not loan["grant"].startswith("req-")}
+        assert lent <= {g["id"] for g in self.world.agent.grants(aw.ROOT)}
+
+
+TestLife = Life.TestCase
+TestLife.settings = settings(
+    max_examples=12,
+    stateful_step_count=10,
+    deadline=None,
+    derandomize=True,
+    suppress_health_check=list(HealthCheck),
+)

@@ -1,0 +1,121 @@
+"""Steps as data: their encoding, their undo, and what the journal's reader refuses."""
+
+import json
+
+import pytest
+from host_data import guest_id
+from hypothesis import given
+from hypothesis import strategies as st
+
+from virtfabric.model.errors import InvalidValueError
+from virtfabric.model.ids import RequestId
+from virtfabric.model.plan import (
+    STEP_TYPES,
+    Offer,
+    PinEmulator,
+    PinVcpu,
+    Plan,
+    ResizeVirtioMem,
+    SetBalloon,
+    SetNodeset,
+    SetQuota,
+    SetShares,
+    SetVcpuCount,
+    Step,
+    parse_step,
+)  # fmt: skip
+from virtfabric.model.units import CpuSet
+
+who = {"guest": st.integers(0, 9).map(guest_id), "name": st.text(max_size=8)}
+who["optional"] = st.booleans()
+amount = st.integers(0, 1 << 44)
+cpus = st.frozensets(st.integers(0, 300), min_size=1).map(CpuSet)
+seconds = st.floats(0.1, 600)
+
+
+def built(kind, values, **more):
+    return st.builds(kind, **who, before=values, after=values, **more)
+
+
+steps = st.one_of(
+    built(ResizeVirtioMem, amount, alias=st.text(min_size=1), deadline_s=seconds, tolerance=amount),
+    built(SetBalloon, amount, deadline_s=seconds, tolerance=amount),
+    built(SetVcpuCount, st.integers(1, 512), deadline_s=seconds),
+    built(PinVcpu, cpus, vcpu=st.integers(0, 512)),
+    built(PinEmulator, cpus),
+    built(SetQuota, st.integers(-1, 10**6)),
+    built(SetShares, st.integers(1, 10**4)),
+    built(SetNodeset, cpus),
+)
+
+
+@given(steps)
+def test_steps_survive_the_journal(step):
+    text = json.dumps(step.to_json())
+    read = parse_step(json.loads(text))
+    assert read == step
+    assert type(read) is type(step)
+    assert type(read.before) is type(step.before)
+
+
+@given(steps)
+def test_undo_exchanges_before_and_after_and_nothing_else(step):
+    back = step.inverse()
+    assert (back.before, back.after) == (step.after, step.before)
+    assert back.inverse() == step
+    assert parse_step(back.to_json()) == back
+
+
+@given(steps)
+def test_every_step_describes_itself_with_its_guest(step):
+    assert str(step).startswith(f"{step.name}: ")
+    assert "CpuSet(" not in str(step)
+
+
+def test_every_step_type_is_registered_and_versioned():
+    # by kind: `slots=True` makes each class twice, and the first ones stay listed
+    assert set(STEP_TYPES) == {t.kind for t in Step.__subclasses__()}
+    assert all(t.kind == kind and t.version >= 1 for kind, t in STEP_TYPES.items())
+
+
+GOOD = PinVcpu(guest=guest_id(1), vcpu=0, before=CpuSet((1,)), after=CpuSet((2,))).to_json()
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"kind": "reboot"}, "step.kind"),
+        ({"kind": None}, "step.kind"),
+        ({"version": 99}, "step.version"),
+        ({"before": 3}, "step.before"),
+        ({"after": None}, "step.after"),
+        ({"after": "two"}, "step.after"),
+        ({"guest": "web"}, "step.guest"),
+        ({"kind": "set-quota"}, "step.before"),
+    ],
+)
+def test_what_the_journal_cannot_hold_is_refused_by_field(change, field):
+    with pytest.raises(InvalidValueError) as caught:
+        parse_step({**GOOD, **change})
+    assert caught.value.field == field
+
+
+def test_an_incomplete_step_is_refused():
+    with pytest.raises(InvalidValueError, match="incomplete"):
+        parse_step({k: v for k, v in GOOD.items() if k != "vcpu"})
+
+
+def test_a_plan_names_its_guests():
+    one, two = guest_id(1), guest_id(2)
+    plan = Plan(
+        RequestId("r"), 3,
+        (
+            SetQuota(guest=two, before=-1, after=500),
+            SetQuota(guest=one, before=-1, after=500),
+            SetShares(guest=one, before=100, after=50),
+        ),
+    )  # fmt: skip
+    assert plan.guests == {one, two}
+    assert Offer(one, (1, 2), (0, 1), "because", chosen=True).to_json() == {
+        "guest": one, "order": [1, 2], "cost": [0, 1], "why": "because", "chosen": True,
+    }  # fmt: skip

@@ -1,0 +1,86 @@
+"""Each template renders to its golden file; `VIRTFABRIC_GOLDEN=write` writes them anew."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from lxml import etree
+
+from virtfabric.domxml.policy import format_policy, parse_policy
+from virtfabric.model.policy import (
+    Admission,
+    CpuPolicy,
+    DevicePolicy,
+    DriftAction,
+    GuestPolicy,
+    MemoryPolicy,
+    Placement,
+    Smt,
+)
+from virtfabric.model.units import GIB, MIB, Bytes, MilliCpu
+from virtfabric.resources import xml_template_dir
+from virtfabric.shim.guestxml import GuestSpec, format_guest_xml
+
+GOLDEN = Path(__file__).parents[2] / "data" / "golden"
+POLICY = GuestPolicy(
+    priority=80,
+    admission=Admission.STRICT,
+    drift=DriftAction.REPAIR,
+    cpu=CpuPolicy(MilliCpu(1000), MilliCpu(4000), 200, Placement.DEDICATED, Smt.ISOLATE),
+    memory=MemoryPolicy(Bytes(512 * MIB), Bytes(4 * GIB), 100, ("dram", "cxl")),
+    devices=(DevicePolicy("net.vf", 1),),
+)
+
+
+def _domain(*, virtio_mem: int | None) -> str:
+    return format_guest_xml(
+        GuestSpec(
+            name="golden",
+            uuid="00000000-0000-4000-8000-000000000001",
+            kernel=Path("/boot/vmlinux"),
+            initrd=Path("/boot/initrd"),
+            console_log="/var/log/libvirt/golden.log",
+            vcpus=1,
+            max_vcpus=4,
+            memory_mib=160,
+            virtio_mem_mib=virtio_mem,
+            metadata_xml=format_policy(POLICY),
+        )
+    )
+
+
+CASES = {
+    "policy.xml": lambda: format_policy(POLICY),
+    "policy-default.xml": lambda: format_policy(GuestPolicy()),
+    "domain-virtio-mem.xml": lambda: _domain(virtio_mem=256),
+    "domain-balloon.xml": lambda: _domain(virtio_mem=None),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_golden(name: str) -> None:
+    text = CASES[name]()
+    etree.fromstring(text)
+    path = GOLDEN / name
+    if os.environ.get("VIRTFABRIC_GOLDEN") == "write":
+        path.write_text(text)
+    assert text == path.read_text()
+
+
+def test_the_policy_reads_back() -> None:
+    assert parse_policy(format_policy(POLICY)) == POLICY
+
+
+def test_every_template_has_a_golden_case() -> None:
+    covered = {name.split("-")[0].removesuffix(".xml") for name in CASES}
+    assert {p.name.removesuffix(".xml.j2") for p in xml_template_dir().glob("*.j2")} == covered
+
+
+def test_text_cannot_break_out_of_its_element() -> None:
+    spec = GuestSpec(
+        name="a</name><evil/>", kernel=Path("/k"), initrd=Path("/i"), console_log="/c.log"
+    )
+    root = etree.fromstring(format_guest_xml(spec))
+    assert root.findtext("name") == "a</name><evil/>"

@@ -1,0 +1,83 @@
+"""Transactions whose undo could not be finished: libvirt was away, or the disk full.
+
+Their guests stay reserved and their journal entries open until a later try succeeds; the next
+start of the agent would do the same. It undoes, it decides nothing.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from virtfabric.daemon.recovery import TOUCHED, undo_transaction
+from virtfabric.model.errors import VirtfabricError
+from virtfabric.ports import TransactionState
+
+if TYPE_CHECKING:
+    from virtfabric.daemon.ledger import Ledger
+    from virtfabric.model.ids import TransactionId
+    from virtfabric.model.ledger import Books
+    from virtfabric.ports import AuditLog, Clock, Handlers, Journal, JournalledTransaction
+
+log = logging.getLogger(__name__)
+
+
+class Unfinished:
+    """Keeps them and tries again. Thread-safe."""
+
+    def __init__(
+        self, *, ledger: Ledger, journal: Journal, audit: AuditLog, handlers: Handlers, clock: Clock
+    ) -> None:
+        self._ledger = ledger
+        self._journal = journal
+        self._audit = audit
+        self._handlers = handlers
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._waiting: set[TransactionId] = set()
+
+    def __contains__(self, txn: object) -> bool:
+        return txn in self._waiting
+
+    def add(self, txn: TransactionId) -> None:
+        """Its undo has to be tried again."""
+        self._waiting.add(txn)
+
+    def finish(self) -> None:
+        """Try all again, newest first; what fails again stays. Cheap when there is nothing."""
+        if not self._waiting:
+            return
+        with self._lock:
+            try:
+                for transaction in reversed(self._journal.open_transactions()):
+                    if transaction.id in self._waiting:
+                        self._finish_one(transaction)
+            except VirtfabricError as error:
+                log.warning("an undo still cannot be finished: %s", error)
+
+    def _finish_one(self, transaction: JournalledTransaction) -> None:
+        residues = undo_transaction(transaction, self._handlers, self._clock)
+        touched = {s.step.guest for s in transaction.steps if s.state in TOUCHED}
+        outcome = {"state": "undone", "why": "undone at a later try"}
+
+        def change(books: Books) -> Books:
+            kept = (r for r in books.residues if r.guest not in touched)
+            return replace(books, residues=(*kept, *residues))
+
+        self._ledger.commit(
+            transaction.id, change,
+            lambda books: self._journal.close(
+                transaction.id, TransactionState.UNDONE, outcome, books
+            ),
+        )  # fmt: skip
+        self._waiting.discard(transaction.id)
+        body: dict[str, Any] = {
+            "title": transaction.body.get("title"), "txn": transaction.id,
+            "request": transaction.body.get("request"),
+            "why": "its first undo could not be finished", "not_undone": [],
+        }  # fmt: skip
+        subjects = [transaction.id, str(transaction.body.get("request", "")), *sorted(touched)]
+        self._audit.append("plan.undone", [s for s in subjects if s], body)
+        log.info("transaction %s is undone now", transaction.id)
