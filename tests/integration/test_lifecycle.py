@@ -100,12 +100,11 @@ def test_hook_is_answered_while_memory_moves(host: LabHost) -> None:
     client = host.start_cli("allocate", "database", "--memory", "+96M")
     try:
         host.wait(marker.exists, "memory moves")
-        xml = host.virsh("dumpxml", "batch").stdout
-        xml_path = host.box.path("/run/batch.xml")
-        xml_path.write_text(xml)
-        for words in ("batch prepare begin -", "batch started begin -", "web started begin -"):
+        for name, words in (("batch", "prepare begin -"), ("web", "started begin -")):
+            xml = host.virsh("dumpxml", name).stdout
+            host.box.path("/run/guest.xml").write_text(xml)
             clock = "date +%s%N"
-            line = f"a=$({clock}); {HOOK} {words} < /run/batch.xml; r=$?; b=$({clock})"
+            line = f"a=$({clock}); {HOOK} {name} {words} < /run/guest.xml; r=$?; b=$({clock})"
             done = host.box.run(["sh", "-c", f"{line}; echo $r $(((b - a) / 1000000))"])
             code, took_ms = map(int, done.stdout.split())
             assert code == 0, done.stderr
