@@ -2,7 +2,7 @@
 
 FAULT is `ACTION:STEP:PHASE[:PATH]`:
 
-* ACTION `kill` (SIGKILL to the own process) or `hold` (create PATH, go on when it is gone);
+* ACTION `kill` (SIGKILL to the own process) or `hold` (create PATH, go on when it is gone; once);
 * STEP a step type (`resize-virtio-mem`, ...), or `any`;
 * PHASE `before-apply`, `after-apply` or `after-verify`.
 
@@ -39,14 +39,15 @@ def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-@dataclass(frozen=True)
+@dataclass
 class Fault:
-    """What happens where."""
+    """What happens where; once."""
 
     action: str
     step: str
     phase: str
     path: Path | None = None
+    struck: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Fault:
@@ -62,8 +63,9 @@ class Fault:
 
     def reach(self, step: Step, phase: str) -> None:
         """The agent is at this phase of this step."""
-        if phase != self.phase or self.step not in (step.kind, "any"):
+        if self.struck or phase != self.phase or self.step not in (step.kind, "any"):
             return
+        self.struck = True
         if self.path is None:
             die()
             return

@@ -5,9 +5,9 @@ One private host serves the module. Each test leaves it as it found it: no grant
 
 from __future__ import annotations
 
+import os
 import signal
 import sqlite3
-import subprocess
 import sys
 from contextlib import closing, contextmanager
 from dataclasses import replace
@@ -20,6 +20,7 @@ from lab_host import DATABASE, Guest, LabHost, checker
 from demo.host import AGENT
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterator
 
     from demo.checker import Observation
@@ -38,7 +39,7 @@ WEB = Guest(name="web", priority=50, cpu="300m:300m", virtio_mem=128, plugged=64
 
 @pytest.fixture(scope="module")
 def host(needs_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabHost]:
-    with LabHost("vffaults", tmp_path_factory.mktemp("faults") / "lab") as lab:
+    with LabHost(f"vffaults{os.getpid()}", tmp_path_factory.mktemp("faults") / "lab") as lab:
         lab.start_agent()
         lab.start_guests(BATCH, WEB, DATABASE)
         lab.settle()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from dataclasses import replace
@@ -32,7 +33,7 @@ DATABASE = Guest(name="database", priority=90, cpu="500m:700m", virtio_mem=512, 
 
 @pytest.fixture(scope="module")
 def host(needs_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabHost]:
-    with LabHost("vflife", tmp_path_factory.mktemp("life") / "lab") as lab:
+    with LabHost(f"vflife{os.getpid()}", tmp_path_factory.mktemp("life") / "lab") as lab:
         lab.start_agent()
         lab.start_guests(BATCH, DATABASE)
         lab.settle()

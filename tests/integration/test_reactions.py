@@ -5,6 +5,7 @@ What the reactions are is in docs/operations.md, "What happens when you change t
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -30,7 +31,7 @@ MENDED = replace(DATABASE, drift="repair")
 
 @pytest.fixture(scope="module")
 def host(needs_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabHost]:
-    with LabHost("vfreact", tmp_path_factory.mktemp("react") / "lab") as lab:
+    with LabHost(f"vfreact{os.getpid()}", tmp_path_factory.mktemp("react") / "lab") as lab:
         lab.config(agent={"drift_interval_s": PERIOD_S})
         lab.start_agent()
         lab.start_guests(BATCH, WEB, MENDED)

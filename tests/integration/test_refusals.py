@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import TYPE_CHECKING
 
@@ -33,7 +34,7 @@ sys.exit(main.main(sys.argv[1:]))
 
 @pytest.fixture(scope="module")
 def host(needs_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabHost]:
-    with LabHost("vfno", tmp_path_factory.mktemp("no") / "lab") as lab:
+    with LabHost(f"vfno{os.getpid()}", tmp_path_factory.mktemp("no") / "lab") as lab:
         allow_nobody(lab)
         lab.start_agent()
         lab.start_guests(DATABASE, STRANGER)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,7 +24,7 @@ ASKED = 96
 
 @pytest.fixture(scope="module")
 def host(needs_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LabHost]:
-    with LabHost("vftwo", tmp_path_factory.mktemp("two") / "lab") as lab:
+    with LabHost(f"vftwo{os.getpid()}", tmp_path_factory.mktemp("two") / "lab") as lab:
         lab.config(capacity={"memory": f"{2 * (160 + 16) + 16 + 112}M"})
         lab.start_agent()
         lab.start_guests(LEFT, RIGHT)

@@ -66,6 +66,10 @@ class Life(RuleBasedStateMachine):
             self.world.host.stop_guest(uuid)
             self._until(lambda: self.world.guest(name)["cpu"]["grant"] is None, f"{name} left")
         else:
+            # as libvirt does: the hook first, and a refusal keeps the guest down
+            state = self.world.live(name)
+            if self.world.agent._lifecycle._admit_managed(state, 10.0):
+                return
             self.world.host.start_guest(uuid)
             self._until(lambda: self.world.guest(name)["cpu"]["grant"], f"{name} is in")
 

@@ -165,6 +165,12 @@ def snapshots(draw: st.DrawFn, *, plain: bool = False) -> HostSnapshot:
     return replace(snapshot, capacity=capacity)
 
 
+def starting(guest: GuestState, *, lend: bool) -> Amounts:
+    """What a managed guest counts with until it is taken over."""
+    least = max(memory_bounds(guest, lend=lend).floor, guest.memory_current)
+    return Amounts.of(cpu=cpu_bounds(guest).floor, memory=least)
+
+
 def used(snapshot: HostSnapshot) -> tuple[int, int]:
     """Milli-CPU and bytes in use, guest by guest, as architecture.md counts them."""
     cpu = memory = 0
@@ -175,14 +181,15 @@ def used(snapshot: HostSnapshot) -> tuple[int, int]:
         if holding is None and not running:
             continue
         memory += snapshot.capacity.overhead
-        if holding is None or (running and guest.policy is None):
+        if guest.policy is None and (running or holding is None):
             cpu += -(-guest.vcpus_online * 1000 * len(managed) // len(host))
             memory += guest.memory_max
             continue
-        cpu += holding.amounts.cpu
+        amounts = holding.amounts if holding else starting(guest, lend=snapshot.lend_ballooned)
+        cpu += amounts.cpu
         ballooned = guest.mechanism is MemoryMechanism.BALLOON and snapshot.lend_ballooned
         removable = ballooned or guest.mechanism is MemoryMechanism.VIRTIO_MEM
-        held = holding.amounts.memory
+        held = amounts.memory
         memory += held if removable else max(held, guest.memory_max)
     return cpu, memory
 

@@ -153,11 +153,12 @@ def test_equal_and_higher_priorities_never_pay() -> None:
 
 
 def test_all_or_nothing_across_resources() -> None:
-    refusal = refused(three(memory=930), ask(DB, 100, 440))
+    snapshot = three(memory=930, busy=frozenset({WEB}))
+    refusal = refused(snapshot, ask(DB, 100, 400))
     assert refusal.reason is Reason.NO_CAPACITY
-    assert refusal.would_fit["memory"] == 440 * MIB
-    refusal = refused(three(memory=930), ask(DB, 2900, 10))
-    assert refusal.would_fit == {"cpu": 2800, "memory": 440 * MIB}
+    assert refusal.would_fit == {"cpu": 1900, "memory": 372 * MIB}
+    refusal = refused(snapshot, ask(DB, 2900, 10))
+    assert refusal.would_fit == {"cpu": 1900, "memory": 372 * MIB}
     assert "db" in refusal.detail
     assert "2.9" in refusal.detail
     assert any("batch" in line and "could pay 1.9" in line for line in refusal.considered)
@@ -238,7 +239,8 @@ def test_dedicated_guests_trade_whole_cpus() -> None:
     snapshot = host((batch, 2000, 128), (db, 1000, 128), cpus=5)
     assert granted(snapshot, ask(DB, 1)).delta.cpu == 1000
     assert granted(snapshot, ask(DB, 1500, mode=Mode.TO)).delta.cpu == 1000
-    assert not granted(snapshot, ask(DB, -1)).delta
+    assert refused(snapshot, ask(DB, -1)).reason is Reason.BELOW_FLOOR
+    assert not granted(host((db, 2000, 128)), ask(DB, -1)).delta
 
 
 def test_a_surplus_goes_home_as_well() -> None:
@@ -257,7 +259,8 @@ def test_memory_is_rounded_to_blocks_but_not_past_the_limit() -> None:
     db = guest(DB, 90, memory={"limit": Bytes(301 * MIB)})
     snapshot = host((db, 1000, 200))
     assert granted(snapshot, ask(DB, memory=3)).delta.memory == 4 * MIB
-    assert granted(snapshot, ask(DB, memory=301, mode=Mode.TO)).delta.memory == 100 * MIB
+    assert refused(snapshot, ask(DB, memory=301, mode=Mode.TO)).would_fit == {"memory": 100 * MIB}
+    assert granted(snapshot, ask(DB, memory=299, mode=Mode.TO)).delta.memory == 100 * MIB
     assert granted(snapshot, ask(DB, memory=-3)).delta.memory == -2 * MIB
 
 
@@ -469,7 +472,8 @@ def test_a_start_that_does_not_fit_is_refused_with_figures() -> None:
 
 def test_memory_at_boot_counts_not_the_reservation_alone() -> None:
     balloon = guest(DB, 90, mechanism=MemoryMechanism.BALLOON, state=RunState.SHUTOFF)
-    plugged = guest(DB, 90, memory_current=Bytes(255 * MIB), state=RunState.SHUTOFF)
+    asked = VirtioMem("v", 0, Bytes(512 * MIB), Bytes(2 * MIB), Bytes(127 * MIB), Bytes(0))
+    plugged = guest(DB, 90, virtio_mem=(asked,), state=RunState.SHUTOFF)
     for new, memory in ((balloon, 640), (plugged, 256)):
         answer = choose_admission(host(lend_ballooned=True), new, RequestId("start"))
         assert isinstance(answer, Decision)
