@@ -216,7 +216,8 @@ class Conductor:
             execution.extend(plan.steps)
             decision, plan = self._run(work, txn, decision, plan, execution)
             return self._commit(work, txn, decision, plan, execution, began)
-        except VirtfabricError as error:
+        except Exception as error:
+            # also for a defect of ours: what was applied must not stay
             self._undo(work, txn, decision, execution, error)
             raise
 
@@ -312,7 +313,11 @@ class Conductor:
             txn, decision, grant, tuple(str(s) for s in execution.applied), residues,
             tuple(o.to_json() for o in plan.offers), took, own,
         )  # fmt: skip
-        self._audit_commit(work, outcome, loans)
+        try:
+            self._audit_commit(work, outcome, loans)
+        except JournalError as full:
+            # it is done and in the books: only the record is missing, and that must be told
+            log.error("%s: done, but the audit log cannot take it: %s", txn, full)
         return outcome
 
     def _new_grant(self, work: Undertaking, decision: Decision | None, now: float) -> Grant | None:
@@ -372,7 +377,7 @@ class Conductor:
         txn: TransactionId,
         decision: Decision | None,
         execution: Execution,
-        error: VirtfabricError,
+        error: Exception,
     ) -> None:
         touched = {s.guest for s in execution.applied}
         problems = execution.rollback()

@@ -94,6 +94,7 @@ class Lifecycle:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="lifecycle", daemon=True)
         self._admitted_at: dict[GuestId, float] = {}
+        self._leaving: set[GuestId] = set()
         self._unplaced: set[GuestId] = set()
 
     def start(self) -> None:
@@ -109,6 +110,12 @@ class Lifecycle:
     def enqueue(self, work: Callable[[], None]) -> None:
         """Do this in the worker, after what is there already."""
         self._queue.put(work)
+
+    def _flush(self, wait_s: float) -> bool:
+        """Wait until the worker has done all that is queued now."""
+        done = threading.Event()
+        self.enqueue(done.set)
+        return done.wait(wait_s)
 
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
@@ -133,6 +140,8 @@ class Lifecycle:
             return f"virtfabric: {error}"
         if guest.policy is None:
             return self._admit_unmanaged(guest, xml)
+        if guest.uuid in self._leaving and not self._flush(wait_s):
+            return f"virtfabric: {guest.name}: its last run is still being settled, retry"
         held = self._ledger.view().books.holdings.get(guest.uuid)
         if held is not None:
             self._admitted_at[guest.uuid] = self._clock.monotonic()
@@ -211,6 +220,7 @@ class Lifecycle:
         log.info("hook: %s %s", operation, name)
         if operation == "release":
             self._observatory.mark_stopped(guest.uuid)
+            self._leaving.add(guest.uuid)
             self.enqueue(lambda: self.depart(guest.uuid))
         elif operation in ("started", "reconnect"):
             self.enqueue(lambda: self.settle_in(guest.uuid))
@@ -406,6 +416,7 @@ class Lifecycle:
 
     def depart(self, guest: GuestId) -> None:
         """A guest stopped: its grants end, what it borrowed goes home."""
+        self._leaving.discard(guest)
         self._admitted_at.pop(guest, None)
         self._unplaced.discard(guest)
         self._drift.forget(guest)

@@ -116,7 +116,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def journal_and_audit_are_whole(self) -> None:
-        assert self.world.journal.open_transactions() == ()
+        aw.eventually(lambda: self.world.journal.open_transactions() == (), "all is ended")
         assert self.world.agent.audit_verify(aw.ROOT, "")["whole"]
         loans = self.world.agent.loans(aw.ROOT)
         # what an admission borrowed has no grant of its own and names its request
