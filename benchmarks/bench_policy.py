@@ -103,9 +103,10 @@ def measure() -> list[dict[str, Any]]:
                 raise SystemExit(f"the benchmark's request was refused: {plan}")
             samples.append((time.perf_counter() - began) * 1e3)
         median = statistics.median(samples)
+        label = "contended" if contended else "free"
         rows.append(
             {
-                "what": f"arbiter + placement, {count} guests, {'contended' if contended else 'free'}",
+                "what": f"arbiter + placement, {count} guests, {label}",
                 "value": round(median, 3), "unit": "ms median", "target": target,
                 "met": median < target,
             }

@@ -29,7 +29,7 @@ ROOT = Caller(Principal("root", 0), 0, frozenset({0}))
 NOBODY = Caller(Principal("nobody", 65534), 65534, frozenset({65534}))
 ALICE = Caller(Principal("alice", 1000), 1000, frozenset({1000, 77}))
 GROUP = 77
-DEADLINE_S = 20.0
+DEADLINE_S = 10.0
 
 
 def uuid_of(number: int) -> GuestId:

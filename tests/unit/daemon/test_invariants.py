@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import random
+
 import agent_world as aw
-from hypothesis import HealthCheck, settings
-from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+import pytest
 
 from virtfabric.model.policy import Placement
 from virtfabric.model.units import MIB
@@ -22,11 +22,10 @@ def _specs() -> tuple[object, ...]:
     )
 
 
-class Life(RuleBasedStateMachine):
+class Life:
     """Allocate, release, stop, start, stop short, crash: what may never happen, never does."""
 
     def __init__(self) -> None:
-        super().__init__()
         self.world = aw.AgentWorld(specs=_specs(), cores=6, memory_mib=2600).start()
 
     def teardown(self) -> None:
@@ -35,12 +34,6 @@ class Life(RuleBasedStateMachine):
     def _running(self, name: str) -> bool:
         return bool(self.world.live(name).active)
 
-    @rule(
-        name=st.sampled_from(sorted(NAMES)),
-        cpu=st.sampled_from(["", "+1", "-1", "+500m", "2", "4"]),
-        memory=st.sampled_from(["", "+128M", "-64M", "+512M", "+2M"]),
-        partial=st.sampled_from(["yes", "no"]),
-    )
     def allocate(self, name: str, cpu: str, memory: str, partial: str) -> None:
         wants = {k: v for k, v in (("cpu", cpu), ("memory", memory)) if v}
         if not wants:
@@ -51,7 +44,6 @@ class Life(RuleBasedStateMachine):
         if job["state"] == "refused":
             assert self.world.frozen() == before
 
-    @rule(choice=st.integers(0, 1000))
     def release(self, choice: int) -> None:
         grants = [g["id"] for g in self.world.agent.grants(aw.ROOT)]
         if grants:
@@ -59,7 +51,6 @@ class Life(RuleBasedStateMachine):
             job = self.world.finish(self.world.agent.release(aw.ROOT, grant)["job"])
             assert job["state"] == "done", job
 
-    @rule(name=st.sampled_from(sorted(NAMES)))
     def stop_or_start(self, name: str) -> None:
         uuid = aw.uuid_of(NAMES[name])
         if self._running(name):
@@ -73,7 +64,6 @@ class Life(RuleBasedStateMachine):
             self.world.host.start_guest(uuid)
             self._until(lambda: self.world.guest(name)["cpu"]["grant"], f"{name} is in")
 
-    @rule(name=st.sampled_from(sorted(NAMES)), mib=st.integers(0, 64))
     def stop_short(self, name: str, mib: int) -> None:
         uuid = aw.uuid_of(NAMES[name])
         self.world.host.faults.gives[uuid] = mib * MIB
@@ -91,7 +81,6 @@ class Life(RuleBasedStateMachine):
         running = lambda: any(j["state"] == "running" for j in self.world.agent.jobs(aw.ROOT))  # noqa: E731
         aw.eventually(lambda: not running() and not self.world.agent.drift(aw.ROOT), "all settles")
 
-    @invariant()
     def nobody_is_wronged(self) -> None:
         self._idle()
         guests = [g for g in self.world.agent.guests(aw.ROOT) if g["cpu"]["grant"] is not None]
@@ -103,7 +92,6 @@ class Life(RuleBasedStateMachine):
         overhead = self.world.overhead_mib * MIB
         assert sum(g["memory"]["grant"] + overhead for g in guests) <= 2600 * MIB
 
-    @invariant()
     def no_pcpu_in_two_dedicated_sets(self) -> None:
         states = [g for g in self.world.host.read_guests().values() if g.active]
         own = [g for g in states if g.policy.cpu.placement is Placement.DEDICATED]
@@ -114,7 +102,6 @@ class Life(RuleBasedStateMachine):
                 for cpus in guest.vcpu_affinity.values():
                     assert not cpus & set(taken)
 
-    @invariant()
     def journal_and_audit_are_whole(self) -> None:
         aw.eventually(lambda: self.world.journal.open_transactions() == (), "all is ended")
         assert self.world.agent.audit_verify(aw.ROOT, "")["whole"]
@@ -123,12 +110,41 @@ class Life(RuleBasedStateMachine):
         lent = {loan["grant"] for loan in loans if not loan["grant"].startswith("req-")}
         assert lent <= {g["id"] for g in self.world.agent.grants(aw.ROOT)}
 
+    def check(self) -> None:
+        self.nobody_is_wronged()
+        self.no_pcpu_in_two_dedicated_sets()
+        self.journal_and_audit_are_whole()
 
-TestLife = Life.TestCase
-TestLife.settings = settings(
-    max_examples=12,
-    stateful_step_count=10,
-    deadline=None,
-    derandomize=True,
-    suppress_health_check=list(HealthCheck),
-)
+    def step(self, chance: random.Random) -> object:
+        """One thing that may happen to a host; returns what it was."""
+        name = chance.choice(sorted(NAMES))
+        match chance.choice(("allocate", "allocate", "release", "life", "short")):
+            case "allocate":
+                cpu = chance.choice(("", "+1", "-1", "+500m", "2", "4"))
+                memory = chance.choice(("", "+128M", "-64M", "+512M", "+2M"))
+                partial = chance.choice(("yes", "no"))
+                self.allocate(name, cpu, memory, partial)
+                return name, cpu, memory, partial
+            case "release":
+                self.release(chance.randrange(1000))
+                return "release"
+            case "life":
+                self.stop_or_start(name)
+                return name, "stopped or started"
+            case _:
+                self.stop_short(name, chance.randrange(64))
+                return name, "stops short"
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_invariants_hold_through_a_random_life(seed: int) -> None:
+    """Seeded, so that a failure repeats; the story so far is in the assertion."""
+    chance, life, story = random.Random(seed), Life(), []
+    try:
+        for _ in range(8):
+            story.append(life.step(chance))
+            life.check()
+    except AssertionError as error:
+        pytest.fail(f"after {story}: {error}")
+    finally:
+        life.teardown()
