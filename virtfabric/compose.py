@@ -43,6 +43,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+LOCK_DIR = Path("/run")
+
 
 def _group_id(name: str) -> int | None:
     """The gid of the configured group; None where it does not exist (nobody is in it then)."""
@@ -126,12 +128,10 @@ class Composition:
     def _build(self) -> None:
         config = self.config
         state = _private_dir(Path(config.agent.state_dir), 0o700)
-        run = _private_dir(Path(config.agent.run_dir), 0o755)
+        _private_dir(Path(config.agent.run_dir), 0o755)
         self._stack.enter_context(StateLock(state / "lock", f"state directory {state}"))
-        digest = hashlib.sha256(config.agent.uri.encode()).hexdigest()[:12]
-        self._stack.enter_context(
-            StateLock(run / f"libvirt-{digest}.lock", f"libvirt {config.agent.uri}")
-        )
+        if not self.simulate:
+            self._lock_libvirt(config.agent.uri)
         system_log = SystemLog(Path(config.agent.syslog))
         self._stack.callback(system_log.close)
         outside = self._open_simulated() if self.simulate else self._open_libvirt()
@@ -154,6 +154,13 @@ class Composition:
             resolve_capacity(config, topology),
         )
         self._stack.callback(self.agent.close)
+
+    def _lock_libvirt(self, uri: str) -> None:
+        """One agent for one libvirtd: in a place that no option moves, before anything is done."""
+        digest = hashlib.sha256(uri.encode()).hexdigest()[:12]
+        self._stack.enter_context(
+            StateLock(LOCK_DIR / f"virtfabric-{digest}.lock", f"libvirt {uri}")
+        )
 
     def _open_libvirt(self) -> _Outside:
         opened = open_libvirt(self.config.agent.uri)
