@@ -269,6 +269,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if os.geteuid() != 0:
         sys.exit("demo: needs root (it makes namespaces and starts guests)")
     signal.signal(signal.SIGTERM, _stop)
+    # a shell that started us in the background has SIGINT ignored, and that is inherited
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     stage = Stage(quiet=args.quiet)
     began = time.monotonic()
     root = Path(tempfile.mkdtemp(prefix="virtfabric-demo-"))
