@@ -29,7 +29,7 @@ from virtfabric.model.errors import (
 from virtfabric.model.guest import RunState
 from virtfabric.model.ids import GuestId, RequestId
 from virtfabric.model.ledger import Books, Holding
-from virtfabric.model.plan import Plan, ResizeVirtioMem, SetBalloon
+from virtfabric.model.plan import Plan, ResizeVirtioMem, SetBalloon, SetQuota
 from virtfabric.model.policy import Placement
 from virtfabric.model.units import Bytes
 from virtfabric.policy.arbiter import choose_admission, choose_departure
@@ -182,7 +182,7 @@ class Lifecycle:
             return choose_admission(snapshot, guest, request)
 
         def place(snapshot: HostSnapshot, decision: Decision | None) -> Plan | Refusal:
-            # only memory has to be home before the guest starts; pins follow on `started`
+            # memory and caps of victims come down before the guest starts; pins follow on `started`
             assert decision is not None
             plan = plan_decision(snapshot, decision, deadline_s=deadline_s)
             if isinstance(plan, Refusal):
@@ -191,7 +191,8 @@ class Lifecycle:
             steps = tuple(
                 step
                 for step in plan.steps
-                if isinstance(step, ResizeVirtioMem | SetBalloon) and step.guest != guest.uuid
+                if isinstance(step, ResizeVirtioMem | SetBalloon | SetQuota)
+                and step.guest != guest.uuid
             )
             return Plan(plan.request, plan.generation, steps, {}, plan.offers)
 

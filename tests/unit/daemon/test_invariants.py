@@ -148,3 +148,17 @@ def test_invariants_hold_through_a_random_life(seed: int) -> None:
         pytest.fail(f"after {story}: {error}")
     finally:
         life.teardown()
+
+
+def test_a_victim_of_an_admission_is_capped_at_what_it_still_holds() -> None:
+    """A random life found it: the books took CPU from batch at `prepare`, its cap stayed."""
+    life = Life()
+    try:
+        life.stop_or_start("pinned")
+        life.allocate("web", "4", "", "no")
+        life.allocate("web", "-1", "+2M", "no")
+        for name in ("database", "pinned", "database"):
+            life.stop_or_start(name)
+        life.check()
+    finally:
+        life.teardown()
