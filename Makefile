@@ -25,7 +25,7 @@ check: setup-checks  ## lint, types, layers, unit and contract tests (under a mi
 	$(VENV)/pytest -q -n 2 tests/unit tests/contract
 
 test: setup check  ## checks, then integration tests on real guests
-	$(VENV)/pytest -q --reruns 1 tests/integration
+	$(VENV)/pytest -q tests/integration
 
 lab: setup  ## all lab tests
 	$(VENV)/pytest -q tests/lab
