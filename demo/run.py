@@ -24,7 +24,8 @@ from demo import checker, scenario
 from demo.checker import MIB, Observation, Verdicts
 from demo.host import AGENT, Host, HostError
 from demo.stage import Stage
-from virtfabric.shim.guestimage import GuestImageError, ensure_guest_image
+from virtfabric.shim.cache import BuildError
+from virtfabric.shim.guestimage import ensure_guest_image
 from virtfabric.shim.sandbox import SandboxError
 
 if TYPE_CHECKING:
@@ -298,7 +299,7 @@ def _play(demo: Demo, *, keep_going: bool) -> int:
         except (HostError, SandboxError, checker.CheckerError, subprocess.TimeoutExpired) as error:
             demo.note((False, f"the demo broke off: {error}"))
             _tell_log(demo)
-    except GuestImageError as error:
+    except BuildError as error:
         demo.note((False, f"guest image: {error}"))
     except KeyboardInterrupt:
         demo.note((False, "interrupted"))

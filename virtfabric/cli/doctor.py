@@ -149,7 +149,7 @@ def _boot_under_kvm() -> bool | None:
         images, probe = (import_module(f"virtfabric.shim.{n}") for n in ("guestimage", "kvmprobe"))
     except ImportError:
         return None
-    final = images.default_cache_dir() / images.format_recipe_key()
+    final = images.guest_cache() / images.format_recipe_key()
     if not final.is_dir():
         return None
     try:

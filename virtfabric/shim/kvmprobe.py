@@ -15,7 +15,7 @@ import time
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
-from virtfabric.shim.guestimage import READY_LINE, default_cache_dir
+from virtfabric.shim.guestimage import READY_LINE, guest_cache
 
 if TYPE_CHECKING:
     from virtfabric.shim.guestimage import GuestImage
@@ -31,7 +31,7 @@ def probe_kvm(
 
     The answer is cached for this boot of the host; `fresh` measures again.
     """
-    answer = (cache or default_cache_dir()) / f"kvm-{_BOOT_ID.read_text().strip()}"
+    answer = (cache or guest_cache()) / f"kvm-{_BOOT_ID.read_text().strip()}"
     if answer.exists() and not fresh:
         return answer.read_text() == "yes"
     works = os.access("/dev/kvm", os.R_OK | os.W_OK) and _boots(image, timeout_s)
