@@ -1,0 +1,119 @@
+"""Watches a lab come up: QEMU first, then what its PID 1 says on the console.
+
+Owns the words "VFLAB <uptime> <what>" and what is shown when they do not come.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import select
+import signal
+import time
+from typing import TYPE_CHECKING, Final
+
+from virtfabric.shim.lab.place import LabError, Place
+
+if TYPE_CHECKING:
+    import subprocess
+    from collections.abc import Callable
+
+READY: Final = "ready"
+_TOLD: Final = re.compile(r"VFLAB (\d+\.\d+ )?(.*)")
+_LAST_LINES: Final = 25
+_LOOK_S: Final = 0.1
+_QEMU_S: Final = 30.0
+
+
+def read_told(place: Place) -> list[str]:
+    """What the lab has told of itself, in order, such as "12.3 s: reachable"."""
+    try:
+        lines = place.console_log.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    found = (_TOLD.search(line) for line in lines)
+    return [f"{m[1].strip()} s: {m[2].strip()}" if m[1] else m[2].strip() for m in found if m]
+
+
+def is_ready(place: Place) -> bool:
+    """Whether it has come up."""
+    told = read_told(place)
+    return bool(told) and told[-1].endswith(f": {READY}")
+
+
+def wait_for_qemu(place: Place, qemu: subprocess.Popen[bytes]) -> None:
+    """Wait until QEMU runs the machine.
+
+    Raises:
+        LabError: it refused to; the message is QEMU's own.
+    """
+    deadline = time.monotonic() + _QEMU_S
+    while place.read_pid() is None or not place.monitor_socket.exists():
+        if qemu.poll() is not None or time.monotonic() > deadline:
+            said = place.qemu_log.read_text(errors="replace").strip()
+            raise LabError(f"QEMU did not start lab {place.name}:\n{said}")
+        time.sleep(_LOOK_S)
+
+
+def wait_until_ready(place: Place, report: Callable[[str], None], timeout_s: float) -> None:
+    """Wait for the lab's "ready", passing on what it tells on the way.
+
+    Raises:
+        LabError: QEMU ended, something failed, or it took too long; the message has the last lines
+            of the console and what to try.
+    """
+    pid = place.read_pid()
+    if pid is None:
+        raise _failure(place, "its QEMU ended at once")
+    deadline = time.monotonic() + timeout_s
+    shown = 0
+    handle = os.pidfd_open(pid)
+    try:
+        while True:
+            told = read_told(place)
+            for line in told[shown:]:
+                report(line)
+                if "failed" in line:
+                    raise _failure(place, line)
+            shown = len(told)
+            if is_ready(place):
+                return
+            if time.monotonic() > deadline:
+                raise _failure(place, f"it was not ready after {timeout_s:.0f} s")
+            if select.select([handle], [], [], _LOOK_S)[0]:
+                raise _failure(place, "its QEMU ended")
+    finally:
+        os.close(handle)
+
+
+def end_qemu(place: Place, timeout_s: float = 10.0) -> None:
+    """End the lab's QEMU, as pulling the plug does; nothing happens when it is gone."""
+    pid = place.read_pid()
+    if pid is None:
+        return
+    try:
+        handle = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return
+    try:
+        for signum in (signal.SIGTERM, signal.SIGKILL):
+            signal.pidfd_send_signal(handle, signum)
+            if select.select([handle], [], [], timeout_s)[0]:
+                return
+    except ProcessLookupError:
+        return
+    finally:
+        os.close(handle)
+
+
+def _failure(place: Place, why: str) -> LabError:
+    lines: list[str] = []
+    for log, title in ((place.console_log, "console"), (place.qemu_log, "QEMU")):
+        text = log.read_text(errors="replace").strip() if log.exists() else ""
+        last = text.splitlines()[-_LAST_LINES:]
+        lines += [f"last lines of its {title}:", *(f"  {line}" for line in last)] if last else []
+    lines += [
+        "what to try: again on a quieter machine or with a longer --timeout;",
+        "  `virtfabric lab build --again` if the image may be damaged; `--keep` to look at it",
+    ]
+    return LabError(f"lab {place.name} did not come up: {why}\n" + "\n".join(lines))

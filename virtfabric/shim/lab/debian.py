@@ -1,0 +1,50 @@
+"""Unpacks a Debian system into a directory, with mmdebstrap. It installs nothing on this machine."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from virtfabric.shim.cache import BuildError
+from virtfabric.shim.lab.recipe import MIRROR
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
+_STAGES = ("downloading", "extracting", "installing", "cleaning")
+
+
+def unpack_debian(
+    suite: str,
+    packages: Sequence[str],
+    target: Path,
+    *,
+    report: Callable[[str], None],
+    variant: str = "minbase",
+    excluded: Sequence[str] = (),
+) -> None:
+    """Fill `target` with `suite` and these packages, no recommended ones; takes a minute or two.
+
+    Raises:
+        BuildError: mmdebstrap is missing or failed; the message has its last lines.
+    """
+    if shutil.which("mmdebstrap") is None:
+        raise BuildError("mmdebstrap is not installed; `apt-get install mmdebstrap`")
+    argv = [
+        *("mmdebstrap", "--mode=root", f"--variant={variant}", f"--include={','.join(packages)}"),
+        '--aptopt=Apt::Install-Recommends "false"',
+        # testing's Release file is valid for a week only
+        '--aptopt=Acquire::Check-Valid-Until "false"',
+        *(f"--dpkgopt=path-exclude={pattern}" for pattern in excluded),
+        *(suite, str(target), MIRROR),
+    ]
+    lines: list[str] = []
+    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+        for line in run.stderr or ():
+            lines.append(line.rstrip())
+            if any(stage in line for stage in _STAGES):
+                report(f"{suite}: {line.strip().removeprefix('I: ').removesuffix('...')}")
+    if run.returncode:
+        raise BuildError("mmdebstrap failed:\n" + "\n".join(lines[-8:]))

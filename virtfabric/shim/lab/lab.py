@@ -1,0 +1,193 @@
+"""A lab's life: up, down, and what there is.
+
+Owns the order of things: whatever can fail without a QEMU comes first, and a lab that does not come
+up is taken down again.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import time
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TYPE_CHECKING, Final
+
+from virtfabric.shim.guestimage import ensure_guest_image
+from virtfabric.shim.kvmprobe import probe_kvm
+from virtfabric.shim.lab.boot import (
+    end_qemu,
+    is_ready,
+    read_told,
+    wait_for_qemu,
+    wait_until_ready,
+)
+from virtfabric.shim.lab.image import ensure_lab_image
+from virtfabric.shim.lab.machine import format_arguments
+from virtfabric.shim.lab.outer import choose_outer
+from virtfabric.shim.lab.payload import write_payload
+from virtfabric.shim.lab.place import LabError, Place, Record, find_places, place_of
+from virtfabric.shim.lab.remote import Remote, ensure_keys
+from virtfabric.shim.topology.arguments import backing_files
+from virtfabric.shim.topology.needs import device_needs, needs_tcg
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from virtfabric.shim.guestimage import GuestImage
+    from virtfabric.shim.lab.machine import Accel
+    from virtfabric.shim.topology.model import Topology
+
+BOOT_S: Final = 300.0
+"""How long a lab may take to come up; it is some 20 s on a quiet machine without KVM."""
+
+
+class State(StrEnum):
+    """What a lab is doing."""
+
+    READY = "ready"
+    STARTING = "starting"
+    DEAD = "dead"
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """A lab as `list` and `status` show it.
+
+    Attributes:
+        told: what its PID 1 has said so far, with the seconds since the kernel's start.
+    """
+
+    name: str
+    state: State
+    pid: int | None
+    record: Record | None
+    told: tuple[str, ...]
+
+
+def up(
+    topology: Topology,
+    *,
+    name: str,
+    title: str,
+    report: Callable[[str], None],
+    boot_s: float = BOOT_S,
+    keep: bool = False,
+) -> Status:
+    """Bring up a lab and wait until it is ready.
+
+    Args:
+        topology: what it looks like.
+        name: of the lab; several run side by side.
+        title: what `list` shows for the topology.
+        report: receives a line for each step.
+        boot_s: how long it may take from QEMU's start.
+        keep: leave a lab that did not come up as it is, for a look.
+
+    Raises:
+        LabError: there is one by that name, or it did not come up.
+        BuildError: image or QEMU cannot be had.
+    """
+    place = place_of(name)
+    with place.locked():
+        if place.read_pid() is not None:
+            raise LabError(f"lab {name} is up already; `virtfabric lab down {name}` ends it")
+        place.remove()
+        place.directory.mkdir(parents=True, mode=0o700)
+        came_up = False
+        try:
+            _start(topology, place, title, report)
+            wait_until_ready(place, report, boot_s)
+            came_up = True
+        finally:
+            if not came_up and not keep:
+                end_qemu(place)
+                place.remove()
+    return read_status(place)
+
+
+def down(name: str) -> bool:
+    """End a lab and take away all that is left of it.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        LabError: another command starts or ends it just now.
+    """
+    place = place_of(name)
+    with place.locked():
+        was_there = place.directory.exists()
+        record = place.read_record()
+        if record is not None and place.read_pid() is not None:
+            Remote(place, record, ensure_keys()).close()
+        end_qemu(place)
+        place.remove()
+    return was_there
+
+
+def read_status(place: Place) -> Status:
+    """What there is to say of one lab."""
+    pid = place.read_pid()
+    state = State.DEAD if pid is None else State.READY if is_ready(place) else State.STARTING
+    return Status(place.name, state, pid, place.read_record(), tuple(read_told(place)))
+
+
+def read_labs() -> list[Status]:
+    """All labs there are, by name."""
+    return [read_status(place) for place in find_places()]
+
+
+def connect(name: str) -> Remote:
+    """The way into a running lab.
+
+    Raises:
+        LabError: there is none by that name, or it is not ready.
+    """
+    place = place_of(name)
+    status = read_status(place)
+    if status.record is None or status.state is not State.READY:
+        known = ", ".join(lab.name for lab in read_labs() if lab.state is State.READY) or "none"
+        if not place.directory.exists():
+            raise LabError(f"there is no lab {name}; up: {known}")
+        raise LabError(f"lab {name} is {status.state}; `virtfabric lab console {name}` shows why")
+    return Remote(place, status.record, ensure_keys())
+
+
+def _start(topology: Topology, place: Place, title: str, report: Callable[[str], None]) -> None:
+    outer = choose_outer(device_needs(topology), report)
+    image = ensure_lab_image(report)
+    guest = ensure_guest_image(report=report)
+    accel = choose_accel(topology, guest)
+    port = _choose_port()
+    version = f"QEMU {outer.read_version()}, {outer.origin}"
+    report(f"starting {place.name} ({title}) on {version}, with {accel}")
+    place.write_record(Record(place.name, title, port, time.time(), version, accel))
+    write_payload(place.payload, guest, ensure_keys())
+    for file in backing_files(topology, place.directory):
+        with file.path.open("wb") as disk:
+            disk.truncate(file.size)
+    arguments = format_arguments(
+        topology, image, place, accel=accel, port=port, epoch=int(time.time())
+    )
+    with place.qemu_log.open("wb") as log:
+        qemu = subprocess.Popen(
+            [*outer.argv, *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+    wait_for_qemu(place, qemu)
+
+
+def choose_accel(topology: Topology, guest: GuestImage) -> Accel:
+    """KVM where it really runs a guest and the topology allows it."""
+    return "tcg" if needs_tcg(topology) or not probe_kvm(guest) else "kvm"
+
+
+def _choose_port() -> int:
+    """A port of 127.0.0.1 that is free now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,62 @@
+"""The outer QEMU's command line: what any lab has, around what its topology says. Pure."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Literal
+
+from virtfabric.shim.lab.recipe import CMDLINE
+from virtfabric.shim.topology.arguments import qemu_arguments
+
+if TYPE_CHECKING:
+    from virtfabric.shim.lab.image import LabImage
+    from virtfabric.shim.lab.place import Place
+    from virtfabric.shim.topology.model import Topology
+
+Accel = Literal["kvm", "tcg"]
+
+
+def format_arguments(
+    topology: Topology, image: LabImage, place: Place, *, accel: Accel, port: int, epoch: int
+) -> tuple[str, ...]:
+    """Everything after the program's name.
+
+    Args:
+        topology: checked.
+        image: what it boots from.
+        place: where its sockets and logs go.
+        accel: TCG emulates AMD's SVM, so guests of the lab are KVM guests either way.
+        port: on 127.0.0.1, forwarded to the lab's sshd; nothing else goes in or out.
+        epoch: the time the lab's clock starts at, in seconds.
+    """
+    return (
+        *("-name", f"virtfabric-lab-{place.name}", "-nodefaults", "-display", "none"),
+        *("-pidfile", str(place.pid_file), "-no-reboot", "-accel", _format_accel(accel)),
+        # hypervisor=off: the CXL driver commits no region in a guest that sees a hypervisor
+        *("-cpu", "host,hypervisor=off" if accel == "kvm" else "max,hypervisor=off"),
+        *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
+        *("-append", f"{CMDLINE} vflab.name={place.name} vflab.epoch={epoch}"),
+        *qemu_arguments(topology, place.directory),
+        *_format_disk("root", f"{image.disk},snapshot=on"),
+        *_format_disk("payload", f"{place.payload},snapshot=on"),
+        *("-netdev", f"user,id=way,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"),
+        *("-device", "virtio-net-pci,netdev=way,bus=pcie.0"),
+        *("-device", "virtio-rng-pci,bus=pcie.0"),
+        *("-chardev", _format_console(place), "-serial", "chardev:console"),
+        *("-qmp", f"unix:{place.monitor_socket},server=on,wait=off"),
+    )
+
+
+def _format_accel(accel: Accel) -> str:
+    return "kvm,kernel-irqchip=split" if accel == "kvm" else "tcg,thread=multi"
+
+
+def _format_disk(name: str, file: str) -> tuple[str, ...]:
+    drive = f"file={file},if=none,id={name},format=raw,cache=unsafe"
+    return ("-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name},bus=pcie.0")
+
+
+def _format_console(place: Place) -> str:
+    return (
+        f"socket,id=console,path={place.console_socket},server=on,wait=off,"
+        f"logfile={place.console_log}"
+    )

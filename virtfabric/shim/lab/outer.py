@@ -1,0 +1,99 @@
+"""The QEMU that carries a lab: the system's if it knows the devices, else a newer one, unpacked.
+
+Owns choosing by asking each QEMU what it has, never by its version. A newer one is a Debian tree in
+the cache, run through its own loader: nothing on this machine is replaced.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from virtfabric.shim.cache import BuildError, cache_root, ensure_built
+from virtfabric.shim.lab.debian import unpack_debian
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Collection, Iterable, Iterator
+
+    from virtfabric.shim.topology.needs import DeviceNeed
+
+_NAME: Final = "qemu-system-x86_64"
+_LIBRARIES: Final = Path("usr/lib/x86_64-linux-gnu")
+_FIRMWARE: Final = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
+UNPACKED_SUITES: Final = ("trixie", "forky")
+"""Asked in this order: 10.0 has igb and volatile CXL, 11.x has vfio-user."""
+
+
+@dataclass(frozen=True, slots=True)
+class OuterQemu:
+    """How to run one QEMU: what comes before its own arguments."""
+
+    argv: tuple[str, ...]
+    origin: str
+
+    def read_version(self) -> str:
+        """Such as "10.0.13"."""
+        found = re.search(r"version (\d+[\d.]*)", self._ask("--version"))
+        return found[1] if found else "unknown"
+
+    def read_lacks(self, needs: Iterable[DeviceNeed]) -> tuple[str, ...]:
+        """Which device types ("igb") and properties ("cxl-type3.sn") it does not have."""
+        devices = set(re.findall(r'^name "([^"]+)"', self._ask("-device", "help"), re.MULTILINE))
+        lacks: list[str] = []
+        for need in needs:
+            if need.driver not in devices:
+                lacks.append(need.driver)
+            elif need.properties:
+                listed = self._ask("-device", f"{need.driver},help")
+                has = set(re.findall(r"^\s*([\w.-]+)=", listed, re.MULTILINE))
+                lacks += [f"{need.driver}.{name}" for name in sorted(need.properties - has)]
+        return tuple(lacks)
+
+    def _ask(self, *arguments: str) -> str:
+        done = subprocess.run([*self.argv, *arguments], check=False, capture_output=True, text=True)
+        return done.stdout
+
+
+def choose_outer(needs: Collection[DeviceNeed], report: Callable[[str], None]) -> OuterQemu:
+    """The first QEMU that has what the topology needs; a tree is unpacked if it takes one.
+
+    Raises:
+        BuildError: none has it; the message names what is missing where.
+    """
+    tried: list[str] = []
+    for qemu in _candidates(report):
+        lacks = qemu.read_lacks(needs)
+        if not lacks:
+            return qemu
+        tried.append(f"{qemu.origin}: QEMU {qemu.read_version()} has no {', '.join(lacks)}")
+    raise BuildError("no QEMU here can carry this topology:\n  " + "\n  ".join(tried))
+
+
+def _candidates(report: Callable[[str], None]) -> Iterator[OuterQemu]:
+    system = shutil.which(_NAME)
+    if system:
+        yield OuterQemu((system,), "the system's")
+    for suite in UNPACKED_SUITES:
+        yield _unpacked(suite, report)
+
+
+def _unpacked(suite: str, report: Callable[[str], None]) -> OuterQemu:
+    def build(scratch: Path) -> Path:
+        report(f"unpacking QEMU from Debian {suite} into the cache")
+        tree = scratch / suite
+        unpack_debian(suite, ["qemu-system-x86"], tree, report=report, variant="essential")
+        return tree
+
+    tree = ensure_built(cache_root() / "lab" / "qemu" / suite, build)
+    libraries = tree / _LIBRARIES
+    loader = libraries / "ld-linux-x86-64.so.2"
+    firmware = (part for path in _FIRMWARE for part in ("-L", str(tree / path)))
+    # a tree's QEMU must load its own modules; they are looked for where they would be installed
+    modules = f"QEMU_MODULE_DIR={libraries / 'qemu'}"
+    program = (str(loader), "--library-path", str(libraries), str(tree / "usr/bin" / _NAME))
+    return OuterQemu(("env", modules, *program, *firmware), f"Debian {suite}'s")
+

@@ -1,0 +1,77 @@
+"""The lab's second disk: this checkout, the commands that run it, a guest image and the keys.
+
+Owns what a lab finds in /opt/virtfabric. It is made anew for each `lab up` (about a second), so the
+agent that runs in the lab is this one.
+"""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+import virtfabric
+from virtfabric.shim.cache import run_tool
+from virtfabric.shim.guestimage import format_recipe_key
+from virtfabric.shim.lab.recipe import read_file
+
+if TYPE_CHECKING:
+    from virtfabric.shim.guestimage import GuestImage
+    from virtfabric.shim.lab.remote import Keys
+
+_SIZE: Final = "512M"
+_CHECKOUT: Final = (
+    *("hooks", "xml_templates", "vagrant", "tests", "demo", "benchmarks", "pyproject.toml"),
+)
+"""What lies beside the package in a checkout; an installed package carries what it needs itself."""
+_LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
+
+
+def write_payload(disk: Path, guest: GuestImage, keys: Keys) -> None:
+    """Write the disk.
+
+    Raises:
+        BuildError: mke2fs is missing or failed.
+    """
+    with tempfile.TemporaryDirectory(prefix="virtfabric-payload-") as scratch:
+        tree = Path(scratch)
+        _copy_checkout(tree / "checkout")
+        _copy_guest(tree / "cache" / "guest" / format_recipe_key(), guest)
+        _write_programs(tree)
+        shutil.copy(keys.host, tree / "lab" / "host_key")
+        shutil.copy(keys.client.with_suffix(".pub"), tree / "lab" / "authorized_keys")
+        tree.chmod(0o755)
+        argv = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-L", "virtfabric"]
+        run_tool([*argv, "-d", str(tree), str(disk), _SIZE], tree)
+
+
+def _copy_checkout(target: Path) -> None:
+    package = Path(virtfabric.__file__).parent
+    shutil.copytree(package, target / "virtfabric", ignore=_LEFT_OUT)
+    if not (package.parent / "pyproject.toml").is_file():
+        return
+    for name in _CHECKOUT:
+        source = package.parent / name
+        if source.is_dir():
+            shutil.copytree(source, target / name, ignore=_LEFT_OUT)
+        elif source.is_file():
+            shutil.copy(source, target / name)
+
+
+def _copy_guest(target: Path, guest: GuestImage) -> None:
+    target.mkdir(parents=True)
+    for part in (guest.kernel, guest.initrd):
+        shutil.copy(part, target / part.name)
+
+
+def _write_programs(tree: Path) -> None:
+    (tree / "bin").mkdir()
+    (tree / "lab").mkdir()
+    for name, place in (
+        ("run-module", "bin/virtfabric"),
+        ("run-module", "bin/virtfabricd"),
+        ("prepare", "lab/prepare"),
+    ):
+        (tree / place).write_text(read_file(name))
+        (tree / place).chmod(0o755)

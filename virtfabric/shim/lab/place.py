@@ -1,0 +1,156 @@
+"""Where a lab lives while it runs: one directory for a name, with its record, sockets and console.
+
+Owns finding labs and telling which are alive. Nothing of a lab is kept anywhere else: its disks are
+QEMU snapshots without a name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final
+
+from virtfabric.model.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
+
+
+class LabError(Exception):
+    """A lab, or something asked of it, failed; the message says what to try."""
+
+
+def labs_root() -> Path:
+    """$VIRTFABRIC_LABS, or /run/virtfabric-labs. Short, for it holds UNIX sockets (108 bytes)."""
+    return Path(os.environ.get("VIRTFABRIC_LABS", "/run/virtfabric-labs"))
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What is written down before a lab starts.
+
+    Attributes:
+        port: on 127.0.0.1, forwarded to the lab's sshd.
+        started: seconds since the epoch.
+        qemu: what carries it, for people.
+    """
+
+    name: str
+    topology: str
+    port: int
+    started: float
+    qemu: str
+    accel: str
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The directory of one lab and what is in it."""
+
+    directory: Path
+
+    @property
+    def name(self) -> str:
+        """The lab's name."""
+        return self.directory.name
+
+    @property
+    def console_log(self) -> Path:
+        """Everything the lab's serial console ever said."""
+        return self.directory / "console.log"
+
+    @property
+    def console_socket(self) -> Path:
+        """The serial console itself."""
+        return self.directory / "console"
+
+    @property
+    def monitor_socket(self) -> Path:
+        """QMP."""
+        return self.directory / "qmp"
+
+    @property
+    def qemu_log(self) -> Path:
+        """What QEMU itself says."""
+        return self.directory / "qemu.log"
+
+    @property
+    def pid_file(self) -> Path:
+        """Written by QEMU."""
+        return self.directory / "pid"
+
+    @property
+    def payload(self) -> Path:
+        """The disk with this checkout and the lab's keys."""
+        return self.directory / "payload.ext4"
+
+    @property
+    def ssh_control(self) -> Path:
+        """The multiplexed ssh connection: later commands need no new handshake."""
+        return self.directory / "ssh"
+
+    def write_record(self, record: Record) -> None:
+        """Write down how the lab was started."""
+        (self.directory / "lab.json").write_text(json.dumps(asdict(record)) + "\n")
+
+    def read_record(self) -> Record | None:
+        """None while `up` has not come that far, or was cut off before."""
+        try:
+            return Record(**json.loads((self.directory / "lab.json").read_text()))
+        except (OSError, ValueError, TypeError):
+            return None
+
+    def read_pid(self) -> int | None:
+        """The lab's QEMU; None when it does not run (a reused number is told by its arguments)."""
+        try:
+            pid = int(self.pid_file.read_text())
+            arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
+        except (OSError, ValueError):
+            return None
+        return pid if str(self.pid_file).encode() in arguments.split(b"\0") else None
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """One command that starts or ends this lab at a time.
+
+        Raises:
+            LabError: another one is at it.
+        """
+        self.directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with (self.directory.parent / f".{self.name}.lock").open("w") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                text = f"lab {self.name}: another `lab up` or `lab down` is at work on it"
+                raise LabError(text) from error
+            yield
+
+    def remove(self) -> None:
+        """Take away all that is left of it."""
+        shutil.rmtree(self.directory, ignore_errors=True)
+        (self.directory.parent / f".{self.name}.lock").unlink(missing_ok=True)
+
+
+def place_of(name: str) -> Place:
+    """The place of a lab, whether it exists or not.
+
+    Raises:
+        InvalidValueError: it cannot be a lab's name.
+    """
+    if not _NAME.fullmatch(name):
+        raise InvalidValueError("name", name, "small letters, digits and dashes, at most 31")
+    return Place(labs_root() / name)
+
+
+def find_places() -> list[Place]:
+    """All labs there are, by name; also those whose QEMU has died."""
+    root = labs_root()
+    return [Place(path) for path in sorted(root.glob("[a-z0-9]*")) if path.is_dir()]
