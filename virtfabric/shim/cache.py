@@ -15,14 +15,24 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from virtfabric.model.errors import VirtfabricError
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 _SCRATCH = "build-"
 
 
-class BuildError(Exception):
-    """Something cannot be built here; the message says what is missing."""
+class BuildError(VirtfabricError):
+    """Something cannot be built here; the message says what is missing.
+
+    Attributes:
+        log: the last lines of the tool that failed; empty when no tool did.
+    """
+
+    def __init__(self, message: str, *, log: Sequence[str] = (), advice: str = "") -> None:
+        super().__init__(message, advice=advice)
+        self.log = tuple(log)
 
 
 def cache_root() -> Path:
@@ -58,15 +68,15 @@ def run_tool(argv: Sequence[str], cwd: Path) -> str:
     """Run a tool that a build needs and return what it printed.
 
     Raises:
-        BuildError: it is not installed, or failed; the message ends with its last lines.
+        BuildError: it is not installed, or failed; `log` has its last lines.
     """
     try:
         done = subprocess.run(argv, cwd=cwd, check=False, capture_output=True, text=True)
     except FileNotFoundError as error:
         raise BuildError(f"{argv[0]} is not installed") from error
     if done.returncode:
-        tail = "\n".join((done.stdout + done.stderr).splitlines()[-5:])
-        raise BuildError(f"`{' '.join(argv)}` ended with {done.returncode}:\n{tail}")
+        tail = (done.stdout + done.stderr).splitlines()[-5:]
+        raise BuildError(f"`{' '.join(argv)}` ended with {done.returncode}", log=tail)
     return done.stdout
 
 

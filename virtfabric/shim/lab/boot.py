@@ -45,13 +45,13 @@ def wait_for_qemu(place: Place, qemu: subprocess.Popen[bytes]) -> None:
     """Wait until QEMU runs the machine.
 
     Raises:
-        LabError: it refused to; the message is QEMU's own.
+        LabError: it refused to; `log` is what it said.
     """
     deadline = time.monotonic() + _QEMU_S
     while place.read_pid() is None or not place.monitor_socket.exists():
         if qemu.poll() is not None or time.monotonic() > deadline:
-            said = place.qemu_log.read_text(errors="replace").strip()
-            raise LabError(f"QEMU did not start lab {place.name}:\n{said}")
+            said = place.qemu_log.read_text(errors="replace").splitlines()
+            raise LabError(f"QEMU did not start lab {place.name}", log=said[-_LAST_LINES:])
         time.sleep(_LOOK_S)
 
 
@@ -59,8 +59,8 @@ def wait_until_ready(place: Place, report: Callable[[str], None], timeout_s: flo
     """Wait for the lab's "ready", passing on what it tells on the way.
 
     Raises:
-        LabError: QEMU ended, something failed, or it took too long; the message has the last lines
-            of the console and what to try.
+        LabError: QEMU ended, something failed, or it took too long; `log` has the last lines of
+            the console.
     """
     pid = place.read_pid()
     if pid is None:
@@ -112,8 +112,9 @@ def _failure(place: Place, why: str) -> LabError:
         text = log.read_text(errors="replace").strip() if log.exists() else ""
         last = text.splitlines()[-_LAST_LINES:]
         lines += [f"last lines of its {title}:", *(f"  {line}" for line in last)] if last else []
-    lines += [
-        "what to try: again on a quieter machine or with a longer --timeout;",
-        "  `virtfabric lab build --again` if the image may be damaged; `--keep` to look at it",
-    ]
-    return LabError(f"lab {place.name} did not come up: {why}\n" + "\n".join(lines))
+    return LabError(
+        f"lab {place.name} did not come up: {why}",
+        log=lines,
+        advice="try again on a quieter machine or with a longer --timeout, with --keep to look at "
+        "what is left, or `virtfabric lab build --again` if the image may be damaged",
+    )

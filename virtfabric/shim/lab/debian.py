@@ -1,10 +1,9 @@
-"""Unpacks a Debian system into a directory, with mmdebstrap. It installs nothing on this machine."""
+"""Unpacks a Debian system into a directory, with mmdebstrap; installs nothing here."""
 
 from __future__ import annotations
 
 import shutil
 import subprocess
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from virtfabric.shim.cache import BuildError
@@ -12,6 +11,7 @@ from virtfabric.shim.lab.recipe import MIRROR
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
+    from pathlib import Path
 
 _STAGES = ("downloading", "extracting", "installing", "cleaning")
 
@@ -28,7 +28,7 @@ def unpack_debian(
     """Fill `target` with `suite` and these packages, no recommended ones; takes a minute or two.
 
     Raises:
-        BuildError: mmdebstrap is missing or failed; the message has its last lines.
+        BuildError: mmdebstrap is missing or failed; `log` has its last lines.
     """
     if shutil.which("mmdebstrap") is None:
         raise BuildError("mmdebstrap is not installed; `apt-get install mmdebstrap`")
@@ -41,10 +41,12 @@ def unpack_debian(
         *(suite, str(target), MIRROR),
     ]
     lines: list[str] = []
-    with subprocess.Popen(argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as run:
+    with subprocess.Popen(
+        argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+    ) as run:
         for line in run.stderr or ():
             lines.append(line.rstrip())
             if any(stage in line for stage in _STAGES):
                 report(f"{suite}: {line.strip().removeprefix('I: ').removesuffix('...')}")
     if run.returncode:
-        raise BuildError("mmdebstrap failed:\n" + "\n".join(lines[-8:]))
+        raise BuildError(f"mmdebstrap failed for Debian {suite}", log=lines[-8:])

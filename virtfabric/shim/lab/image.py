@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,11 @@ def ensure_lab_image(report: Callable[[str], None]) -> LabImage:
         BuildError: a tool is missing, or Debian's registry cannot be reached.
     """
     return _image(ensure_built(_final(), lambda scratch: _build(scratch, report)))
+
+
+def discard_lab_image() -> None:
+    """Forget the image; labs that run keep the files they have open."""
+    shutil.rmtree(_final(), ignore_errors=True)
 
 
 def _final() -> Path:

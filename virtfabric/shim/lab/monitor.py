@@ -55,7 +55,7 @@ async def _converse(place: Place, commands: Sequence[Command]) -> list[Any]:
     try:
         return [await client.execute(name, arguments) for name, arguments in commands]
     except ExecuteError as error:
-        raise LabError(f"lab {place.name}: {error.error.desc}") from error
+        raise LabError(f"lab {place.name}: {error}") from error
     finally:
         with contextlib.suppress(Exception):
             await client.disconnect()

@@ -62,7 +62,7 @@ def choose_outer(needs: Collection[DeviceNeed], report: Callable[[str], None]) -
     """The first QEMU that has what the topology needs; a tree is unpacked if it takes one.
 
     Raises:
-        BuildError: none has it; the message names what is missing where.
+        BuildError: none has it; `log` names what is missing where.
     """
     tried: list[str] = []
     for qemu in _candidates(report):
@@ -70,7 +70,7 @@ def choose_outer(needs: Collection[DeviceNeed], report: Callable[[str], None]) -
         if not lacks:
             return qemu
         tried.append(f"{qemu.origin}: QEMU {qemu.read_version()} has no {', '.join(lacks)}")
-    raise BuildError("no QEMU here can carry this topology:\n  " + "\n  ".join(tried))
+    raise BuildError("no QEMU here can carry this topology", log=tried)
 
 
 def _candidates(report: Callable[[str], None]) -> Iterator[OuterQemu]:
@@ -96,4 +96,3 @@ def _unpacked(suite: str, report: Callable[[str], None]) -> OuterQemu:
     modules = f"QEMU_MODULE_DIR={libraries / 'qemu'}"
     program = (str(loader), "--library-path", str(libraries), str(tree / "usr/bin" / _NAME))
     return OuterQemu(("env", modules, *program, *firmware), f"Debian {suite}'s")
-

@@ -16,16 +16,24 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from virtfabric.model.errors import InvalidValueError
+from virtfabric.model.errors import InvalidValueError, VirtfabricError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 
 
-class LabError(Exception):
-    """A lab, or something asked of it, failed; the message says what to try."""
+class LabError(VirtfabricError):
+    """A lab, or something asked of it, failed.
+
+    Attributes:
+        log: the last lines of its console and of QEMU, where they tell why.
+    """
+
+    def __init__(self, message: str, *, log: Sequence[str] = (), advice: str = "") -> None:
+        super().__init__(message, advice=advice)
+        self.log = tuple(log)
 
 
 def labs_root() -> Path:

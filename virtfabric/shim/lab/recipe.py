@@ -1,4 +1,4 @@
-"""What goes into the lab's image: Debian suite, packages, files. Pure data; its key names the image.
+"""What goes into the lab's image: suite, packages, files. Pure data; its key names the image.
 
 The same root serves the quick boot (an own initrd and PID 1, no systemd) and the Vagrant box, which
 boots it with systemd.
@@ -22,7 +22,12 @@ PACKAGES: Final = (
     *("python3-jinja2", "python3-lxml", "python3-rich"),
     *("python3-pytest", "python3-pytest-timeout", "python3-hypothesis"),
 )
-EXCLUDED: Final = ("/usr/share/man/*", "/usr/share/doc/*", "/usr/share/locale/*", "/usr/share/info/*")
+EXCLUDED: Final = (
+    "/usr/share/man/*",
+    "/usr/share/doc/*",
+    "/usr/share/locale/*",
+    "/usr/share/info/*",
+)
 INITRD_MODULES: Final = (
     *("virtio_pci", "virtio_blk", "crc32c_generic", "ext4"),
     *("virtio_net", "virtio_rng", "kvm_amd", "vfio_pci", "igb", "nvme"),

@@ -65,7 +65,16 @@ class Remote:
     def __init__(self, place: Place, record: Record, keys: Keys) -> None:
         self._place = place
         self._options = (
-            *("-F", "none", "-i", str(keys.client), "-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes"),
+            *(
+                "-F",
+                "none",
+                "-i",
+                str(keys.client),
+                "-o",
+                "IdentitiesOnly=yes",
+                "-o",
+                "BatchMode=yes",
+            ),
             *("-o", f"UserKnownHostsFile={keys.directory / 'known_hosts'}"),
             *("-o", "HostKeyAlias=virtfabric-lab", "-o", "StrictHostKeyChecking=yes"),
             *("-o", "ControlMaster=auto", "-o", f"ControlPath={place.ssh_control}"),
@@ -78,7 +87,9 @@ class Remote:
         words = [" ".join(shlex.quote(word) for word in command)] if command else []
         return ["ssh", *self._options, *(["-t"] if terminal else []), "root@127.0.0.1", *words]
 
-    def run(self, command: str, *, timeout_s: float | None = None) -> subprocess.CompletedProcess[str]:
+    def run(
+        self, command: str, *, timeout_s: float | None = None
+    ) -> subprocess.CompletedProcess[str]:
         """Run a shell command line in the lab and wait for it.
 
         Returns:

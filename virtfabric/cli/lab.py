@@ -1,0 +1,306 @@
+"""`virtfabric lab`: nested labs, from image to fault. Local: it needs no agent."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from virtfabric.cli.screen import Table, note, print_json, print_lines, print_tables
+from virtfabric.cli.session import DONE, FAILED
+from virtfabric.model.errors import InstallationError, InvalidValueError, VirtfabricError
+
+if TYPE_CHECKING:
+    import argparse
+    from collections.abc import Callable
+
+    from virtfabric.shim.lab.lab import Status
+    from virtfabric.shim.topology.model import Topology
+
+_DEFAULT: Final = "small"
+_NEEDED: Final = {"jsonschema": "jsonschema", "qemu.qmp": "qemu.qmp"}
+
+
+def _labs() -> Any:
+    """The module that owns labs; imported late, for other commands need none of it.
+
+    Raises:
+        InstallationError: the extra `lab` is not installed.
+    """
+    for module, package in _NEEDED.items():
+        if find_spec(module.partition(".")[0]) is None:
+            raise InstallationError(
+                f"labs need {package}", advice="pip install 'virtfabric[lab]'"
+            )  # fmt: skip
+    return import_module("virtfabric.shim.lab.lab")
+
+
+class _Teller:
+    """Tells each step with the seconds since the command began."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def __call__(self, line: str) -> None:
+        note(f"{time.monotonic() - self._since:6.1f} s  {line}")
+
+
+def _read_topology(text: str) -> tuple[str, Topology]:
+    """A shipped topology's name, or the path of a file: its title, and the topology.
+
+    Raises:
+        InvalidValueError: there is none, or it is wrong; names the path in the JSON.
+    """
+    shipped = import_module("virtfabric.shim.topology.shipped")
+    if "/" not in text and not text.endswith(".json"):
+        return text, shipped.read_shipped_topology(text)
+    parse = import_module("virtfabric.shim.topology.text").parse_topology
+    try:
+        return Path(text).stem, parse(Path(text).read_text())
+    except OSError as error:
+        raise InvalidValueError("topology", text, f"cannot be read: {error.strerror}") from error
+
+
+def _build(args: argparse.Namespace) -> int:
+    _labs()
+    tell = _Teller()
+    image = import_module("virtfabric.shim.lab.image")
+    guest = import_module("virtfabric.shim.guestimage")
+    outer = import_module("virtfabric.shim.lab.outer")
+    needs = import_module("virtfabric.shim.topology.needs").device_needs
+    if args.again:
+        image.discard_lab_image()
+    built = image.ensure_lab_image(tell)
+    guest.ensure_guest_image(report=tell)
+    if args.topology:
+        outer.choose_outer(needs(_read_topology(args.topology)[1]), tell)
+    if args.json:
+        print_json({"disk": str(built.disk), "kernel": str(built.kernel)})
+    else:
+        print(f"lab image: {built.disk.parent}")
+    return DONE
+
+
+def _up(args: argparse.Namespace) -> int:
+    labs = _labs()
+    title, topology = _read_topology(args.topology)
+    status = labs.up(
+        topology,
+        name=args.name or title,
+        title=title,
+        report=_Teller(),
+        boot_s=args.timeout,
+        keep=args.keep,
+    )
+    if args.json:
+        print_json(_to_json(status))
+    else:
+        print(f"lab {status.name} is ready: virtfabric lab shell {status.name}")
+    return DONE
+
+
+def _down(args: argparse.Namespace) -> int:
+    labs = _labs()
+    names = [lab.name for lab in labs.read_labs()] if args.all else [args.lab]
+    gone = [name for name in names if labs.down(name)]
+    if args.json:
+        print_json({"down": gone})
+    else:
+        print_lines([f"lab {name} is down" for name in gone] or ["there was no such lab"])
+    return DONE
+
+
+def _list(args: argparse.Namespace) -> int:
+    found = _labs().read_labs()
+    shipped = import_module("virtfabric.shim.topology.shipped")
+    topologies = {
+        name: shipped.read_shipped_topology(name) for name in shipped.shipped_topologies()
+    }
+    if args.json:
+        told = {name: topology.description for name, topology in topologies.items()}
+        print_json({"labs": [_to_json(lab) for lab in found], "topologies": told})
+        return DONE
+    rows = tuple(
+        (lab.name, lab.record.topology if lab.record else "?", str(lab.state), str(lab.pid or ""))
+        for lab in found
+    )
+    shapes = tuple((name, topology.description) for name, topology in topologies.items())
+    print_tables(
+        [
+            Table("labs", ("lab", "topology", "state", "pid"), rows, frozenset({"pid"})),
+            Table("topologies", ("topology", "what it is"), shapes),
+        ]
+    )
+    return DONE
+
+
+def _status(args: argparse.Namespace) -> int:
+    labs = _labs()
+    place = import_module("virtfabric.shim.lab.place").place_of(args.lab)
+    if not place.directory.exists():
+        raise InvalidValueError("lab", args.lab, "does not exist", advice="virtfabric lab list")
+    status = labs.read_status(place)
+    if args.json:
+        print_json(_to_json(status))
+        return DONE
+    lines = [f"lab {status.name}: {status.state}", f"directory: {place.directory}"]
+    if status.record:
+        lines += [
+            f"topology: {status.record.topology}",
+            f"carried by: {status.record.qemu}, {status.record.accel}, pid {status.pid}",
+            f"ssh: 127.0.0.1 port {status.record.port}",
+        ]
+    print_lines([*lines, "boot:", *(f"  {line}" for line in status.told)])
+    return DONE
+
+
+def _to_json(status: Status) -> dict[str, Any]:
+    record = status.record
+    return {
+        "name": status.name, "state": status.state, "pid": status.pid, "told": list(status.told),
+        "topology": record.topology if record else None, "port": record.port if record else None,
+        "qemu": record.qemu if record else None, "accel": record.accel if record else None,
+    }  # fmt: skip
+
+
+def _run(args: argparse.Namespace) -> int:
+    remote = _labs().connect(args.lab)
+    if not args.json:
+        argv = remote.format_argv(["/bin/bash", "-c", " ".join(args.command)])
+        return subprocess.run(argv, check=False).returncode
+    done = remote.run(" ".join(args.command))
+    print_json({"exit": done.returncode, "stdout": done.stdout, "stderr": done.stderr})
+    return int(done.returncode)
+
+
+def _shell(args: argparse.Namespace) -> int:
+    return subprocess.run(
+        _labs().connect(args.lab).format_argv([], terminal=True), check=False
+    ).returncode
+
+
+def _copy(args: argparse.Namespace) -> int:
+    if args.source.startswith(":") == args.target.startswith(":"):
+        raise InvalidValueError(
+            "copy", f"{args.source} {args.target}", "needs one path in the lab (:/path)"
+        )  # fmt: skip
+    argv = _labs().connect(args.lab).format_copy(args.source, args.target)
+    return DONE if subprocess.run(argv, check=False).returncode == 0 else FAILED
+
+
+def _qmp(args: argparse.Namespace) -> int:
+    _labs()
+    monitor = import_module("virtfabric.shim.lab.monitor")
+    place = import_module("virtfabric.shim.lab.place").place_of(args.lab)
+    if args.hmp:
+        print(monitor.execute_human(place, args.command).rstrip().replace("\r", ""))
+        return DONE
+    try:
+        arguments = json.loads(args.arguments)
+    except ValueError as error:
+        raise InvalidValueError("arguments", args.arguments, f"is not JSON: {error}") from error
+    print_json(monitor.execute(place, args.command, **arguments))
+    return DONE
+
+
+def _console(args: argparse.Namespace) -> int:
+    _labs()
+    place = import_module("virtfabric.shim.lab.place").place_of(args.lab)
+    if args.log:
+        text = place.console_log.read_text(errors="replace") if place.console_log.exists() else ""
+        sys.stdout.write(text)
+        return DONE
+    note(f"console of lab {args.lab}; Ctrl-] leaves it")
+    import_module("virtfabric.shim.lab.console").attach_console(place)
+    return DONE
+
+
+def _told(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
+    """What a failed tool or lab said comes before the error itself."""
+
+    def wrapped(args: argparse.Namespace) -> int:
+        try:
+            return run(args)
+        except VirtfabricError as error:
+            for line in getattr(error, "log", ()):
+                note(line)
+            raise
+
+    return wrapped
+
+
+def add_parsers(subparsers: Any) -> None:
+    """Register `lab` and its commands."""
+    lab = subparsers.add_parser(
+        "lab",
+        help="nested labs: emulated hosts with NUMA, IOMMU, SR-IOV and CXL",
+        description="Emulated hosts that run libvirt, KVM guests and this agent; see docs/lab.md.",
+    )
+    commands = lab.add_subparsers(dest="lab_command", required=True, metavar="COMMAND")
+
+    def add(name: str, text: str, run: Callable[[argparse.Namespace], int], example: str) -> Any:
+        parser = commands.add_parser(
+            name, help=text, description=text[0].upper() + text[1:] + ".", example=example
+        )
+        parser.set_defaults(run=_told(run))
+        return parser
+
+    build = add(
+        "build", "build the image (once; kept in the cache)", _build, "virtfabric lab build"
+    )
+    build.add_argument("topology", nargs="?", metavar="TOPOLOGY", help="also the QEMU it needs")
+    build.add_argument("--again", action="store_true", help="build it anew")
+
+    up = add("up", "bring up a lab", _up, "virtfabric lab up cxl --name mine")
+    up.add_argument(
+        "topology", nargs="?", default=_DEFAULT, metavar="TOPOLOGY",
+        help=f"a shipped one (virtfabric lab list) or a file.json (default: {_DEFAULT})",
+    )  # fmt: skip
+    up.add_argument("--name", help="the lab's name (default: the topology's)")
+    up.add_argument(
+        "--timeout", type=float, default=300.0, metavar="S", help="to be ready (default: 300)"
+    )
+    up.add_argument("--keep", action="store_true", help="leave a lab that fails to come up")
+
+    add("list", "labs and topologies", _list, "virtfabric lab list")
+
+    def add_for_lab(
+        name: str, text: str, run: Callable[[argparse.Namespace], int], example: str
+    ) -> Any:
+        parser = add(name, text, run, example)
+        parser.add_argument("lab", metavar="LAB")
+        return parser
+
+    add_for_lab("status", "what one lab is doing", _status, "virtfabric lab status cxl")
+    add_for_lab("shell", "a root shell in a lab", _shell, "virtfabric lab shell cxl")
+    import argparse as words
+
+    run = add_for_lab(
+        "run", "run a shell command in a lab, with its exit code", _run,
+        "virtfabric lab run cxl 'cxl list -M -u'",
+    )  # fmt: skip
+    run.add_argument("command", nargs=words.REMAINDER, metavar="CMD")
+    copy = add_for_lab(
+        "copy", "copy files into or out of a lab", _copy, "virtfabric lab copy cxl :/var/log/x ."
+    )
+    copy.add_argument("source", metavar="FROM", help=":/path is in the lab")
+    copy.add_argument("target", metavar="TO")
+    qmp = add_for_lab(
+        "qmp", "ask the lab's QEMU", _qmp, "virtfabric lab qmp cxl query-memory-devices"
+    )
+    qmp.add_argument("command", metavar="COMMAND")
+    qmp.add_argument("arguments", nargs="?", default="{}", metavar="JSON")
+    qmp.add_argument("--hmp", action="store_true", help="COMMAND is of the human monitor")
+    console = add_for_lab(
+        "console", "the serial console (Ctrl-] leaves it)", _console, "virtfabric lab console cxl"
+    )
+    console.add_argument("--log", action="store_true", help="print what it has said so far")
+    down = add("down", "end a lab; nothing of it stays", _down, "virtfabric lab down cxl")
+    which = down.add_mutually_exclusive_group(required=True)
+    which.add_argument("lab", nargs="?", metavar="LAB")
+    which.add_argument("--all", action="store_true", help="every lab")
