@@ -24,6 +24,13 @@ if TYPE_CHECKING:
 _NAME: Final = "qemu-system-x86_64"
 _LIBRARIES: Final = Path("usr/lib/x86_64-linux-gnu")
 _FIRMWARE: Final = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
+# A QEMU looks for a module that its own tree lacks in /usr, and ends when the one that it finds there
+# is of another build ("Only modules from the same build can be loaded"): in a mount namespace of its
+# own it sees its own tree's there.
+_OWN_MODULES: Final = (
+    '[ ! -d "$1" ] || mount --bind "$0" "$1" || exit; QEMU_MODULE_DIR=$0; export QEMU_MODULE_DIR; '
+    'shift; exec "$@"'
+)
 UNPACKED_SUITES: Final = ("trixie", "forky")
 """Asked in this order: 10.0 has igb and volatile CXL, 11.x has vfio-user."""
 
@@ -90,9 +97,13 @@ def _unpacked(suite: str, report: Callable[[str], None]) -> OuterQemu:
 
     tree = ensure_built(cache_root() / "lab" / "qemu" / suite, build)
     libraries = tree / _LIBRARIES
-    loader = libraries / "ld-linux-x86-64.so.2"
     firmware = (part for path in _FIRMWARE for part in ("-L", str(tree / path)))
-    # a tree's QEMU must load its own modules; they are looked for where they would be installed
-    modules = f"QEMU_MODULE_DIR={libraries / 'qemu'}"
-    program = (str(loader), "--library-path", str(libraries), str(tree / "usr/bin" / _NAME))
-    return OuterQemu(("env", modules, *program, *firmware), f"Debian {suite}'s")
+    return OuterQemu(
+        (
+            *("unshare", "--mount", "--", "sh", "-c", _OWN_MODULES),
+            *(str(libraries / "qemu"), f"/{_LIBRARIES}/qemu"),
+            *(str(libraries / "ld-linux-x86-64.so.2"), "--library-path", str(libraries)),
+            *(str(tree / "usr/bin" / _NAME), *firmware),
+        ),
+        f"Debian {suite}'s",
+    )
