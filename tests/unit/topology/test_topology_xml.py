@@ -27,6 +27,7 @@ DOMAIN = LabDomain(
     disk=Path("/d.raw"),
     console_log=Path("/c.log"),
 )
+MAXIMUM = libvirt.VIR_DOMAIN_AFFECT_CONFIG | libvirt.VIR_DOMAIN_VCPU_MAXIMUM
 QEMU = "{http://libvirt.org/schemas/domain/qemu/1.0}"
 
 
@@ -42,7 +43,7 @@ def test_libvirt_takes_what_is_shipped(name: str, connection: libvirt.virConnect
     try:
         topology = read_shipped_topology(name)
         assert domain.maxMemory() * 1024 == topology.total_memory
-        assert domain.maxVcpus() == topology.cpu.max_vcpus
+        assert domain.vcpusFlags(MAXIMUM) == topology.cpu.max_vcpus
     finally:
         domain.undefine()
 
@@ -52,7 +53,7 @@ def test_libvirt_takes_what_is_shipped(name: str, connection: libvirt.virConnect
 def test_libvirt_takes_any_other(topology: Topology) -> None:
     connection = libvirt.open("test:///default")
     text = format_lab_xml(topology, DOMAIN)
-    connection.defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+    connection.defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE).undefine()
     root = etree.fromstring(text)
     assert root.findtext("os/cmdline") == DOMAIN.cmdline
     controllers = root.findall("devices/controller[@type='pci']")
