@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -204,6 +206,17 @@ def test_a_topology_survives_its_file(topology: Topology) -> None:
 
 def test_these_are_shipped() -> None:
     assert shipped_topologies() == ("big", "card", "cxl", "passthrough", "small")
+
+
+def test_the_examples_of_the_documentation_are_one_valid_topology() -> None:
+    text = (Path(__file__).parents[3] / "docs/lab.md").read_text()
+    document: dict[str, object] = {}
+    for example in re.findall(r"```json\n(.*?)```", text, re.DOTALL):
+        document |= json.loads(example)
+    topology = parse_topology(json.dumps(document))
+    assert topology.cxl is not None
+    assert (topology.spare_ports(), len(topology.edu)) == (("spare0",), 5)
+    assert topology.spare_cxl_ports() == ("cxl1-spare0", "sw0-port1")
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones() -> None:
