@@ -1,4 +1,9 @@
-"""What a topology asks of the outer QEMU, for a probe elsewhere to compare with what there is."""
+"""What a topology asks of the outer QEMU, for a probe elsewhere to compare with what there is.
+
+Such a probe should ask for each device alone (`device-list-properties`; an error means that there
+is no such device). `qom-list-types` makes QEMU load all its modules, and one that was unpacked
+beside the system's then takes those of the system and aborts (seen with 10.0.13 beside 7.2).
+"""
 
 from __future__ import annotations
 
@@ -14,8 +19,7 @@ class DeviceNeed:
     """A device type that QEMU must know.
 
     Attributes:
-        driver: its name, in the answer to `qom-list-types`.
-        properties: what `device-list-properties` must have of it.
+        properties: what QEMU must have of it.
         at_start: False if the machine starts without it and only a later hot-plug needs it.
     """
 

@@ -6,6 +6,7 @@ Owns nothing but the translation of the schema's findings; what the shape cannot
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
@@ -13,7 +14,7 @@ from virtfabric.model.errors import InstallationError, InvalidValueError
 from virtfabric.resources import topologies_dir
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Iterator
 
     from jsonschema import Draft202012Validator
     from jsonschema.exceptions import ValidationError
@@ -50,11 +51,26 @@ def format_path(steps: Iterable[str | int]) -> str:
 def _validator() -> Draft202012Validator:
     try:
         from jsonschema import Draft202012Validator as Validator
+        from jsonschema import validators
     except ImportError as error:
         raise InstallationError(
             "the lab needs jsonschema", advice="pip install 'virtfabric[lab]'"
         ) from error
-    return Validator(json.loads((topologies_dir() / SCHEMA).read_text()))
+    extend: Any = validators.extend  # untyped
+    strict: Draft202012Validator = extend(Validator, {"pattern": _check_pattern})(
+        json.loads((topologies_dir() / SCHEMA).read_text())
+    )
+    return strict
+
+
+def _check_pattern(
+    _: Draft202012Validator, pattern: str, instance: object, __: object
+) -> Iterator[ValidationError]:
+    # Python's `$` also matches before a line end at the very end; JSON Schema's (ECMA) does not
+    from jsonschema.exceptions import ValidationError as Deviation
+
+    if isinstance(instance, str) and not re.fullmatch(pattern, instance):
+        yield Deviation(f"{instance!r} does not match {pattern!r}")
 
 
 def _translate(error: ValidationError) -> InvalidValueError:

@@ -83,7 +83,9 @@ def _fields(thing: object) -> Document:
     document: Document = {}
     for entry in dataclasses.fields(thing):
         value = getattr(thing, entry.name)
-        if value != entry.default and value not in ((), CpuSet()):
+        made = entry.default_factory
+        default = entry.default if made is dataclasses.MISSING else made()
+        if value != default:
             document[entry.name] = _plain(entry.name, value)
     return document
 
