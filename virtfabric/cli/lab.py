@@ -17,8 +17,9 @@ from virtfabric.model.errors import InstallationError, InvalidValueError, Virtfa
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterable
 
+    from virtfabric.shim.lab.faults import Fault
     from virtfabric.shim.lab.lab import Status
     from virtfabric.shim.topology.model import Topology
 
@@ -208,6 +209,31 @@ def _qmp(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _fault(args: argparse.Namespace) -> int:
+    labs = _labs()
+    faults = import_module("virtfabric.shim.lab.faults")
+    if args.list:
+        _list_faults(faults.FAULTS.values(), as_json=args.json)
+        return DONE
+    if not args.lab or not args.fault:
+        raise InvalidValueError("fault", "", "needs LAB and FAULT, or --list")
+    fault = faults.find_fault(args.fault)
+    done = faults.inject_fault(fault, labs.read_scene(args.lab), args.target)
+    if args.json:
+        print_json({"fault": fault.name, "done": done, "seen": fault.seen})
+    else:
+        print_lines([*done.splitlines(), f"the host sees: {fault.seen}"])
+    return DONE
+
+
+def _list_faults(faults: Iterable[Fault], *, as_json: bool) -> None:
+    if as_json:
+        print_json([{"fault": f.name, "does": f.does, "seen": f.seen} for f in faults])
+        return
+    rows = tuple((f.name, f.does, f.target) for f in faults)
+    print_tables([Table("faults", ("fault", "what breaks", "target"), rows)])
+
+
 def _console(args: argparse.Namespace) -> int:
     _labs()
     place = import_module("virtfabric.shim.lab.place").place_of(args.lab)
@@ -296,6 +322,13 @@ def add_parsers(subparsers: Any) -> None:
     qmp.add_argument("command", metavar="COMMAND")
     qmp.add_argument("arguments", nargs="?", default="{}", metavar="JSON")
     qmp.add_argument("--hmp", action="store_true", help="COMMAND is of the human monitor")
+    fault = add(
+        "fault", "break something in a lab, for real", _fault, "virtfabric lab fault cxl cxl-poison"
+    )
+    fault.add_argument("lab", nargs="?", metavar="LAB")
+    fault.add_argument("fault", nargs="?", metavar="FAULT")
+    fault.add_argument("--target", help="what it is done to (default: the first there is)")
+    fault.add_argument("--list", action="store_true", help="every fault, and what it does")
     console = add_for_lab(
         "console", "the serial console (Ctrl-] leaves it)", _console, "virtfabric lab console cxl"
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.units import MIB
@@ -16,7 +16,7 @@ from virtfabric.shim.lab.monitor import execute, execute_human
 from virtfabric.shim.lab.place import LabError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable
 
     from virtfabric.shim.lab.place import Place
     from virtfabric.shim.lab.remote import Remote
@@ -71,7 +71,9 @@ def find_fault(name: str) -> Fault:
         InvalidValueError: there is none.
     """
     if name not in FAULTS:
-        raise InvalidValueError("fault", name, "is not one", advice=f"there are {', '.join(FAULTS)}")
+        raise InvalidValueError(
+            "fault", name, "is not one", advice=f"there are {', '.join(FAULTS)}"
+        )
     return FAULTS[name]
 
 
@@ -97,7 +99,9 @@ def inject_fault(fault: Fault, scene: Scene, target: str | None) -> str:
         target = known[0]
     elif known and target not in known and not _is_free(fault):
         advice = f"it has {', '.join(known)}"
-        raise InvalidValueError("--target", target, f"is no {fault.target} of this lab", advice=advice)
+        raise InvalidValueError(
+            "--target", target, f"is no {fault.target} of this lab", advice=advice
+        )
     return fault.inject(scene, target)
 
 
@@ -161,14 +165,9 @@ def _remove(scene: Scene, device: str) -> str:
 
 
 def _hang(scene: Scene, controller: str) -> str:
-    limits: Mapping[str, Any] = dict.fromkeys(
-        ("bps", "bps_rd", "bps_wr", "iops_rd", "iops_wr"), 0
-    )
-    # a drive of its own, so its throttle is the device's: one request in an eternity
-    execute(
-        scene.place, "block_set_io_throttle", device=f"{controller}.disk", **limits,
-        iops=1, iops_max=1,
-    )  # fmt: skip
+    # a byte a second: what waits in the drive's queue will not come back in this life
+    others = dict.fromkeys(("bps_rd", "bps_wr", "iops", "iops_rd", "iops_wr"), 0)
+    execute(scene.place, "block_set_io_throttle", device=f"{controller}.disk", bps=1, **others)
     return f"{controller} no longer completes what it is asked"
 
 
@@ -185,7 +184,9 @@ def _kill_agent(scene: Scene, _: str) -> str:
 
 def _panic_guest(scene: Scene, guest: str) -> str:
     name = shlex.quote(guest) if guest else '"$(virsh -q list --name | head -n 1)"'
-    return scene.run(f'name={name}; virsh inject-nmi "$name" > /dev/null && echo "NMI sent to $name"')
+    return scene.run(
+        f'name={name}; virsh inject-nmi "$name" > /dev/null && echo "NMI sent to $name"'
+    )
 
 
 def _press_memory(scene: Scene, node: str) -> str:

@@ -22,6 +22,7 @@ from virtfabric.shim.lab.boot import (
     wait_for_qemu,
     wait_until_ready,
 )
+from virtfabric.shim.lab.faults import Scene
 from virtfabric.shim.lab.image import ensure_lab_image
 from virtfabric.shim.lab.machine import format_arguments
 from virtfabric.shim.lab.outer import choose_outer
@@ -30,6 +31,7 @@ from virtfabric.shim.lab.place import LabError, Place, Record, find_places, plac
 from virtfabric.shim.lab.remote import Remote, ensure_keys
 from virtfabric.shim.topology.arguments import backing_files
 from virtfabric.shim.topology.needs import device_needs, needs_tcg
+from virtfabric.shim.topology.text import format_topology, parse_topology
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -154,6 +156,17 @@ def connect(name: str) -> Remote:
     return Remote(place, status.record, ensure_keys())
 
 
+def read_scene(name: str) -> Scene:
+    """Where a fault of a running lab happens.
+
+    Raises:
+        LabError: there is none by that name, or it is not ready.
+    """
+    remote = connect(name)
+    place = place_of(name)
+    return Scene(place, parse_topology(place.topology.read_text()), remote)
+
+
 def _start(topology: Topology, place: Place, title: str, report: Callable[[str], None]) -> None:
     outer = choose_outer(device_needs(topology), report)
     image = ensure_lab_image(report)
@@ -163,6 +176,7 @@ def _start(topology: Topology, place: Place, title: str, report: Callable[[str],
     version = f"QEMU {outer.read_version()}, {outer.origin}"
     report(f"starting {place.name} ({title}) on {version}, with {accel}")
     place.write_record(Record(place.name, title, port, time.time(), version, accel))
+    place.topology.write_text(format_topology(topology))
     write_payload(place.payload, guest, ensure_keys())
     for file in backing_files(topology, place.directory):
         with file.path.open("wb") as disk:

@@ -96,6 +96,11 @@ class Place:
         return self.directory / "pid"
 
     @property
+    def topology(self) -> Path:
+        """What the lab looks like, as it was when it started."""
+        return self.directory / "topology.json"
+
+    @property
     def payload(self) -> Path:
         """The disk with this checkout and the lab's keys."""
         return self.directory / "payload.ext4"
