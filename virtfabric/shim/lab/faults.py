@@ -246,7 +246,7 @@ FAULTS: Final = {
         ),
         Fault(
             "libvirtd-crash", "libvirtd dies of SIGSEGV",
-            "guests go on; clients lose their connection; nobody starts it again (libvirtd -d does)",
+            "guests go on; clients lose their connection; nobody starts it again (`libvirtd -d`)",
             "", _anywhere, _crash_libvirtd,
         ),
         Fault(
