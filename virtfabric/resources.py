@@ -1,4 +1,4 @@
-"""Where the shipped hooks/ and xml_templates/ are, in a checkout or in an installed wheel."""
+"""Where hooks/, xml_templates/ and vagrant/topologies/ are: in a checkout or a wheel."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from virtfabric.model.errors import InstallationError
 _PACKAGE = Path(__file__).resolve().parent
 
 
-def _shipped(name: str) -> Path:
-    for candidate in (_PACKAGE / "_shipped" / name, _PACKAGE.parent / name):
+def _shipped(name: str, *, checkout: str = "") -> Path:
+    for candidate in (_PACKAGE / "_shipped" / name, _PACKAGE.parent / (checkout or name)):
         if candidate.is_dir():
             return candidate
     raise InstallationError(
@@ -34,3 +34,12 @@ def hooks_dir() -> Path:
         InstallationError: the package was installed without them.
     """
     return _shipped("hooks")
+
+
+def topologies_dir() -> Path:
+    """The lab topologies and their JSON Schema.
+
+    Raises:
+        InstallationError: the package was installed without them.
+    """
+    return _shipped("topologies", checkout="vagrant/topologies")

@@ -1,4 +1,4 @@
-"""The wheel carries hooks and templates, and works outside the checkout."""
+"""The wheel carries hooks, templates and topologies, and works outside the checkout."""
 
 from __future__ import annotations
 
@@ -8,13 +8,15 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
 CHECK = """
-from virtfabric.resources import hooks_dir, xml_template_dir
+from virtfabric.resources import hooks_dir, topologies_dir, xml_template_dir
 from virtfabric.domxml.policy import format_policy, parse_policy
 from virtfabric.model.policy import GuestPolicy
 import virtfabric
 assert "site" in virtfabric.__file__, virtfabric.__file__
 assert (hooks_dir() / "qemu").is_file()
 assert (xml_template_dir() / "policy.xml.j2").is_file()
+assert (topologies_dir() / "small.json").is_file()
+assert (topologies_dir() / "topology-1.schema.json").is_file()
 assert parse_policy(format_policy(GuestPolicy())) == GuestPolicy()
 print("works")
 """

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,20 @@ from virtfabric.model.policy import (
     Placement,
     Smt,
 )
-from virtfabric.model.units import GIB, MIB, Bytes, MilliCpu
+from virtfabric.model.units import GIB, MIB, Bytes, CpuSet, MilliCpu
 from virtfabric.resources import xml_template_dir
 from virtfabric.shim.guestxml import GuestSpec, format_guest_xml
+from virtfabric.shim.topology.labxml import (
+    LabDomain,
+    format_cell,
+    format_commandline,
+    format_host_bridge,
+    format_lab_xml,
+    format_root_port,
+)
+from virtfabric.shim.topology.model import HostBridge, Node
+from virtfabric.shim.topology.seats import choose_seats
+from virtfabric.shim.topology.shipped import read_shipped_topology, shipped_topologies
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
 POLICY = GuestPolicy(
@@ -51,7 +63,41 @@ def _domain(*, virtio_mem: int | None) -> str:
     )
 
 
+def _lab(name: str) -> str:
+    return format_lab_xml(
+        read_shipped_topology(name),
+        LabDomain(
+            name=f"lab-{name}",
+            uuid="00000000-0000-4000-8000-000000000002",
+            state=Path("/var/lib/lab"),
+            kernel=Path("/boot/vmlinuz"),
+            initrd=Path("/boot/initrd"),
+            cmdline="root=/dev/vda rw console=ttyS0 intel_iommu=on",
+            disk=Path("/var/lib/lab/disk.raw"),
+            console_log=Path("/var/log/libvirt/lab.log"),
+        ),
+    )
+
+
+def _root_port() -> str:
+    seat = choose_seats(read_shipped_topology("passthrough"))["node1-rp0"]
+    return format_root_port(seat, index=4, bus=1)
+
+
 CASES = {
+    **{f"lab-{name}.xml": partial(_lab, name) for name in shipped_topologies()},
+    "cell-memory-only.xml": lambda: format_cell(Node(id=2, memory=Bytes(GIB))),
+    "cell-distances.xml": lambda: format_cell(
+        Node(id=1, memory=Bytes(GIB), cpus=CpuSet({4, 5})), shared=True, distances={0: 21, 1: 10}
+    ),
+    "controller-host-bridge.xml": lambda: format_host_bridge(
+        HostBridge(id="pxb1", bus=80, node=1), index=1, slot=0x18
+    ),
+    "controller-host-bridge-of-no-node.xml": lambda: format_host_bridge(
+        HostBridge(id="pxb1", bus=80), index=1, slot=0x18
+    ),
+    "controller-root-port.xml": _root_port,
+    "commandline.xml": lambda: format_commandline(("-device", "edu,id=<&'>")),
     "policy.xml": lambda: format_policy(POLICY),
     "policy-default.xml": lambda: format_policy(GuestPolicy()),
     "domain-virtio-mem.xml": lambda: _domain(virtio_mem=256),

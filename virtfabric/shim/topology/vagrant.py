@@ -1,0 +1,70 @@
+"""A topology for vagrant-libvirt: settings of the provider, and the rest as its `qemuargs`.
+
+libvirt makes CPUs, RAM and the nodes that have CPUs; vagrant-libvirt (0.11) can say no more of a
+node. Arguments of `qemuargs` come after libvirt's own, and QEMU lets a later `-m` win, which is how
+nodes of memory only are added.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING
+
+from virtfabric.model.units import MIB
+from virtfabric.shim.topology.arguments import (
+    device_arguments,
+    distance_arguments,
+    machine_options,
+    node_arguments,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from virtfabric.shim.topology.model import Topology
+
+
+def vagrant_qemuargs(topology: Topology, state: Path) -> tuple[str, ...]:
+    """The values for `libvirt.qemuargs`, one for each QEMU argument.
+
+    `state` is the directory of the topology's `backing_files`, readable by libvirt's QEMU.
+    """
+    arguments: list[str] = []
+    if options := machine_options(topology):
+        arguments += ["-machine", ",".join(options)]
+    if bare := {node.id for node in topology.nodes if not node.cpus}:
+        arguments += ["-m", f"size={topology.total_memory // MIB}M"]
+        arguments += node_arguments(topology, ids=bare)
+    arguments += distance_arguments(topology)
+    arguments += device_arguments(topology, state)
+    return tuple(arguments)
+
+
+def format_vagrant_settings(topology: Topology, state: Path) -> str:
+    """What a Vagrantfile sets on its provider, as a JSON object.
+
+    `cpus`, `memory` (MiB), `cputopology` and `numa_nodes` are in vagrant-libvirt's own words.
+    `memory_backing` is what to pass to `memorybacking`, in order; `qemuargs` is a list of values.
+    """
+    cpu = topology.cpu
+    with_cpus = [node for node in topology.nodes if node.cpus]
+    total = sum(node.memory for node in with_cpus) or topology.total_memory
+    access = {"memAccess": "shared"} if topology.shared_memory else {}
+    settings = {
+        "cpus": cpu.max_vcpus,
+        "memory": total // MIB,
+        "cputopology": {
+            "sockets": str(cpu.sockets),
+            "cores": str(cpu.cores),
+            "threads": str(cpu.threads),
+        },
+        "numa_nodes": [
+            {"cpus": str(node.cpus), "memory": str(node.memory // MIB)} | access
+            for node in with_cpus
+        ],
+        "memory_backing": [["source", {"type": "memfd"}], ["access", {"mode": "shared"}]]
+        if topology.shared_memory
+        else [],
+        "qemuargs": list(vagrant_qemuargs(topology, state)),
+    }
+    return json.dumps(settings, indent=2) + "\n"
