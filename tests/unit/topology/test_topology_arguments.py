@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
-from topologies import WHOLE, topologies
+from topologies import SOME, WHOLE, topologies
 
 from virtfabric.shim.topology.arguments import backing_files, qemu_arguments
 from virtfabric.shim.topology.needs import device_needs, needs_tcg
@@ -34,6 +34,7 @@ def options(arguments: tuple[str, ...], option: str) -> list[dict[str, str]]:
     ]
 
 
+@SOME
 @given(topologies())
 def test_ids_numbers_and_places_are_unique(topology: Topology) -> None:
     arguments = qemu_arguments(topology, STATE)
@@ -48,6 +49,7 @@ def test_ids_numbers_and_places_are_unique(topology: Topology) -> None:
     assert not [place for place, count in places.items() if count > 1]
 
 
+@SOME
 @given(topologies())
 def test_everything_is_on_a_bus_that_is_there_already(topology: Topology) -> None:
     there = {"pcie.0"}
@@ -59,6 +61,7 @@ def test_everything_is_on_a_bus_that_is_there_already(topology: Topology) -> Non
             there.add(one["id"])
 
 
+@SOME
 @given(topologies())
 def test_a_root_port_holds_one_slot_and_vfs_stand_alone(topology: Topology) -> None:
     devices = options(qemu_arguments(topology, STATE), "-device")
@@ -79,6 +82,7 @@ def test_a_root_port_holds_one_slot_and_vfs_stand_alone(topology: Topology) -> N
     assert free == spare | kept
 
 
+@SOME
 @given(topologies())
 def test_memory_and_nodes_add_up(topology: Topology) -> None:
     arguments = qemu_arguments(topology, STATE)
@@ -147,6 +151,7 @@ def test_what_a_topology_needs(name: str, drivers: set[str], tcg: bool) -> None:
     assert "volatile-memdev" in needs["cxl-type3"].properties if tcg else True
 
 
+@SOME
 @given(topologies())
 def test_vagrant_and_libvirt_make_the_rest(topology: Topology) -> None:
     settings = json.loads(format_vagrant_settings(topology, STATE))

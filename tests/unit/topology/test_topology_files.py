@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
-from topologies import WHOLE, changed, topologies
+from topologies import SOME, WHOLE, changed, topologies
 
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.units import MIB
@@ -198,6 +198,7 @@ def test_what_is_no_topology_is_refused(text: str, problem: str) -> None:
         parse_topology(text)
 
 
+@SOME
 @given(topologies())
 def test_a_topology_survives_its_file(topology: Topology) -> None:
     check_topology(topology)

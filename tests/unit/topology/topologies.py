@@ -6,6 +6,7 @@ import copy
 import json
 from typing import Any
 
+from hypothesis import settings
 from hypothesis import strategies as st
 
 from virtfabric.model.units import GIB, KIB, MIB, Bytes, CpuSet
@@ -27,6 +28,8 @@ from virtfabric.shim.topology.model import (
     Type3,
     Window,
 )
+
+SOME = settings(max_examples=40, deadline=None)
 
 WHOLE: dict[str, Any] = {
     "version": 1,

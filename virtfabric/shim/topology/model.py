@@ -87,7 +87,7 @@ class PciBridge:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Igb:
-    """An SR-IOV NIC (Intel 82576). Its VFs are no choice: eight, of which Linux's driver uses seven.
+    """An SR-IOV NIC (Intel 82576). It always has eight VFs, of which Linux's driver takes seven.
 
     Attributes:
         wire: NICs with the same number are on one hub.

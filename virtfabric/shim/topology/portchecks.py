@@ -11,12 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.errors import InvalidValueError
-from virtfabric.shim.topology.seats import (
-    BRIDGE_SLOTS,
-    MAX_NUMBER,
-    PORTS_PER_BUS,
-    count_numbered_ports,
-)
+from virtfabric.shim.topology.seats import BRIDGE_SLOTS, PORTS_PER_BUS
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
@@ -91,9 +86,6 @@ def _check_seats_suffice(topology: Topology) -> Iterator[InvalidValueError]:
         if count > PORTS_PER_BUS:
             problem = f"root ports are on {bus or 'pcie.0'}, which has slots for {PORTS_PER_BUS}"
             yield InvalidValueError("ports", count, problem)
-    if (total := count_numbered_ports(topology)) > MAX_NUMBER:
-        problem = f"ports, CXL ones counted, are more than {MAX_NUMBER} chassis numbers"
-        yield InvalidValueError("ports", total, problem)
 
 
 def _occupants(topology: Topology) -> Iterator[_Occupant]:

@@ -23,8 +23,6 @@ BRIDGE_SLOTS: Final = range(0x18, 0x1F)
 PORTS_PER_SLOT: Final = 8
 PORTS_PER_BUS: Final = len(PORT_SLOTS) * PORTS_PER_SLOT
 CXL_PORTS_PER_BUS: Final = 32
-MAX_NUMBER: Final = 255
-"""`chassis` of a QEMU port is one byte, and 0 is what ports without a number have."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,8 @@ class Seat:
     Attributes:
         bus: id of the bus it is on.
         multifunction: whether it shares its slot with others.
-        number: its chassis and slot number, from 1; no two ports have the same.
+        number: its chassis and slot number, from 1; no two ports have the same. A chassis is one
+            byte to QEMU; bus numbers, of which each port takes one, run out first.
         index: its place among the ports of its bridge or switch, from 0.
     """
 
@@ -49,13 +48,6 @@ class Seat:
     def address(self) -> str:
         """QEMU's `addr`."""
         return f"{self.slot:#x}.{self.function:#x}" if self.multifunction else f"{self.slot:#x}"
-
-
-def count_numbered_ports(topology: Topology) -> int:
-    """How many ports need a chassis and slot number."""
-    cxl = topology.cxl
-    downstream = sum(len(switch.downstream) for switch in cxl.switches) if cxl else 0
-    return len(topology.ports) + (len(cxl.ports) if cxl else 0) + downstream
 
 
 def choose_bridge_slots(topology: Topology) -> Mapping[str, int]:
