@@ -147,10 +147,12 @@ class Conductor:
         while True:
             if progress.cancelled.is_set():
                 raise StepCancelledError("cancelled before anything was changed")
+            since, waits = self._ledger.view().generation, "waiting for another plan"
             answer = self.consider(work)
             if isinstance(answer, Refusal):
                 if not self._worth_waiting(answer, until):
                     raise RefusedError(answer)
+                waits = f"waiting for another plan ({answer.detail})"
             else:
                 snapshot, decision, plan = answer
                 touched = _guests_of(work, decision, plan)
@@ -162,8 +164,8 @@ class Conductor:
                     raise RefusedError(
                         Refusal(Reason.BUSY, "another plan works on the same guests; try again")
                     )
-            progress.progress(0.0, "waiting for another plan")
-            self._ledger.wait_change(WAIT_SLICE_S)
+            progress.progress(0.0, waits)
+            self._ledger.wait_change(since, WAIT_SLICE_S)
 
     def _take_hold(
         self,

@@ -55,7 +55,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-RETURNING: Final = "memory is returning, retry"
+RETURNING: Final = "memory is returning"
 STRICT: Final = re.compile(r"<[\w.-]*:?policy\b[^>]*\badmission=[\"']strict[\"']")
 UNSTARTED_S: Final = 120.0
 """A holding whose guest has not started this long after its admission is released again."""
@@ -94,6 +94,7 @@ class Lifecycle:
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="lifecycle", daemon=True)
         self._admitted_at: dict[GuestId, float] = {}
+        self._admissions: dict[GuestId, Job] = {}
         self._leaving: set[GuestId] = set()
         self._unplaced: set[GuestId] = set()
 
@@ -159,21 +160,29 @@ class Lifecycle:
         return ""
 
     def _admit_managed(self, guest: GuestState, wait_s: float) -> str:
-        work = self._admission(guest, deadline_s=max(wait_s, 0.1) * 6)
-        self._admitted_at[guest.uuid] = self._clock.monotonic()
         try:
-            job = self._jobs.start(
-                work.title, lambda _, progress: self._admission_result(work, progress)
-            )
+            job = self._start_admission(guest, deadline_s=max(wait_s, 0.1) * 6)
         except RefusedError as error:
             return f"virtfabric: {error.refusal.detail}"
         if not job.ended.wait(wait_s):
-            self._audit.append("admission.waits", [guest.uuid, work.request], {"for": job.text})
-            return f"virtfabric: {guest.name}: {RETURNING}"
+            why = _why_late(job)
+            self._audit.append("admission.waits", [guest.uuid], {"for": why, "job": job.id})
+            return f"virtfabric: {guest.name}: {why}, retry"
         if job.state is JobState.DONE:
             return ""
         detail = (job.error or {}).get("detail", "the agent failed")
         return f"virtfabric: {guest.name} cannot start: {detail}"
+
+    def _start_admission(self, guest: GuestState, *, deadline_s: float) -> Job:
+        """Start to admit it, or go on with what an earlier `virsh start` did not wait for."""
+        self._admitted_at[guest.uuid] = self._clock.monotonic()
+        running = self._admissions.get(guest.uuid)
+        if running is not None and not running.ended.is_set():
+            return running
+        work = self._admission(guest, deadline_s=deadline_s)
+        job = self._jobs.start(work.title, lambda _, p: self._admission_result(work, p))
+        self._admissions[guest.uuid] = job
+        return job
 
     def _admission(self, guest: GuestState, *, deadline_s: float) -> Undertaking:
         request = new_request()
@@ -450,6 +459,16 @@ class Lifecycle:
     def _rearrange(self, title: str) -> None:
         """The dedicated set may have changed: the pool follows."""
         self.converge(None, title).ended.wait()
+
+
+def _why_late(job: Job) -> str:
+    """What an admission that has not ended waits for: memory only where it is called home now."""
+    if job.progress is None:
+        return "the agent is busy with other jobs"
+    step = job.progress.step
+    if isinstance(step, ResizeVirtioMem | SetBalloon) and step.after < step.before:
+        return RETURNING
+    return job.progress.doing
 
 
 def _starting(guest: GuestState) -> GuestState:

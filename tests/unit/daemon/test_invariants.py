@@ -269,9 +269,12 @@ class Life(RuleBasedStateMachine):
         guests = [g for g in self.world.agent.guests(aw.ROOT) if g["cpu"]["grant"] is not None]
         assert {g["name"] for g in guests} == {n for n in NAMES if self._running(n)}
         for guest in guests:
-            for resource in ("cpu", "memory"):
-                held = guest[resource]
-                assert held["floor"] <= held["grant"] <= held["limit"], guest
+            cpu, memory = guest["cpu"], guest["memory"]
+            assert cpu["floor"] <= cpu["grant"] <= cpu["limit"], guest
+            # what its definition boots it with is the operator's word, and counts in full
+            spec = self.world.spec(guest["name"])
+            boots_with = spec.boot_memory + sum(d.initial for d in spec.devices)
+            assert memory["floor"] <= memory["grant"] <= max(memory["limit"], boots_with), guest
         assert sum(g["cpu"]["grant"] for g in guests) <= CORES * 1000
         overhead = self.world.overhead_mib * MIB
         assert sum(g["memory"]["grant"] + overhead for g in guests) <= MEMORY_MIB * MIB
