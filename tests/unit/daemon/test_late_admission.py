@@ -54,7 +54,7 @@ def test_another_plan_is_named_and_what_is_lacking(world: Any) -> None:
     assert slow.reached.wait(5)
     line = world.virsh_start("huge", wait_s=SHORT_S)
     assert line.startswith("virtfabric: huge: waiting for another plan (")
-    assert "memory" in line
+    assert "huge: cpu: needs 0.5" in line
     assert RETURNING not in line
     slow.gate.set()
     assert world.finish(job)["state"] == "done"
