@@ -168,6 +168,7 @@ class Lifecycle:
             why = _why_late(job)
             self._audit.append("admission.waits", [guest.uuid], {"for": why, "job": job.id})
             return f"virtfabric: {guest.name}: {why}, retry"
+        self._admissions.pop(guest.uuid, None)
         if job.state is JobState.DONE:
             return ""
         detail = (job.error or {}).get("detail", "the agent failed")
