@@ -47,7 +47,8 @@ from virtfabric.model.units import MIB, CpuSet
 from virtfabric.ports import Event, EventKind
 from virtfabric.shim.guestimage import ensure_guest_image
 from virtfabric.shim.guestxml import GuestSpec, format_guest_xml
-from virtfabric.shim.sandbox import Sandbox, wait_until
+from virtfabric.shim.sandbox import Sandbox
+from virtfabric.shim.sandbox_process import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -59,7 +59,7 @@ class Life:
         else:
             # as libvirt does: the hook first, and a refusal keeps the guest down
             state = self.world.live(name)
-            if self.world.agent._lifecycle._admit_managed(state, 10.0):
+            if self.world.agent._lifecycle.admission._admit_managed(state, 10.0):
                 return
             self.world.host.start_guest(uuid)
             self._until(lambda: self.world.guest(name)["cpu"]["grant"], f"{name} is in")
