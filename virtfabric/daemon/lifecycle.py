@@ -21,6 +21,7 @@ from virtfabric.model.errors import (
     Refusal,
     VirtfabricError,
 )
+from virtfabric.model.mark import MARK_NAMESPACE
 from virtfabric.model.policy import Placement
 from virtfabric.policy.arbiter import choose_departure
 from virtfabric.policy.layout import choose_layout
@@ -131,9 +132,9 @@ class Lifecycle:
             self.enqueue(lambda: self.settle_in(guest.uuid))
 
     def filter(self, operation: str, xml: str) -> str:
-        """`migrate` and `restore`: pins of another time or host make way for the pool.
+        """`migrate` and `restore`: our pins of another time or host make way for the pool.
 
-        The guest's exact placement follows on `started`, as for any other start.
+        The operator's pins stay. The exact placement follows on `started`, as for any other start.
         """
         guest = parse_domain(xml, None)
         if guest.policy is None:
@@ -164,6 +165,8 @@ class Lifecycle:
             case "started" | "resumed" if event.guest:
                 guest = event.guest
                 self.enqueue(lambda: self.settle_in(guest))
+            case "metadata" if event.detail == MARK_NAMESPACE:
+                pass  # our own hand: each placement may write the mark
             case _ if event.guest:
                 guest = event.guest
                 self.enqueue(lambda: self._look_again(guest))

@@ -42,8 +42,8 @@ from virtfabric.policy.placement import (
     plan_convergence,
     plan_decision,
     plan_lift,
-    spread_virtio_mem,
 )
+from virtfabric.policy.stepper import spread_virtio_mem
 
 REQUEST = RequestId("req-1")
 

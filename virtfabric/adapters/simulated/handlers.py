@@ -19,6 +19,7 @@ from virtfabric.model.errors import (
     VerificationError,
 )
 from virtfabric.model.plan import (
+    MarkPins,
     PinEmulator,
     PinVcpu,
     ResizeVirtioMem,
@@ -352,11 +353,22 @@ class _Nodeset(_Setting[SetNodeset]):
         return "" if hardware.nodes == step.after else _difference(step.after, hardware.nodes)
 
 
+class _MarkPins(_Setting[MarkPins]):
+    step_type = MarkPins
+    event = EventKind.METADATA
+
+    def put(self, hardware: Hardware, step: MarkPins, *, back: bool) -> None:
+        hardware.mark = step.before if back else step.after
+
+    def problem(self, hardware: Hardware, step: MarkPins) -> str:
+        return "" if hardware.mark == step.after else _difference(step.after, hardware.mark)
+
+
 def simulated_handlers(host: SimulatedHost) -> tuple[StepHandler, ...]:
     """One handler for each step type."""
     return (
         _VirtioMem(host), _Balloon(host), _VcpuCount(host), _PinVcpu(host), _PinEmulator(host),
-        _Quota(host), _Shares(host), _Nodeset(host),
+        _Quota(host), _Shares(host), _Nodeset(host), _MarkPins(host),
     )  # fmt: skip
 
 
