@@ -28,9 +28,13 @@ def parse_mark(source: etree._Element | str) -> PinMark:
 
 
 def _read(element: etree._Element) -> Iterator[MarkedPin]:
-    for pin in element.iterchildren("pin", "emulator"):
+    for pin in element.iterchildren(etree.Element):
+        # as we wrote them; libvirt's live XML has the namespace on children too (measured, 9.0)
+        name = etree.QName(pin).localname
+        if name not in ("pin", "emulator"):
+            continue
         try:
-            vcpu = None if pin.tag == "emulator" else int(pin.get("vcpu", ""))
+            vcpu = None if name == "emulator" else int(pin.get("vcpu", ""))
             cpus = CpuSet.parse(pin.get("cpuset", ""), field="mark.cpuset")
             instead = CpuSet.parse(pin.get("instead", ""), field="mark.instead")
         except (ValueError, InvalidValueError):
@@ -47,7 +51,7 @@ def read_mark(domain: etree._Element) -> PinMark:
 
 def format_bare_mark(mark: PinMark) -> str:
     """As `virDomainSetMetadata` wants it: libvirt adds the namespace to the element itself."""
-    return etree.tostring(_build("pins", mark), encoding="unicode")
+    return etree.tostring(_build(mark), encoding="unicode")
 
 
 def put_mark(domain: etree._Element, mark: PinMark) -> None:
@@ -60,15 +64,19 @@ def put_mark(domain: etree._Element, mark: PinMark) -> None:
     for found in metadata.findall(MARK_TAG):
         metadata.remove(found)
     if mark:
-        metadata.append(_build(MARK_TAG, mark))
+        metadata.append(_build(mark, MARK_NAMESPACE))
     etree.indent(metadata, space="  ", level=1)
 
 
-def _build(tag: str, mark: PinMark) -> etree._Element:
-    root = etree.Element(tag, nsmap={"placement": MARK_NAMESPACE} if tag == MARK_TAG else None)
+def _build(mark: PinMark, namespace: str | None = None) -> etree._Element:
+    root = etree.Element(
+        etree.QName(namespace, "pins"), nsmap={"placement": namespace} if namespace else None
+    )
     for pin in mark.pins:
         name = "emulator" if pin.vcpu is None else "pin"
-        child = etree.SubElement(root, name, {} if pin.vcpu is None else {"vcpu": str(pin.vcpu)})
+        child = etree.SubElement(root, etree.QName(namespace, name))
+        if pin.vcpu is not None:
+            child.set("vcpu", str(pin.vcpu))
         child.set("cpuset", str(pin.cpus))
         if pin.instead:
             child.set("instead", str(pin.instead))

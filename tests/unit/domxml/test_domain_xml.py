@@ -1,12 +1,14 @@
 from __future__ import annotations
 
 import pytest
+from lxml import etree
 
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.filter import replace_placement
+from virtfabric.domxml.mark import format_bare_mark, parse_mark, put_mark
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.guest import MemoryMechanism, NumaMode, RunState, VirtioMem
-from virtfabric.model.mark import NO_MARK
+from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.units import MIB, Bytes, CpuSet
 
 LIVE = """\
@@ -58,9 +60,9 @@ POLICY = """\
 """
 MARK = """\
     <placement:pins xmlns:placement="urn:virtfabric:placement:1">
-      <pin vcpu='0' cpuset='1'/>
-      <pin vcpu='3' cpuset='0'/>
-      <emulator cpuset='0'/>
+      <placement:pin vcpu='0' cpuset='1'/>
+      <placement:pin vcpu='3' cpuset='0'/>
+      <placement:emulator cpuset='0'/>
     </placement:pins>
 """
 MARKED = LIVE.replace(POLICY, POLICY + MARK)
@@ -182,8 +184,18 @@ def test_reads_the_mark_and_skips_what_makes_no_sense_in_it() -> None:
     assert str(parse_domain(MARKED, None).marked_pins) == "0=1 3=0 emulator=0"
     assert parse_domain(LIVE, None).marked_pins == NO_MARK
     for good, bad in (("vcpu='0' c", "vcpu='x' c"), ("vcpu='0' cpuset='1'", "vcpu='0' cpuset='-'")):
-        odd = MARKED.replace(f"<pin {good}", f"<pin {bad}")
+        odd = MARKED.replace(f":pin {good}", f":pin {bad}")
         assert str(parse_domain(odd, None).marked_pins) == "3=0 emulator=0"
+
+
+def test_a_mark_survives_being_written() -> None:
+    mark = PinMark.parse("0=2-3/0-7 5=4 emulator=0")
+    assert parse_mark(format_bare_mark(mark)) == mark
+    assert "xmlns" not in format_bare_mark(mark), "libvirt refuses a namespace of our own"
+    root = etree.fromstring(LIVE.encode())
+    put_mark(root, mark)
+    put_mark(root, mark)
+    assert parse_domain(etree.tostring(root, encoding="unicode"), None).marked_pins == mark
 
 
 def test_filter_replaces_pins_and_keeps_the_rest() -> None:

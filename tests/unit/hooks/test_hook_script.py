@@ -133,7 +133,7 @@ def test_strict_elsewhere_than_in_the_metadata_is_not_a_policy(desk):
 
 def marked(*entries):
     """MANAGED with a mark as libvirt prints it."""
-    pins = "".join(f"      <{entry}/>\n" for entry in entries)
+    pins = "".join(f"      <placement:{entry}/>\n" for entry in entries)
     space = 'xmlns:placement="urn:virtfabric:placement:1"'
     mark = f"    <placement:pins {space}>\n{pins}    </placement:pins>\n"
     return MANAGED.replace("  </metadata>", f"{mark}  </metadata>")
