@@ -138,8 +138,9 @@ def intended_mark(
     marked = []
     for vcpu, cpus in sorted(pins.items()):
         instead = state.config_pins.get(vcpu, CpuSet())
-        unpinned = not state.vcpu_affinity.get(vcpu) and cpus == everywhere
-        if cpus != instead and not unpinned:
+        # one that is plugged later is pinned in any case
+        unpinned = vcpu < state.vcpus_online and not state.vcpu_affinity.get(vcpu)
+        if cpus != instead and not (unpinned and cpus == everywhere):
             marked.append(MarkedPin(vcpu, cpus, instead))
     if emulator and (state.emulator_affinity or emulator != everywhere):
         marked.append(MarkedPin(None, emulator))
