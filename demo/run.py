@@ -25,7 +25,7 @@ from demo.checker import MIB, Observation, Verdicts
 from demo.host import AGENT, Host, HostError
 from demo.stage import Stage
 from virtfabric.shim.guestimage import GuestImageError, ensure_guest_image
-from virtfabric.shim.sandbox import SandboxError
+from virtfabric.shim.sandbox_process import SandboxError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

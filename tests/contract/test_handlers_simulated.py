@@ -22,8 +22,10 @@ from virtfabric.model.errors import (
 )
 from virtfabric.model.guest import NumaMode
 from virtfabric.model.ids import GuestId
+from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.plan import (
     STEP_TYPES,
+    MarkPins,
     PinEmulator,
     PinVcpu,
     ResizeVirtioMem,
@@ -63,6 +65,7 @@ class SimulatedWorld:
             SetQuota(guest=DATABASE, before=-1, after=1500),
             SetShares(guest=DATABASE, before=100, after=300),
             SetNodeset(guest=BALLOON, before=CpuSet([0]), after=CpuSet([1])),
+            MarkPins(guest=DATABASE, before=NO_MARK, after=PinMark.parse("0=2 emulator=0")),
         ]
 
     def observe(self, step):

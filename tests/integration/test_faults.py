@@ -6,6 +6,7 @@ One private host serves the module. Each test leaves it as it found it: no grant
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import sys
@@ -120,6 +121,14 @@ def end(client: subprocess.Popen[str]) -> tuple[int, str]:
     return client.returncode, out + err
 
 
+def read_marks(host: LabHost) -> dict[str, list[str]]:
+    """By guest: the pins in its live XML that are marked as the agent's."""
+    return {
+        name: re.findall(r"<placement:(?:pin|emulator) [^>]*>", host.virsh("dumpxml", name).stdout)
+        for name in host.guests
+    }
+
+
 # -- SIGKILL at each phase of each step type ------------------------------------------------------
 
 # What makes a plan with such a step, and what brings a policy back that the command has written.
@@ -135,6 +144,10 @@ KILLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
         ("policy", "set", "web", "--shares", "100"),
     ),
     "pin-emulator": (("drift", "--repair"), ()),
+    "mark-pins": (
+        ("policy", "set", "database", "--placement", "dedicated"),
+        ("policy", "set", "database", "--placement", "shared", "--cpu", "500m:2"),
+    ),
 }
 
 
@@ -146,7 +159,7 @@ def test_killed_agent_leaves_all_as_before(host: LabHost, kind: str) -> None:
         start_faulty(host, f"kill:{kind}:{phase}")
         if kind == "pin-emulator":
             host.virsh("emulatorpin", "web", "0-1", "--live")
-        before = host.observe_all(fresh=True)
+        before, marks = host.observe_all(fresh=True), read_marks(host)
         done = host.cli(*command)
         assert done.returncode == UNREACHABLE, (phase, done.stdout, done.stderr)
         await_suicide(host)
@@ -154,6 +167,7 @@ def test_killed_agent_leaves_all_as_before(host: LabHost, kind: str) -> None:
         recover_only(host)
         assert count_open(host) == 0, phase
         host.expect_same(before)
+        assert read_marks(host) == marks, phase
         if kind == "pin-emulator":  # an agent that starts places everyone, and would die of it
             host.virsh("emulatorpin", "web", "0", "--live")
         if way_back:

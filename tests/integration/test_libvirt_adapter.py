@@ -31,7 +31,9 @@ from virtfabric.model.errors import (
 )
 from virtfabric.model.guest import MemoryMechanism, NumaMode, RunState
 from virtfabric.model.ids import GuestId
+from virtfabric.model.mark import MARK_NAMESPACE, NO_MARK, PinMark
 from virtfabric.model.plan import (
+    MarkPins,
     PinEmulator,
     PinVcpu,
     ResizeVirtioMem,
@@ -42,12 +44,13 @@ from virtfabric.model.plan import (
     SetVcpuCount,
     Step,
 )
-from virtfabric.model.policy import GuestPolicy
+from virtfabric.model.policy import POLICY_NAMESPACE, GuestPolicy
 from virtfabric.model.units import MIB, CpuSet
 from virtfabric.ports import Event, EventKind
 from virtfabric.shim.guestimage import ensure_guest_image
 from virtfabric.shim.guestxml import GuestSpec, format_guest_xml
-from virtfabric.shim.sandbox import Sandbox, wait_until
+from virtfabric.shim.sandbox import Sandbox
+from virtfabric.shim.sandbox_process import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,11 +130,11 @@ class Lab:
     def wait_stat(self, name: str, key: str, wanted: str) -> None:
         wait_until(lambda: self.stat(name).get(key) == wanted, f"{name}: {key} is {wanted}")
 
-    def wait_event(self, kind: EventKind, name: str = "") -> Event:
+    def wait_event(self, kind: EventKind, name: str = "", detail: str | None = None) -> Event:
         deadline = time.monotonic() + 20
         while True:
             event = self.events.get(timeout=max(0.01, deadline - time.monotonic()))
-            if event.kind is kind and event.name == name:
+            if event.kind is kind and event.name == name and detail in (None, event.detail):
                 return event
 
 
@@ -232,6 +235,25 @@ def test_a_pcpu_that_is_not_there(lab: Lab) -> None:
     step = PinVcpu(guest=VMEM, name="vmem", vcpu=0, before=CpuSet(), after=CpuSet([4000]))
     with pytest.raises(HypervisorError):
         lab.go(step)
+
+
+def test_mark_is_live_only_and_its_undo(lab: Lab) -> None:
+    mark = PinMark.parse("0=1/0-1 emulator=0")
+    step = MarkPins(guest=VMEM, name="vmem", before=NO_MARK, after=mark)
+    lab.go(step)
+    assert lab.wait_event(EventKind.METADATA, "vmem", MARK_NAMESPACE).guest == VMEM
+    guest = lab.adapters.guests.read_guest(VMEM)
+    assert guest is not None
+    assert guest.marked_pins == mark
+    assert MARK_NAMESPACE not in lab.box.run(["virsh", "dumpxml", "--inactive", "vmem"]).stdout
+    lab.box.run(["virsh", "metadata", "vmem", "--uri", MARK_NAMESPACE, "--remove", "--live"])
+    with pytest.raises(VerificationError, match="a mark 0=1"):
+        lab.adapters.handlers.for_step(step).verify(step)
+    lab.go(step)
+    assert lab.undo(step) == lab.undo(step) == 0
+    guest = lab.adapters.guests.read_guest(VMEM)
+    assert guest is not None
+    assert guest.marked_pins == NO_MARK
 
 
 def test_quota_and_its_undo(lab: Lab) -> None:
@@ -372,7 +394,7 @@ def test_policy_is_written_live_and_persistent(lab: Lab) -> None:
     assert guest is not None
     assert guest.policy == policy
     assert 'priority="77"' in lab.box.run(["virsh", "dumpxml", "--inactive", "vmem"]).stdout
-    assert lab.wait_event(EventKind.METADATA, "vmem").detail == "urn:virtfabric:policy:1"
+    assert lab.wait_event(EventKind.METADATA, "vmem", POLICY_NAMESPACE).guest == VMEM
     lab.adapters.policy.write_policy(VMEM, None)
     lab.adapters.policy.write_policy(VMEM, None)
     guest = lab.adapters.guests.read_guest(VMEM)

@@ -406,7 +406,7 @@ class Agent:
     def hook_prepare(self, caller: Caller, xml: str, *, wait_s: float) -> str:
         """See `AgentApi`."""
         self._require(caller, Action.HOOK, hook="prepare")
-        return self._lifecycle.admit(xml, wait_s)
+        return self._lifecycle.admission.admit(xml, wait_s)
 
     def hook_notify(self, caller: Caller, name: str, operation: str, xml: str) -> None:
         """See `AgentApi`."""

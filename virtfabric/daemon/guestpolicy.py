@@ -6,8 +6,7 @@ from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.daemon.intake import parse_policy_changes
-from virtfabric.daemon.lifecycle import new_request
-from virtfabric.daemon.undertaking import Undertaking
+from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.domxml.policy import format_policy
 from virtfabric.model.amounts import CPU, MEMORY, Key
 from virtfabric.model.errors import Reason, Refusal, RefusedError

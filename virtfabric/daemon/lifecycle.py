@@ -1,4 +1,4 @@
-"""Guests that come and go: admission at `prepare`, placement on `started`, release on stop.
+"""Guests that come and go: placement on `started`, release on stop; what hooks and events mean.
 
 The hook edge answers from the ledger and never touches libvirt; whatever needs libvirt is queued
 to one worker thread, in order.
@@ -8,35 +8,24 @@ from __future__ import annotations
 
 import logging
 import queue
-import re
 import threading
-import uuid
-from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
+from virtfabric.daemon.admission import Admission
 from virtfabric.daemon.api import JobState
-from virtfabric.daemon.undertaking import Undertaking
+from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.filter import replace_placement
-from virtfabric.model.amounts import Amounts
 from virtfabric.model.errors import (
     HypervisorGoneError,
-    InvalidValueError,
     Refusal,
-    RefusedError,
     VirtfabricError,
 )
-from virtfabric.model.guest import RunState
-from virtfabric.model.ids import GuestId, RequestId
-from virtfabric.model.ledger import Books, Holding
-from virtfabric.model.plan import Plan, ResizeVirtioMem, SetBalloon, SetQuota
+from virtfabric.model.mark import MARK_NAMESPACE
 from virtfabric.model.policy import Placement
-from virtfabric.model.units import Bytes
-from virtfabric.policy.arbiter import choose_admission, choose_departure
+from virtfabric.policy.arbiter import choose_departure
 from virtfabric.policy.layout import choose_layout
 from virtfabric.policy.loans import depart
-from virtfabric.policy.placement import plan_decision
-from virtfabric.policy.standing import floor_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -48,22 +37,11 @@ if TYPE_CHECKING:
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.notices import Notices
     from virtfabric.daemon.observatory import Observatory
-    from virtfabric.model.decision import Decision
     from virtfabric.model.guest import GuestState
-    from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.ids import GuestId
     from virtfabric.ports import AuditLog, Clock, Event, Journal
 
 log = logging.getLogger(__name__)
-
-RETURNING: Final = "memory is returning"
-STRICT: Final = re.compile(r"<[\w.-]*:?policy\b[^>]*\badmission=[\"']strict[\"']")
-UNSTARTED_S: Final = 120.0
-"""A holding whose guest has not started this long after its admission is released again."""
-
-
-def new_request() -> RequestId:
-    """A fresh request id."""
-    return RequestId(f"req-{uuid.uuid4().hex[:12]}")
 
 
 class Lifecycle:
@@ -91,10 +69,13 @@ class Lifecycle:
         self._audit = audit
         self._clock = clock
         self._drift = drift
+        self.admission = Admission(
+            observatory=observatory, ledger=ledger, conductor=conductor, jobs=jobs,
+            notices=notices, journal=journal, audit=audit, clock=clock,
+            settled=self._last_run_settled,
+        )  # fmt: skip
         self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name="lifecycle", daemon=True)
-        self._admitted_at: dict[GuestId, float] = {}
-        self._admissions: dict[GuestId, Job] = {}
         self._leaving: set[GuestId] = set()
         self._unplaced: set[GuestId] = set()
 
@@ -118,6 +99,9 @@ class Lifecycle:
         self.enqueue(done.set)
         return done.wait(wait_s)
 
+    def _last_run_settled(self, guest: GuestId, wait_s: float) -> bool:
+        return guest not in self._leaving or self._flush(wait_s)
+
     def _work(self) -> None:
         while (work := self._queue.get()) is not None:
             try:
@@ -131,95 +115,6 @@ class Lifecycle:
                 log.exception("lifecycle work failed")
 
     # -- hooks ------------------------------------------------------------------------------
-
-    def admit(self, xml: str, wait_s: float) -> str:
-        """Answer `prepare`: "" to let the guest start, else the line that virsh shows."""
-        try:
-            guest = _starting(parse_domain(xml, None))
-        except InvalidValueError as error:
-            log.warning("prepare hook: %s", error)
-            return f"virtfabric: {error}"
-        if guest.policy is None:
-            return self._admit_unmanaged(guest, xml)
-        if guest.uuid in self._leaving and not self._flush(wait_s):
-            return f"virtfabric: {guest.name}: its last run is still being settled, retry"
-        held = self._ledger.view().books.holdings.get(guest.uuid)
-        if held is not None:
-            self._admitted_at[guest.uuid] = self._clock.monotonic()
-            return ""
-        return self._admit_managed(guest, wait_s)
-
-    def _admit_unmanaged(self, guest: GuestState, xml: str) -> str:
-        if not guest.policy_error:
-            return ""
-        text = f"guest {guest.name} has an invalid virtfabric policy: {guest.policy_error}"
-        self._audit.append("policy.invalid", [guest.uuid], {"why": text})
-        if STRICT.search(xml):
-            return f"virtfabric: {text} (admission is strict; mend it with virsh edit)"
-        self._notices.alert(f"policy {guest.uuid}", f"{text}; it runs unmanaged")
-        return ""
-
-    def _admit_managed(self, guest: GuestState, wait_s: float) -> str:
-        try:
-            job = self._start_admission(guest, deadline_s=max(wait_s, 0.1) * 6)
-        except RefusedError as error:
-            return f"virtfabric: {error.refusal.detail}"
-        if not job.ended.wait(wait_s):
-            why = _why_late(job)
-            self._audit.append("admission.waits", [guest.uuid], {"for": why, "job": job.id})
-            return f"virtfabric: {guest.name}: {why}, retry"
-        self._admissions.pop(guest.uuid, None)
-        if job.state is JobState.DONE:
-            return ""
-        detail = (job.error or {}).get("detail", "the agent failed")
-        return f"virtfabric: {guest.name} cannot start: {detail}"
-
-    def _start_admission(self, guest: GuestState, *, deadline_s: float) -> Job:
-        """Start to admit it, or go on with what an earlier `virsh start` did not wait for."""
-        self._admitted_at[guest.uuid] = self._clock.monotonic()
-        running = self._admissions.get(guest.uuid)
-        if running is not None and not running.ended.is_set():
-            return running
-        work = self._admission(guest, deadline_s=deadline_s)
-        job = self._jobs.start(work.title, lambda _, p: self._admission_result(work, p))
-        self._admissions[guest.uuid] = job
-        return job
-
-    def _admission(self, guest: GuestState, *, deadline_s: float) -> Undertaking:
-        request = new_request()
-
-        def decide(snapshot: HostSnapshot, _: Any) -> Decision | Refusal:
-            return choose_admission(snapshot, guest, request)
-
-        def place(snapshot: HostSnapshot, decision: Decision | None) -> Plan | Refusal:
-            # memory and caps of victims come down before the guest starts; pins follow on `started`
-            assert decision is not None
-            plan = plan_decision(snapshot, decision, deadline_s=deadline_s)
-            if isinstance(plan, Refusal):
-                return plan
-            # its own memory is libvirt's to set up now: a call about it would wait for this hook
-            steps = tuple(
-                step
-                for step in plan.steps
-                if isinstance(step, ResizeVirtioMem | SetBalloon | SetQuota)
-                and step.guest != guest.uuid
-            )
-            return Plan(plan.request, plan.generation, steps, {}, plan.offers)
-
-        return Undertaking(
-            request,
-            f"admission of {guest.name}",
-            place,
-            decide,
-            grants=False,
-            deadline_s=deadline_s,
-            incoming=guest,
-            body={"guest": guest.uuid, "name": guest.name, "origin": "hook"},
-        )
-
-    def _admission_result(self, work: Undertaking, progress: Progress) -> dict[str, Any]:
-        outcome = self._conductor.conduct(work, progress)
-        return {"request": work.request, "txn": outcome.txn, "steps": list(outcome.steps)}
 
     def notify(self, name: str, operation: str, xml: str) -> None:
         """`started`, `release`, `reconnect`: queued; the hook does not wait.
@@ -237,9 +132,9 @@ class Lifecycle:
             self.enqueue(lambda: self.settle_in(guest.uuid))
 
     def filter(self, operation: str, xml: str) -> str:
-        """`migrate` and `restore`: pins of another time or host make way for the pool.
+        """`migrate` and `restore`: our pins of another time or host make way for the pool.
 
-        The guest's exact placement follows on `started`, as for any other start.
+        The operator's pins stay. The exact placement follows on `started`, as for any other start.
         """
         guest = parse_domain(xml, None)
         if guest.policy is None:
@@ -270,6 +165,8 @@ class Lifecycle:
             case "started" | "resumed" if event.guest:
                 guest = event.guest
                 self.enqueue(lambda: self.settle_in(guest))
+            case "metadata" if event.detail == MARK_NAMESPACE:
+                pass  # our own hand: each placement may write the mark
             case _ if event.guest:
                 guest = event.guest
                 self.enqueue(lambda: self._look_again(guest))
@@ -300,7 +197,7 @@ class Lifecycle:
         guests = self._observatory.guests
         for held in list(self._ledger.view().books.holdings):
             state = guests.get(held)
-            if (state is None or not state.active) and not self._just_admitted(held):
+            if (state is None or not state.active) and not self.admission.is_recent(held):
                 self.depart(held)
         for state in guests.values():
             if state.active and (place or not self._is_settled(before.get(state.uuid), state)):
@@ -313,17 +210,13 @@ class Lifecycle:
         held = now.uuid in self._ledger.view().books.holdings
         return held == now.managed and now.uuid not in self._unplaced
 
-    def _just_admitted(self, guest: GuestId) -> bool:
-        since = self._admitted_at.get(guest)
-        return since is not None and self._clock.monotonic() - since < UNSTARTED_S
-
     def settle_in(self, guest: GuestId) -> None:
         """A guest runs: see that it holds what it may and sits where it should."""
         self._observatory.refresh([guest])
         state = self._observatory.guest(guest)
         if state is None or not state.active:
             return
-        self._admitted_at.pop(guest, None)
+        self.admission.forget(guest)
         held = self._ledger.view().books.holdings.get(guest)
         if not state.managed:
             if held is not None:
@@ -332,7 +225,7 @@ class Lifecycle:
             return
         self._notices.settle(f"policy {guest}")
         if held is None:
-            self._adopt(state)
+            self.admission.adopt(state)
             self._notices.publish("guest.started", {"guest": guest, "name": state.name})
         self._place(state)
 
@@ -352,36 +245,6 @@ class Lifecycle:
             self._journal.store_books,
         )
         self._drift.forget(guest)
-
-    def _adopt(self, state: GuestState) -> None:
-        """It runs already (started while we were down, or without hooks): it must be counted."""
-        request = new_request()
-        work = Undertaking(
-            request,
-            f"adoption of {state.name}",
-            self._conductor.place_decision(10.0),
-            lambda snapshot, _: choose_admission(snapshot, state, request),
-            deadline_s=10.0,
-            body={"guest": state.uuid, "name": state.name, "origin": "agent"},
-        )
-        job = self._jobs.start(work.title, lambda _, p: self._admission_result(work, p))
-        job.ended.wait()
-        if job.state is JobState.DONE:
-            self._notices.settle(f"overcommit {state.uuid}")
-            return
-        self._notices.alert(
-            f"overcommit {state.uuid}",
-            f"guest {state.name} runs although it does not fit "
-            f"({(job.error or {}).get('detail', '')}); it holds its floor",
-        )
-        amounts = self._floor(state)
-        self._ledger.commit(
-            None, lambda books: _with_holding(books, state.uuid, amounts), self._journal.store_books
-        )
-
-    def _floor(self, state: GuestState) -> Amounts:
-        floor = floor_of(state, self._observatory.snapshot())
-        return Amounts.of(cpu=floor.cpu, memory=max(floor.memory, state.memory_current))
 
     def _place(self, state: GuestState) -> None:
         """Pins, quota and the rest follow what the books say."""
@@ -428,7 +291,7 @@ class Lifecycle:
     def depart(self, guest: GuestId) -> None:
         """A guest stopped: its grants end, what it borrowed goes home."""
         self._leaving.discard(guest)
-        self._admitted_at.pop(guest, None)
+        self.admission.forget(guest)
         self._unplaced.discard(guest)
         self._drift.forget(guest)
         view = self._ledger.view()
@@ -448,7 +311,9 @@ class Lifecycle:
             incoming=state if state and not state.active else None,
             body={"guest": guest, "name": name, "origin": "hook"},
         )
-        job = self._jobs.start(work.title, lambda _, p: self._admission_result(work, p))
+        job = self._jobs.start(
+            work.title, lambda _, p: summary(work, self._conductor.conduct(work, p))
+        )
         job.ended.wait()
         if job.state is not JobState.DONE:
             detail = (job.error or {}).get("detail", "")
@@ -460,29 +325,3 @@ class Lifecycle:
     def _rearrange(self, title: str) -> None:
         """The dedicated set may have changed: the pool follows."""
         self.converge(None, title).ended.wait()
-
-
-def _why_late(job: Job) -> str:
-    """What an admission that has not ended waits for: memory only where it is called home now."""
-    if job.progress is None:
-        return "the agent is busy with other jobs"
-    step = job.progress.step
-    if isinstance(step, ResizeVirtioMem | SetBalloon) and step.after < step.before:
-        return RETURNING
-    return job.progress.doing
-
-
-def _starting(guest: GuestState) -> GuestState:
-    """A guest as its `prepare` hook means it.
-
-    The XML has an id already and says `<current>` 0, but there is no QEMU yet to change, and it
-    will start with what its memory devices request (measured, libvirt 9.0).
-    """
-    requested = sum(d.requested for d in guest.virtio_mem)
-    memory = Bytes(guest.boot_memory + requested) if guest.virtio_mem else guest.memory_current
-    return replace(guest, state=RunState.SHUTOFF, memory_current=memory)
-
-
-def _with_holding(books: Books, guest: GuestId, amounts: Amounts) -> Books:
-    holdings = {**books.holdings, guest: Holding(guest, amounts)}
-    return Books(books.generation, holdings, books.grants, books.loans, books.residues)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from virtfabric.domxml.mark import read_mark
 from virtfabric.domxml.parse import parse_xml
 from virtfabric.domxml.policy import POLICY_TAG, parse_policy
 from virtfabric.model.errors import InvalidValueError
@@ -89,6 +90,7 @@ def parse_domain(live_xml: str, config_xml: str | None) -> GuestState:
         persistent=config_xml is not None,
         policy=policy,
         policy_error=error,
+        marked_pins=read_mark(root),
     )
 
 

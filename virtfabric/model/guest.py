@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.units import Bytes, CpuSet
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ class GuestState:
         vcpu_unplug: whether a vCPU may be taken away. False under TCG: with QEMU 7.2 any plug
             after an unplug corrupts QEMU's heap and kills the guest (measured, 5 of 5), so surplus
             vCPUs stay and share what the guest holds.
-        marked_pins: whether this agent marked pins in the metadata as its own.
+        marked_pins: which of the live pins this agent set, by the mark in the live metadata.
     """
 
     uuid: GuestId
@@ -110,6 +111,7 @@ class GuestState:
     vcpu_unplug: bool = True
     policy: GuestPolicy | None = None
     policy_error: str = ""
+    marked_pins: PinMark = NO_MARK
 
     @property
     def managed(self) -> bool:

@@ -9,8 +9,10 @@ from hypothesis import strategies as st
 
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.ids import RequestId
+from virtfabric.model.mark import MarkedPin, PinMark
 from virtfabric.model.plan import (
     STEP_TYPES,
+    MarkPins,
     Offer,
     PinEmulator,
     PinVcpu,
@@ -30,6 +32,8 @@ who = {"guest": st.integers(0, 9).map(guest_id), "name": st.text(max_size=8)}
 who["optional"] = st.booleans()
 amount = st.integers(0, 1 << 44)
 cpus = st.frozensets(st.integers(0, 300), min_size=1).map(CpuSet)
+entries = st.builds(MarkedPin, st.none() | st.integers(0, 512), cpus, cpus | st.just(CpuSet()))
+marks = st.lists(entries, max_size=4).map(lambda found: PinMark(tuple(found)))
 seconds = st.floats(0.1, 600)
 
 
@@ -46,6 +50,7 @@ steps = st.one_of(
     built(SetQuota, st.integers(-1, 10**6)),
     built(SetShares, st.integers(1, 10**4)),
     built(SetNodeset, cpus),
+    built(MarkPins, marks),
 )
 
 
@@ -92,6 +97,7 @@ GOOD = PinVcpu(guest=guest_id(1), vcpu=0, before=CpuSet((1,)), after=CpuSet((2,)
         ({"after": "two"}, "step.after"),
         ({"guest": "web"}, "step.guest"),
         ({"kind": "set-quota"}, "step.before"),
+        ({"kind": "mark-pins", "before": "first=2"}, "step.before"),
     ],
 )
 def test_what_the_journal_cannot_hold_is_refused_by_field(change, field):

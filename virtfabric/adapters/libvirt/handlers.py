@@ -11,6 +11,7 @@ from virtfabric.adapters.libvirt.cpu import (
     SharesHandler,
     VcpuCountHandler,
 )
+from virtfabric.adapters.libvirt.mark import MarkHandler
 from virtfabric.adapters.libvirt.memory import BalloonHandler, NodesetHandler, VirtioMemHandler
 
 if TYPE_CHECKING:
@@ -23,5 +24,5 @@ def libvirt_handlers(host: Surroundings) -> tuple[StepHandler, ...]:
     return (
         VirtioMemHandler(host), BalloonHandler(host), VcpuCountHandler(host),
         PinVcpuHandler(host), PinEmulatorHandler(host), QuotaHandler(host), SharesHandler(host),
-        NodesetHandler(host),
+        NodesetHandler(host), MarkHandler(host),
     )  # fmt: skip

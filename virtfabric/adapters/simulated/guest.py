@@ -16,6 +16,7 @@ from virtfabric.model.guest import (
     SchedulerState,
     VirtioMem,
 )
+from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.units import MIB, Bytes, CpuSet
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Hardware:
     nodes: CpuSet
     quota_us: int = -1
     shares: int | None = None
+    mark: PinMark = NO_MARK
 
     def copy(self) -> Hardware:
         """An independent copy."""
@@ -187,6 +189,7 @@ class SimulatedGuest:
             persistent=spec.persistent,
             policy=spec.policy,
             policy_error=spec.policy_error,
+            marked_pins=said.mark,
         )  # fmt: skip
 
     def _fresh(self) -> Hardware:

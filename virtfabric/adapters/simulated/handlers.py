@@ -18,7 +18,9 @@ from virtfabric.model.errors import (
     StepCancelledError,
     VerificationError,
 )
+from virtfabric.model.mark import MARK_NAMESPACE
 from virtfabric.model.plan import (
+    MarkPins,
     PinEmulator,
     PinVcpu,
     ResizeVirtioMem,
@@ -48,6 +50,7 @@ class SimulatedHandler(Generic[S]):
     kind: str
     step_type: type[S]
     event = EventKind.TUNABLE
+    event_detail = ""
 
     def __init__(self, host: SimulatedHost) -> None:
         self.host = host
@@ -61,7 +64,7 @@ class SimulatedHandler(Generic[S]):
             try:
                 self.bring(self.host.running(own.guest), own, lost=lost)
             finally:
-                self.host.tell(self.event, own.guest)
+                self.host.tell(self.event, own.guest, self.event_detail)
         context.progress(1.0, own.describe())
         self._occasion(Phase.APPLIED, own, context)
 
@@ -81,7 +84,7 @@ class SimulatedHandler(Generic[S]):
             self._occasion(Phase.UNDO, own)
             with self.host.lock:
                 left = self.give_back(self.host.running(own.guest), own)
-                self.host.tell(self.event, own.guest)
+                self.host.tell(self.event, own.guest, self.event_detail)
             self._occasion(Phase.UNDONE, own)
         except GuestGoneError:
             return 0
@@ -352,11 +355,23 @@ class _Nodeset(_Setting[SetNodeset]):
         return "" if hardware.nodes == step.after else _difference(step.after, hardware.nodes)
 
 
+class _MarkPins(_Setting[MarkPins]):
+    step_type = MarkPins
+    event = EventKind.METADATA
+    event_detail = MARK_NAMESPACE
+
+    def put(self, hardware: Hardware, step: MarkPins, *, back: bool) -> None:
+        hardware.mark = step.before if back else step.after
+
+    def problem(self, hardware: Hardware, step: MarkPins) -> str:
+        return "" if hardware.mark == step.after else _difference(step.after, hardware.mark)
+
+
 def simulated_handlers(host: SimulatedHost) -> tuple[StepHandler, ...]:
     """One handler for each step type."""
     return (
         _VirtioMem(host), _Balloon(host), _VcpuCount(host), _PinVcpu(host), _PinEmulator(host),
-        _Quota(host), _Shares(host), _Nodeset(host),
+        _Quota(host), _Shares(host), _Nodeset(host), _MarkPins(host),
     )  # fmt: skip
 
 
