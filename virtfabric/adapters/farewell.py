@@ -47,7 +47,7 @@ class Farewells:
         while len(self._leaving) >= MOST_LEAVING:
             self._close(next(iter(self._leaving)))
         try:
-            peer.setblocking(False)
+            peer.settimeout(0)
             peer.shutdown(socket.SHUT_WR)
         except OSError:
             peer.close()
