@@ -240,7 +240,7 @@ def _given(*pairs: tuple[str, object]) -> Iterable[tuple[str, object]]:
 
 
 def _format_size(size: int) -> str:
-    """Exact, unlike `str(Bytes)`: what is written must read back as the same amount."""
+    """In whole units: what is written must read back as the same amount, everywhere."""
     for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if size and size % factor == 0:
             return f"{size // factor}{unit}"
