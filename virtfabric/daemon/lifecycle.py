@@ -1,30 +1,28 @@
 """Guests that come and go: admission at `prepare`, placement on `started`, release on stop.
 
-The hook edge answers from the ledger and never touches libvirt; whatever needs libvirt is queued
-to one worker thread, in order.
+The hook edge answers from the ledger and never touches libvirt; whatever needs libvirt is an
+errand, in order for each guest.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
 import re
-import threading
 import uuid
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.daemon.api import JobState
+from virtfabric.daemon.errands import Errands
 from virtfabric.daemon.undertaking import Undertaking
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.filter import replace_placement
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.errors import (
-    HypervisorGoneError,
     InvalidValueError,
     Refusal,
     RefusedError,
-    VirtfabricError,
 )
 from virtfabric.model.guest import RunState
 from virtfabric.model.ids import GuestId, RequestId
@@ -39,6 +37,7 @@ from virtfabric.policy.placement import plan_decision
 from virtfabric.policy.standing import floor_of
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable
 
     from virtfabric.daemon.conductor import Conductor
@@ -91,43 +90,21 @@ class Lifecycle:
         self._audit = audit
         self._clock = clock
         self._drift = drift
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="lifecycle", daemon=True)
+        self._errands = Errands()
         self._admitted_at: dict[GuestId, float] = {}
         self._leaving: set[GuestId] = set()
         self._unplaced: set[GuestId] = set()
 
-    def start(self) -> None:
-        """Begin working off what hooks and events queue."""
-        self._thread.start()
-
     def close(self) -> None:
         """Finish what is queued and stop."""
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
+        self._errands.close()
 
-    def enqueue(self, work: Callable[[], None]) -> None:
-        """Do this in the worker, after what is there already."""
-        self._queue.put(work)
+    def enqueue(self, work: Callable[[], None], guest: GuestId | None = None) -> threading.Event:
+        """Do this after what is queued for the same guest; None is for the host as a whole.
 
-    def _flush(self, wait_s: float) -> bool:
-        """Wait until the worker has done all that is queued now."""
-        done = threading.Event()
-        self.enqueue(done.set)
-        return done.wait(wait_s)
-
-    def _work(self) -> None:
-        while (work := self._queue.get()) is not None:
-            try:
-                work()
-            except HypervisorGoneError as error:
-                log.warning("libvirt is away: %s; everything is read again when it is back", error)
-            except VirtfabricError as error:
-                log.warning("lifecycle: %s", error)
-            except Exception:
-                # one bad event must not end the thread that all others need
-                log.exception("lifecycle work failed")
+        What is answered is set when it is done.
+        """
+        return self._errands.put(guest, work)
 
     # -- hooks ------------------------------------------------------------------------------
 
@@ -140,7 +117,7 @@ class Lifecycle:
             return f"virtfabric: {error}"
         if guest.policy is None:
             return self._admit_unmanaged(guest, xml)
-        if guest.uuid in self._leaving and not self._flush(wait_s):
+        if guest.uuid in self._leaving and not self._errands.flush(guest.uuid, wait_s):
             return f"virtfabric: {guest.name}: its last run is still being settled, retry"
         held = self._ledger.view().books.holdings.get(guest.uuid)
         if held is not None:
@@ -222,9 +199,9 @@ class Lifecycle:
         if operation == "release":
             self._observatory.mark_stopped(guest.uuid)
             self._leaving.add(guest.uuid)
-            self.enqueue(lambda: self.depart(guest.uuid))
+            self.enqueue(partial(self.depart, guest.uuid), guest.uuid)
         elif operation in ("started", "reconnect"):
-            self.enqueue(lambda: self.settle_in(guest.uuid))
+            self.enqueue(partial(self.settle_in, guest.uuid), guest.uuid)
 
     def filter(self, operation: str, xml: str) -> str:
         """`migrate` and `restore`: pins of another time or host make way for the pool.
@@ -250,19 +227,19 @@ class Lifecycle:
         match event.kind.value:
             case "connected":
                 self._notices.publish("agent.connected", {})
-                self.enqueue(lambda: self.resync(place=True))
+                self.enqueue(partial(self.resync, place=True))
             case "disconnected":
                 self._notices.publish("agent.disconnected", {"why": event.detail})
             case "stopped" if event.guest:
                 guest = event.guest
                 self._observatory.mark_stopped(guest)
-                self.enqueue(lambda: self.depart(guest))
+                self.enqueue(partial(self.depart, guest), guest)
             case "started" | "resumed" if event.guest:
                 guest = event.guest
-                self.enqueue(lambda: self.settle_in(guest))
+                self.enqueue(partial(self.settle_in, guest), guest)
             case _ if event.guest:
                 guest = event.guest
-                self.enqueue(lambda: self._look_again(guest))
+                self.enqueue(partial(self._look_again, guest), guest)
 
     def _look_again(self, guest: GuestId) -> None:
         before = self._observatory.guest(guest)
@@ -280,6 +257,8 @@ class Lifecycle:
     def resync(self, *, place: bool = False) -> None:
         """Read everything; guests that came or went while we were away are settled.
 
+        Waits for their errands, so it must not be one of them: it is the host's.
+
         Args:
             place: bring every guest to where it should be, also those that were here before: what
                 happened to them while nobody looked is unknown. Otherwise what somebody changed
@@ -288,13 +267,25 @@ class Lifecycle:
         before = self._observatory.guests
         self._observatory.refresh_all()
         guests = self._observatory.guests
-        for held in list(self._ledger.view().books.holdings):
-            state = guests.get(held)
-            if (state is None or not state.active) and not self._just_admitted(held):
-                self.depart(held)
-        for state in guests.values():
-            if state.active and (place or not self._is_settled(before.get(state.uuid), state)):
-                self.settle_in(state.uuid)
+        held = self._ledger.view().books.holdings
+        gone = [g for g in held if not _is_active(guests.get(g)) and not self._just_admitted(g)]
+        unsettled = [
+            g.uuid
+            for g in guests.values()
+            if g.active and (place or not self._is_settled(before.get(g.uuid), g))
+        ]
+        for guest in gone:
+            self.enqueue(partial(self.depart, guest), guest).wait()
+        # who gets what must not depend on who is quicker: those that hold nothing, one by one
+        for guest in (g for g in unsettled if g not in held):
+            self.enqueue(partial(self.settle_in, guest), guest).wait()
+        settling = [
+            self.enqueue(partial(self.settle_in, guest), guest)
+            for guest in unsettled
+            if guest in held
+        ]
+        for done in settling:
+            done.wait()
 
     def _is_settled(self, before: GuestState | None, now: GuestState) -> bool:
         """Whether it is the same run of the guest, under the same policy, and was placed."""
@@ -450,6 +441,10 @@ class Lifecycle:
     def _rearrange(self, title: str) -> None:
         """The dedicated set may have changed: the pool follows."""
         self.converge(None, title).ended.wait()
+
+
+def _is_active(guest: GuestState | None) -> bool:
+    return guest is not None and guest.active
 
 
 def _starting(guest: GuestState) -> GuestState:

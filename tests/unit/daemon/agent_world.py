@@ -109,17 +109,17 @@ class AgentWorld:
         self.agent = self.make_agent()
 
     def make_agent(self) -> Agent:
-        settings = Settings(
-            uri="simulated:///", libvirt_version="9.0.0", state_dir="/nowhere",
-            deadline_s=5.0, sample_interval_s=3600.0, drift_interval_s=3600.0,
-            group=GROUP, ceiling_for=_no_ceiling, **self.settings,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "uri": "simulated:///", "libvirt_version": "9.0.0", "state_dir": "/nowhere",
+            "deadline_s": 5.0, "sample_interval_s": 3600.0, "drift_interval_s": 3600.0,
+            "group": GROUP, "ceiling_for": _no_ceiling,
+        }  # fmt: skip
         world = World(
             guests=self.host, policies=self.host, events=self.host.events,
             handlers=self.host.handlers, journal=self.journal, audit=self.audit,
             clock=SystemClock(), load=self.host.load, stats=self.host.stats,
         )  # fmt: skip
-        return Agent(world, settings, self.topology, self.capacity)
+        return Agent(world, Settings(**settings | self.settings), self.topology, self.capacity)
 
     def start(self) -> AgentWorld:
         self.agent.start()
