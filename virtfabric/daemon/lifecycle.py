@@ -59,6 +59,9 @@ STRICT: Final = re.compile(r"<[\w.-]*:?policy\b[^>]*\badmission=[\"']strict[\"']
 UNSTARTED_S: Final = 120.0
 """A holding whose guest has not started this long after its admission is released again."""
 
+PLANS_S: Final = 30.0
+"""Longest wait for other plans that work on a guest which is to be settled."""
+
 
 def new_request() -> RequestId:
     """A fresh request id."""
@@ -300,6 +303,7 @@ class Lifecycle:
 
     def settle_in(self, guest: GuestId) -> None:
         """A guest runs: see that it holds what it may and sits where it should."""
+        self._await_plans(guest)
         self._observatory.refresh([guest])
         state = self._observatory.guest(guest)
         if state is None or not state.active:
@@ -316,6 +320,12 @@ class Lifecycle:
             self._adopt(state)
             self._notices.publish("guest.started", {"guest": guest, "name": state.name})
         self._place(state)
+
+    def _await_plans(self, guest: GuestId) -> None:
+        """A plan that works on the guest may be changing its very policy: that is its to settle."""
+        until = self._clock.monotonic() + PLANS_S
+        while guest in self._ledger.view().busy and self._clock.monotonic() < until:
+            self._ledger.wait_change(1.0)
 
     def _alert_policy(self, state: GuestState) -> None:
         if state.policy_error:

@@ -8,7 +8,8 @@ versioned encoding, and one handler in an adapter; nothing here executes anythin
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from enum import StrEnum
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Self
 
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.ids import GuestId
@@ -176,13 +177,37 @@ class SetNodeset(Step):
         return f"{self.name}: memory on node {self.before} -> {self.after}"
 
 
+class Definition(StrEnum):
+    """Which of a guest's two definitions."""
+
+    LIVE = "live"
+    CONFIG = "config"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetPolicy(Step):
+    """Write the policy metadata of one definition: canonical XML as text, empty for none."""
+
+    kind: ClassVar[str] = "set-policy"
+    definition: Definition
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        """One line for a person."""
+        what = "removed" if not self.after else "changed" if self.before else "set"
+        return f"{self.name}: policy in the {self.definition} definition {what}"
+
+
 STEP_TYPES: dict[str, type[Step]] = {
     t.kind: t
     for t in (
         ResizeVirtioMem, SetBalloon, SetVcpuCount, PinVcpu, PinEmulator, SetQuota, SetShares,
-        SetNodeset,
+        SetNodeset, SetPolicy,
     )
 }  # fmt: skip
+
+_WITH_CPUS: Final = (PinVcpu, PinEmulator, SetNodeset)
 
 
 def parse_step(data: Mapping[str, Any]) -> Step:
@@ -198,17 +223,22 @@ def parse_step(data: Mapping[str, Any]) -> Step:
         raise InvalidValueError("step.version", data.get("version"), f"of {kind.kind} is unknown")
     body = {f.name: data[f.name] for f in fields(kind) if f.name in data}
     for name in ("before", "after"):
-        wants_cpus = kind in (PinVcpu, PinEmulator, SetNodeset)
-        value = body.get(name)
-        if not isinstance(value, str if wants_cpus else int):
-            raise InvalidValueError(f"step.{name}", value, "is missing or of the wrong type")
-        if isinstance(value, str):
-            body[name] = CpuSet.parse(value, field=f"step.{name}")
+        body[name] = _parse_value(kind, name, body.get(name))
+    if kind is SetPolicy:
+        if body.get("definition") not in tuple(Definition):
+            raise InvalidValueError("step.definition", body.get("definition"), "is not known")
+        body["definition"] = Definition(body["definition"])
     body["guest"] = GuestId.parse(str(body.get("guest")), field="step.guest")
     try:
         return kind(**body)
     except TypeError as error:
         raise InvalidValueError("step", dict(data), f"is incomplete: {error}") from None
+
+
+def _parse_value(kind: type[Step], name: str, value: object) -> CpuSet | str | int:
+    if not isinstance(value, str if kind in (*_WITH_CPUS, SetPolicy) else int):
+        raise InvalidValueError(f"step.{name}", value, "is missing or of the wrong type")
+    return CpuSet.parse(str(value), field=f"step.{name}") if kind in _WITH_CPUS else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ _SUFFIX: Final = {
     "G": 1 << 30, "GIB": 1 << 30, "T": 1 << 40, "TIB": 1 << 40,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
-_SIZE = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,6}))?\s*([A-Za-z]{0,3})")
+_SIZE = re.compile(r"([0-9]{1,16})(?:\.([0-9]{1,6}))?\s*([A-Za-z]{0,3})")
 _CPU = re.compile(r"(?:([0-9]{1,6})(?:\.([0-9]{1,3}))?|([0-9]{1,9})m)")
 
 MAX_BYTES: Final = 1 << 50
@@ -64,7 +64,9 @@ class Bytes(int):
         for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
             hundredths, rest = divmod(abs(self) * 100, size)
             if abs(self) >= size and not rest:
-                return f"{'-' * (self < 0)}{hundredths / 100:.10g}{unit}"
+                whole, part = divmod(hundredths, 100)
+                fraction = f".{part:02}".rstrip("0") if part else ""
+                return f"{'-' * (self < 0)}{whole}{fraction}{unit}"
         return f"{int(self)}B"
 
     def rounded(self) -> str:

@@ -11,6 +11,7 @@ from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.ids import RequestId
 from virtfabric.model.plan import (
     STEP_TYPES,
+    Definition,
     Offer,
     PinEmulator,
     PinVcpu,
@@ -18,6 +19,7 @@ from virtfabric.model.plan import (
     ResizeVirtioMem,
     SetBalloon,
     SetNodeset,
+    SetPolicy,
     SetQuota,
     SetShares,
     SetVcpuCount,
@@ -46,6 +48,7 @@ steps = st.one_of(
     built(SetQuota, st.integers(-1, 10**6)),
     built(SetShares, st.integers(1, 10**4)),
     built(SetNodeset, cpus),
+    built(SetPolicy, st.text(), definition=st.sampled_from(Definition)),
 )
 
 
@@ -92,6 +95,9 @@ GOOD = PinVcpu(guest=guest_id(1), vcpu=0, before=CpuSet((1,)), after=CpuSet((2,)
         ({"after": "two"}, "step.after"),
         ({"guest": "web"}, "step.guest"),
         ({"kind": "set-quota"}, "step.before"),
+        ({"kind": "set-policy"}, "step.definition"),
+        ({"kind": "set-policy", "definition": "other"}, "step.definition"),
+        ({"kind": "set-policy", "definition": "live", "after": 3}, "step.after"),
     ],
 )
 def test_what_the_journal_cannot_hold_is_refused_by_field(change, field):

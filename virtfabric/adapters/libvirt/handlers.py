@@ -12,6 +12,7 @@ from virtfabric.adapters.libvirt.cpu import (
     VcpuCountHandler,
 )
 from virtfabric.adapters.libvirt.memory import BalloonHandler, NodesetHandler, VirtioMemHandler
+from virtfabric.adapters.libvirt.policywriter import PolicyHandler
 
 if TYPE_CHECKING:
     from virtfabric.adapters.libvirt.handler import Surroundings
@@ -23,5 +24,5 @@ def libvirt_handlers(host: Surroundings) -> tuple[StepHandler, ...]:
     return (
         VirtioMemHandler(host), BalloonHandler(host), VcpuCountHandler(host),
         PinVcpuHandler(host), PinEmulatorHandler(host), QuotaHandler(host), SharesHandler(host),
-        NodesetHandler(host),
+        NodesetHandler(host), PolicyHandler(host),
     )  # fmt: skip
