@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from virtfabric.adapters.libvirt import LibvirtAdapters, open_libvirt
-from virtfabric.domxml.policy import canonical_policy, format_bare_policy
+from virtfabric.domxml.policy import bare_policy, format_bare_policy
 from virtfabric.model.errors import (
     GuestGoneError,
     HypervisorError,
@@ -408,7 +408,7 @@ def test_policy_as_a_step_of_each_definition(lab: Lab) -> None:
 
 def test_an_undo_brings_back_what_somebody_wrote_by_hand(lab: Lab) -> None:
     """Also what is no valid policy."""
-    odd = canonical_policy('<policy version="1" colour="red"><cpu>word</cpu></policy>')
+    odd = bare_policy('<policy version="1" colour="red"><cpu>word</cpu></policy>')
     after = format_bare_policy(GuestPolicy(priority=77))
     which = Definition.CONFIG
     lab.go(SetPolicy(guest=VMEM, name="vmem", definition=which, before="", after=odd))

@@ -51,7 +51,7 @@ def policy_view(guest: GuestState) -> Json:
     return {
         "uuid": guest.uuid, "name": guest.name, "managed": guest.managed,
         "policy_error": guest.policy_error, "policy": policy,
-        "xml": format_policy(guest.policy) if guest.policy else "", "job": None,
+        "xml": format_policy(guest.policy) if guest.policy else guest.policy_text, "job": None,
     }  # fmt: skip
 
 
@@ -112,7 +112,7 @@ class PolicyDesk:
             request,
             f"new policy of {guest.name}",
             lambda snapshot, decision: _place(snapshot, decision, guest.uuid, policy),
-            lambda snapshot, caps: _decide(snapshot, caps, guest.uuid, policy, request),
+            lambda snapshot, caps: _decide(snapshot, caps, guest, policy, request),
             body={"guest": guest.uuid, "name": guest.name, "policy": format_bare_policy(policy)},
         )
         outcome = self._conductor.conduct(work, progress)
@@ -166,13 +166,17 @@ def _under(snapshot: HostSnapshot, guest: GuestId, policy: GuestPolicy) -> HostS
 
 
 def _decide(
-    snapshot: HostSnapshot, caps: Caps, guest: GuestId, policy: GuestPolicy, request: RequestId
+    snapshot: HostSnapshot, caps: Caps, asked: GuestState, policy: GuestPolicy, request: RequestId
 ) -> Decision | Refusal:
+    """What the new policy comes to; `asked` is the guest that it was made for, as it was then."""
+    guest = asked.uuid
+    found = snapshot.guests.get(guest)
+    if found is None or not found.active:
+        return Refusal(Reason.NOT_RUNNING, f"{asked.name} stopped meanwhile; set its policy again")
+    if found.policy_text != asked.policy_text:
+        return Refusal(Reason.STALE, f"the policy of {asked.name} changed meanwhile; set it again")
     snapshot = _under(snapshot, guest, policy)
-    state = snapshot.guests.get(guest)
-    if state is None or not state.active:
-        name = state.name if state else guest
-        return Refusal(Reason.NOT_RUNNING, f"{name} stopped meanwhile; set its policy again")
+    state = snapshot.guests[guest]
     held = snapshot.books.holdings.get(guest)
     if held is None:
         return choose_admission(snapshot, state, request, caps=caps)

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.domxml.parse import parse_xml
-from virtfabric.domxml.policy import POLICY_TAG, canonical_policy, parse_policy
+from virtfabric.domxml.policy import POLICY_TAG, bare_policy, parse_policy
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.guest import (
     GuestState,
@@ -240,7 +240,7 @@ def _read_policy(root: etree._Element) -> tuple[GuestPolicy | None, str]:
 
 def _read_policy_text(root: etree._Element) -> str:
     found = root.find(f"metadata/{POLICY_TAG}")
-    return "" if found is None else canonical_policy(found)
+    return "" if found is None else bare_policy(found)
 
 
 # -- values -----------------------------------------------------------------------------------

@@ -228,17 +228,17 @@ def format_bare_policy(policy: GuestPolicy) -> str:
     libvirt declares prefix and namespace itself (`virXMLInjectNamespace`) and fails when the
     element declares that prefix already.
     """
-    return canonical_policy(etree.fromstring(format_policy(policy)))
+    return bare_policy(etree.fromstring(format_policy(policy)))
 
 
-def canonical_policy(source: etree._Element | str) -> str:
-    """The element without its namespace, in canonical XML: equal texts are equal policies.
+def bare_policy(source: etree._Element | str) -> str:
+    """The element without its namespace and indentation, all else as somebody wrote it.
 
     Args:
         source: as libvirt has it, valid or not; a text may be without the namespace.
     """
     element = parse_xml(source, what="policy") if isinstance(source, str) else source
-    return etree.tostring(_bare(element), method="c14n").decode()
+    return etree.tostring(_bare(element), encoding="unicode")
 
 
 def _bare(element: etree._Element) -> etree._Element:

@@ -186,7 +186,7 @@ class Definition(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SetPolicy(Step):
-    """Write the policy metadata of one definition: canonical XML as text, empty for none."""
+    """Write the policy metadata of one definition: XML as text, empty for none."""
 
     kind: ClassVar[str] = "set-policy"
     definition: Definition

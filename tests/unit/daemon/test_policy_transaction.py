@@ -139,3 +139,17 @@ def test_a_guest_that_does_not_run_needs_no_plan(world: Any) -> None:
     assert answer["job"] is None
     assert answer["policy"]["priority"] == 95
     assert policies(world)["database"][0].priority == 95
+
+
+def test_of_two_changes_at_once_none_is_lost(world: Any) -> None:
+    """The second was made from a policy that the first has replaced meanwhile."""
+    hold = world.host.faults.add(Fault(Effect.HOLD, Phase.APPLY, kind="set-policy"))
+    first = world.agent.policy_set(ROOT, "web", {"priority": "60"})["job"]
+    assert hold.reached.wait(aw.DEADLINE_S)
+    second = world.agent.policy_set(ROOT, "web", {"shares": "200"})["job"]
+    hold.gate.set()
+    assert world.finish(first)["state"] == "done"
+    late = world.finish(second)
+    assert (late["state"], late["error"]["reason"]) == ("refused", "stale")
+    policy = policies(world)["web"][0]
+    assert (policy.priority, policy.cpu.shares) == (60, 100)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 import libvirt
 
 from virtfabric.adapters.libvirt.handler import LibvirtSetting
-from virtfabric.domxml.policy import canonical_policy, format_bare_policy
+from virtfabric.domxml.policy import bare_policy, format_bare_policy
 from virtfabric.model.errors import VerificationError
 from virtfabric.model.plan import Definition, SetPolicy
 from virtfabric.model.policy import POLICY_NAMESPACE
@@ -79,4 +79,4 @@ def _read(dom: Any, flags: int) -> str:
         if error.get_error_code() != libvirt.VIR_ERR_NO_DOMAIN_METADATA:
             raise
         return ""
-    return canonical_policy(text)
+    return bare_policy(text)

@@ -84,7 +84,7 @@ class Hardware:
 
     Attributes:
         quota_us: the whole guest's, -1 for none.
-        policy: metadata of the live definition, in canonical form.
+        policy: metadata of the live definition, as text.
     """
 
     vcpus: int
