@@ -95,6 +95,15 @@ def unchanged(watch: Watch) -> Iterator[None]:
     watch.expect_unchanged()
 
 
+def test_the_watch_sees_a_change(host: LabHost, watch: Watch) -> None:
+    """One by somebody else, and its end: else no other test here could fail."""
+    for cpus in ("0", "0-1"):
+        host.virsh("vcpupin", "stranger", "0", cpus, "--live")
+        with pytest.raises(AssertionError):
+            watch.expect_unchanged()
+    watch.expect_unchanged()
+
+
 def expect(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
     said = done.stdout + done.stderr
     assert done.returncode == code, said
