@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from virtfabric.adapters.libvirt import LibvirtAdapters, open_libvirt
+from virtfabric.domxml.policy import bare_policy, format_bare_policy
 from virtfabric.model.errors import (
     GuestGoneError,
     HypervisorError,
@@ -33,12 +34,14 @@ from virtfabric.model.guest import MemoryMechanism, NumaMode, RunState
 from virtfabric.model.ids import GuestId
 from virtfabric.model.mark import MARK_NAMESPACE, NO_MARK, PinMark
 from virtfabric.model.plan import (
+    Definition,
     MarkPins,
     PinEmulator,
     PinVcpu,
     ResizeVirtioMem,
     SetBalloon,
     SetNodeset,
+    SetPolicy,
     SetQuota,
     SetShares,
     SetVcpuCount,
@@ -400,6 +403,48 @@ def test_policy_is_written_live_and_persistent(lab: Lab) -> None:
     guest = lab.adapters.guests.read_guest(VMEM)
     assert guest is not None
     assert guest.policy is None
+
+
+def test_policy_as_a_step_of_each_definition(lab: Lab) -> None:
+    text = format_bare_policy(GuestPolicy(priority=77))
+    steps = [
+        SetPolicy(guest=VMEM, name="vmem", definition=which, before="", after=text)
+        for which in Definition
+    ]
+    for step, flag in zip(steps, ("--live", "--config"), strict=True):
+        with pytest.raises(VerificationError):
+            lab.adapters.handlers.for_step(step).verify(step)
+        lab.go(step)
+        virsh = ["virsh", "-c", "qemu:///system", "metadata", "vmem", "urn:virtfabric:policy:1"]
+        assert 'priority="77"' in lab.box.run([*virsh, flag]).stdout.replace("'", '"')
+    guest = lab.adapters.guests.read_guest(VMEM)
+    assert guest is not None
+    assert guest.policy_text == guest.config_policy_text == text
+    for step in steps:
+        assert lab.undo(step) == 0
+        assert lab.undo(step) == 0
+    guest = lab.adapters.guests.read_guest(VMEM)
+    assert guest is not None
+    assert (guest.policy_text, guest.config_policy_text) == ("", "")
+
+
+def test_an_undo_brings_back_what_somebody_wrote_by_hand(lab: Lab) -> None:
+    """Also what is no valid policy."""
+    odd = bare_policy('<policy version="1" colour="red"><cpu>word</cpu></policy>')
+    after = format_bare_policy(GuestPolicy(priority=77))
+    which = Definition.CONFIG
+    lab.go(SetPolicy(guest=VMEM, name="vmem", definition=which, before="", after=odd))
+    guest = lab.adapters.guests.read_guest(VMEM)
+    assert guest is not None
+    step = SetPolicy(
+        guest=VMEM, name="vmem", definition=which, before=guest.config_policy_text, after=after
+    )
+    lab.go(step)
+    assert lab.undo(step) == 0
+    guest = lab.adapters.guests.read_guest(VMEM)
+    assert guest is not None
+    assert guest.config_policy_text == odd
+    lab.go(SetPolicy(guest=VMEM, name="vmem", definition=which, before=odd, after=""))
 
 
 def test_stats(lab: Lab) -> None:

@@ -203,8 +203,16 @@ class Execution:
             try:
                 left = self._handlers.for_step(step).undo(step)
             except VirtfabricError as error:
-                log.exception("cannot undo %s", step)
+                why = f"{error}; {error.advice}" if error.advice else str(error)
+                log.error("cannot undo %s: %s", step, why)
                 problems.append(f"{step.inverse()}: {error}")
+                continue
+            except Exception as error:
+                # a defect in one handler must not keep the others from undoing theirs
+                why = f"internal error ({type(error).__name__}: {error})"
+                log.error("cannot undo %s: %s", step, why)
+                log.debug("cannot undo %s", step, exc_info=True)
+                problems.append(f"{step.inverse()}: {why}")
                 continue
             what = "vcpu" if isinstance(step, SetVcpuCount) else "memory"
             self._note(what, step, left * 1000 if what == "vcpu" else left, "left by an undo")

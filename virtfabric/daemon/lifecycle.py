@@ -1,25 +1,23 @@
 """Guests that come and go: placement on `started`, release on stop; what hooks and events mean.
 
-The hook edge answers from the ledger and never touches libvirt; whatever needs libvirt is queued
-to one worker thread, in order.
+The hook edge answers from the ledger and never touches libvirt; whatever needs libvirt is an
+errand, in order for each guest.
 """
 
 from __future__ import annotations
 
 import logging
-import queue
-import threading
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.daemon.admission import Admission
 from virtfabric.daemon.api import JobState
+from virtfabric.daemon.errands import Errands
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.filter import replace_placement
 from virtfabric.model.errors import (
-    HypervisorGoneError,
     Refusal,
-    VirtfabricError,
 )
 from virtfabric.model.mark import MARK_NAMESPACE
 from virtfabric.model.policy import Placement
@@ -28,6 +26,7 @@ from virtfabric.policy.layout import choose_layout
 from virtfabric.policy.loans import depart
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable
 
     from virtfabric.daemon.conductor import Conductor
@@ -42,6 +41,9 @@ if TYPE_CHECKING:
     from virtfabric.ports import AuditLog, Clock, Event, Journal
 
 log = logging.getLogger(__name__)
+
+PLANS_S: Final = 30.0
+"""Longest wait for other plans that work on a guest which is to be settled."""
 
 
 class Lifecycle:
@@ -74,45 +76,23 @@ class Lifecycle:
             notices=notices, journal=journal, audit=audit, clock=clock,
             settled=self._last_run_settled,
         )  # fmt: skip
-        self._queue: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
-        self._thread = threading.Thread(target=self._work, name="lifecycle", daemon=True)
+        self._errands = Errands()
         self._leaving: set[GuestId] = set()
         self._unplaced: set[GuestId] = set()
 
-    def start(self) -> None:
-        """Begin working off what hooks and events queue."""
-        self._thread.start()
-
     def close(self) -> None:
         """Finish what is queued and stop."""
-        if self._thread.is_alive():
-            self._queue.put(None)
-            self._thread.join()
+        self._errands.close()
 
-    def enqueue(self, work: Callable[[], None]) -> None:
-        """Do this in the worker, after what is there already."""
-        self._queue.put(work)
+    def enqueue(self, work: Callable[[], None], guest: GuestId | None = None) -> threading.Event:
+        """Do this after what is queued for the same guest; None is for the host as a whole.
 
-    def _flush(self, wait_s: float) -> bool:
-        """Wait until the worker has done all that is queued now."""
-        done = threading.Event()
-        self.enqueue(done.set)
-        return done.wait(wait_s)
+        What is answered is set when it is done.
+        """
+        return self._errands.put(guest, work)
 
     def _last_run_settled(self, guest: GuestId, wait_s: float) -> bool:
-        return guest not in self._leaving or self._flush(wait_s)
-
-    def _work(self) -> None:
-        while (work := self._queue.get()) is not None:
-            try:
-                work()
-            except HypervisorGoneError as error:
-                log.warning("libvirt is away: %s; everything is read again when it is back", error)
-            except VirtfabricError as error:
-                log.warning("lifecycle: %s", error)
-            except Exception:
-                # one bad event must not end the thread that all others need
-                log.exception("lifecycle work failed")
+        return guest not in self._leaving or self._errands.flush(guest, wait_s)
 
     # -- hooks ------------------------------------------------------------------------------
 
@@ -127,9 +107,9 @@ class Lifecycle:
         if operation == "release":
             self._observatory.mark_stopped(guest.uuid)
             self._leaving.add(guest.uuid)
-            self.enqueue(lambda: self.depart(guest.uuid))
+            self.enqueue(partial(self.depart, guest.uuid), guest.uuid)
         elif operation in ("started", "reconnect"):
-            self.enqueue(lambda: self.settle_in(guest.uuid))
+            self.enqueue(partial(self.settle_in, guest.uuid), guest.uuid)
 
     def filter(self, operation: str, xml: str) -> str:
         """`migrate` and `restore`: our pins of another time or host make way for the pool.
@@ -155,21 +135,21 @@ class Lifecycle:
         match event.kind.value:
             case "connected":
                 self._notices.publish("agent.connected", {})
-                self.enqueue(lambda: self.resync(place=True))
+                self.enqueue(partial(self.resync, place=True))
             case "disconnected":
                 self._notices.publish("agent.disconnected", {"why": event.detail})
             case "stopped" if event.guest:
                 guest = event.guest
                 self._observatory.mark_stopped(guest)
-                self.enqueue(lambda: self.depart(guest))
+                self.enqueue(partial(self.depart, guest), guest)
             case "started" | "resumed" if event.guest:
                 guest = event.guest
-                self.enqueue(lambda: self.settle_in(guest))
+                self.enqueue(partial(self.settle_in, guest), guest)
             case "metadata" if event.detail == MARK_NAMESPACE:
                 pass  # our own hand: each placement may write the mark
             case _ if event.guest:
                 guest = event.guest
-                self.enqueue(lambda: self._look_again(guest))
+                self.enqueue(partial(self._look_again, guest), guest)
 
     def _look_again(self, guest: GuestId) -> None:
         before = self._observatory.guest(guest)
@@ -187,6 +167,8 @@ class Lifecycle:
     def resync(self, *, place: bool = False) -> None:
         """Read everything; guests that came or went while we were away are settled.
 
+        Waits for their errands, so it must not be one of them: it is the host's.
+
         Args:
             place: bring every guest to where it should be, also those that were here before: what
                 happened to them while nobody looked is unknown. Otherwise what somebody changed
@@ -195,13 +177,27 @@ class Lifecycle:
         before = self._observatory.guests
         self._observatory.refresh_all()
         guests = self._observatory.guests
-        for held in list(self._ledger.view().books.holdings):
-            state = guests.get(held)
-            if (state is None or not state.active) and not self.admission.is_recent(held):
-                self.depart(held)
-        for state in guests.values():
-            if state.active and (place or not self._is_settled(before.get(state.uuid), state)):
-                self.settle_in(state.uuid)
+        held = self._ledger.view().books.holdings
+        gone = [
+            g for g in held if not _is_active(guests.get(g)) and not self.admission.is_recent(g)
+        ]
+        unsettled = [
+            g.uuid
+            for g in guests.values()
+            if g.active and (place or not self._is_settled(before.get(g.uuid), g))
+        ]
+        for guest in gone:
+            self.enqueue(partial(self.depart, guest), guest).wait()
+        # who gets what must not depend on who is quicker: those that hold nothing, one by one
+        for guest in (g for g in unsettled if g not in held):
+            self.enqueue(partial(self.settle_in, guest), guest).wait()
+        settling = [
+            self.enqueue(partial(self.settle_in, guest), guest)
+            for guest in unsettled
+            if guest in held
+        ]
+        for done in settling:
+            done.wait()
 
     def _is_settled(self, before: GuestState | None, now: GuestState) -> bool:
         """Whether it is the same run of the guest, under the same policy, and was placed."""
@@ -212,6 +208,7 @@ class Lifecycle:
 
     def settle_in(self, guest: GuestId) -> None:
         """A guest runs: see that it holds what it may and sits where it should."""
+        self._await_plans(guest)
         self._observatory.refresh([guest])
         state = self._observatory.guest(guest)
         if state is None or not state.active:
@@ -228,6 +225,15 @@ class Lifecycle:
             self.admission.adopt(state)
             self._notices.publish("guest.started", {"guest": guest, "name": state.name})
         self._place(state)
+
+    def _await_plans(self, guest: GuestId) -> None:
+        """A plan that works on the guest may be changing its very policy: that is its to settle."""
+        until = self._clock.monotonic() + PLANS_S
+        while self._clock.monotonic() < until:
+            view = self._ledger.view()
+            if guest not in view.busy:
+                return
+            self._ledger.wait_change(view.generation, 1.0)
 
     def _alert_policy(self, state: GuestState) -> None:
         if state.policy_error:
@@ -325,3 +331,7 @@ class Lifecycle:
     def _rearrange(self, title: str) -> None:
         """The dedicated set may have changed: the pool follows."""
         self.converge(None, title).ended.wait()
+
+
+def _is_active(guest: GuestState | None) -> bool:
+    return guest is not None and guest.active

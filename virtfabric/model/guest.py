@@ -81,6 +81,9 @@ class GuestState:
         job: name of the job running on it ("backup", "migration"), None when free.
         policy: None for an unmanaged guest.
         policy_error: why its policy metadata is invalid; the guest is unmanaged then.
+        policy_text, config_policy_text: the metadata as it stands in the live and in the
+            persistent definition, valid or not, without namespace and indentation; empty
+            where there is none.
         vcpu_unplug: whether a vCPU may be taken away. False under TCG: with QEMU 7.2 any plug
             after an unplug corrupts QEMU's heap and kills the guest (measured, 5 of 5), so surplus
             vCPUs stay and share what the guest holds.
@@ -112,6 +115,8 @@ class GuestState:
     policy: GuestPolicy | None = None
     policy_error: str = ""
     marked_pins: PinMark = NO_MARK
+    policy_text: str = ""
+    config_policy_text: str = ""
 
     @property
     def managed(self) -> bool:

@@ -8,6 +8,7 @@ versioned encoding, and one handler in an adapter; nothing here executes anythin
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from virtfabric.model.errors import InvalidValueError
@@ -196,18 +197,44 @@ class MarkPins(Step):
         return f"{self.name}: mark of our pins {self.before or 'none'} -> {self.after or 'none'}"
 
 
+class Definition(StrEnum):
+    """Which of a guest's two definitions."""
+
+    LIVE = "live"
+    CONFIG = "config"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetPolicy(Step):
+    """Write the policy metadata of one definition: XML as text, empty for none."""
+
+    kind: ClassVar[str] = "set-policy"
+    definition: Definition
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        """One line for a person."""
+        what = "removed" if not self.after else "changed" if self.before else "set"
+        return f"{self.name}: policy in the {self.definition} definition {what}"
+
+
 STEP_TYPES: dict[str, type[Step]] = {
     t.kind: t
     for t in (
         ResizeVirtioMem, SetBalloon, SetVcpuCount, PinVcpu, PinEmulator, SetQuota, SetShares,
-        SetNodeset, MarkPins,
+        SetNodeset, MarkPins, SetPolicy,
     )
 }  # fmt: skip
 
 
+def _parse_text(text: str, *, field: str) -> str:
+    return text
+
+
 _PARSERS: dict[type[Step], Callable[..., Any]] = {
     PinVcpu: CpuSet.parse, PinEmulator: CpuSet.parse, SetNodeset: CpuSet.parse,
-    MarkPins: PinMark.parse,
+    MarkPins: PinMark.parse, SetPolicy: _parse_text,
 }  # fmt: skip
 """Of `before` and `after`, where the journal has text for them and no integer."""
 
@@ -225,17 +252,23 @@ def parse_step(data: Mapping[str, Any]) -> Step:
         raise InvalidValueError("step.version", data.get("version"), f"of {kind.kind} is unknown")
     body = {f.name: data[f.name] for f in fields(kind) if f.name in data}
     for name in ("before", "after"):
-        parse = _PARSERS.get(kind)
-        value = body.get(name)
-        if not isinstance(value, str if parse else int):
-            raise InvalidValueError(f"step.{name}", value, "is missing or of the wrong type")
-        if parse:
-            body[name] = parse(value, field=f"step.{name}")
+        body[name] = _parse_value(kind, name, body.get(name))
+    if kind is SetPolicy:
+        if body.get("definition") not in tuple(Definition):
+            raise InvalidValueError("step.definition", body.get("definition"), "is not known")
+        body["definition"] = Definition(body["definition"])
     body["guest"] = GuestId.parse(str(body.get("guest")), field="step.guest")
     try:
         return kind(**body)
     except TypeError as error:
         raise InvalidValueError("step", dict(data), f"is incomplete: {error}") from None
+
+
+def _parse_value(kind: type[Step], name: str, value: object) -> object:
+    parse = _PARSERS.get(kind)
+    if not isinstance(value, str if parse else int):
+        raise InvalidValueError(f"step.{name}", value, "is missing or of the wrong type")
+    return parse(value, field=f"step.{name}") if parse else value
 
 
 @dataclass(frozen=True, slots=True)

@@ -151,17 +151,17 @@ class AgentWorld:
         self.agent = self.make_agent()
 
     def make_agent(self) -> Agent:
-        settings = Settings(
-            uri="simulated:///", libvirt_version="9.0.0", state_dir="/nowhere",
-            deadline_s=5.0, sample_interval_s=3600.0, drift_interval_s=3600.0,
-            group=GROUP, ceiling_for=_no_ceiling, **self.settings,
-        )  # fmt: skip
+        settings: dict[str, Any] = {
+            "uri": "simulated:///", "libvirt_version": "9.0.0", "state_dir": "/nowhere",
+            "deadline_s": 5.0, "sample_interval_s": 3600.0, "drift_interval_s": 3600.0,
+            "group": GROUP, "ceiling_for": _no_ceiling,
+        }  # fmt: skip
         world = World(
             guests=self.host, policies=self.host, events=self.host.events,
             handlers=self.host.handlers, journal=self.journal, audit=self.audit,
             clock=self.clock, load=self.host.load, stats=self.host.stats,
         )  # fmt: skip
-        return Agent(world, settings, self.topology, self.capacity)
+        return Agent(world, Settings(**settings | self.settings), self.topology, self.capacity)
 
     def start(self) -> AgentWorld:
         self.agent.start()
@@ -176,7 +176,8 @@ class AgentWorld:
         self.host.faults.clear()
         self.host.events.close()
         self.agent._stop.set()
-        self.agent._lifecycle.enqueue(None)  # type: ignore[arg-type]
+        self.agent._leases._stop.set()
+        self.agent._lifecycle._errands._closed = True
 
     def restart_agent(self) -> None:
         """A new process on the same journal."""
@@ -205,9 +206,7 @@ class AgentWorld:
 
     def _is_settled(self) -> bool:
         self.host.events.drain()
-        done = threading.Event()
-        self.agent._lifecycle.enqueue(done.set)
-        assert done.wait(DEADLINE_S), "the lifecycle thread is stuck"
+        assert self.agent._lifecycle._errands.drain(DEADLINE_S), "the lifecycle is stuck"
         if any(j["state"] == "running" for j in self.agent.jobs(ROOT)):
             return False
         return not self.agent.drift(ROOT)

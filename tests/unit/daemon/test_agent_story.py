@@ -226,9 +226,8 @@ def test_the_event_of_the_agents_own_mark_is_not_followed(world: Any) -> None:
     """Else each mark would have its guest read again, and a bad one would never end."""
 
     def work_off() -> None:
-        done = threading.Event()
-        world.agent._lifecycle.enqueue(done.set)
-        assert done.wait(aw.DEADLINE_S)
+        world.host.events.drain()
+        assert world.agent._lifecycle._errands.drain(aw.DEADLINE_S)
 
     def known_shares() -> int | None:
         return world.agent._observatory.guest(database).scheduler.shares

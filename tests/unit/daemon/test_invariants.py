@@ -145,6 +145,7 @@ class Life(RuleBasedStateMachine):
     def leases_end(self) -> None:
         leased = {g["id"] for g in self.world.agent.grants(aw.ROOT) if g["expires"]}
         self.world.clock.leap(LEASE_S + 1)
+        self.world.agent._leases._look()
         self.world.agent._tick()
         self.world.settle()
         assert not leased & {g["id"] for g in self.world.agent.grants(aw.ROOT)}

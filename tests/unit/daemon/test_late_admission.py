@@ -100,11 +100,13 @@ def test_a_memory_move_that_is_being_undone_does_not_return(world: Any) -> None:
 
 
 def test_more_policies_at_once_than_threads_do_not_stop_the_agent(world: Any) -> None:
-    """Each follows its policy with a second job, and waits for it."""
+    """Each may follow its policy with a second job, and wait for it."""
     with every_thread_taken(world):
         jobs = [
             world.agent.policy_set(aw.ROOT, "batch", {"shares": str(100 + n)})["job"]
             for n in range(2 * WORKERS)
         ]
-    for job in jobs:
-        assert world.finish(job)["state"] == "done"
+    ended = [world.finish(job) for job in jobs]
+    # all were made from the same policy, which is another one once the first is done
+    assert [job["state"] for job in ended].count("done") == 1
+    assert {job["error"]["reason"] for job in ended if job["error"]} == {"stale"}

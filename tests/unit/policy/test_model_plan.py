@@ -12,6 +12,7 @@ from virtfabric.model.ids import RequestId
 from virtfabric.model.mark import MarkedPin, PinMark
 from virtfabric.model.plan import (
     STEP_TYPES,
+    Definition,
     MarkPins,
     Offer,
     PinEmulator,
@@ -20,6 +21,7 @@ from virtfabric.model.plan import (
     ResizeVirtioMem,
     SetBalloon,
     SetNodeset,
+    SetPolicy,
     SetQuota,
     SetShares,
     SetVcpuCount,
@@ -51,6 +53,7 @@ steps = st.one_of(
     built(SetShares, st.integers(1, 10**4)),
     built(SetNodeset, cpus),
     built(MarkPins, marks),
+    built(SetPolicy, st.text(), definition=st.sampled_from(Definition)),
 )
 
 
@@ -98,6 +101,9 @@ GOOD = PinVcpu(guest=guest_id(1), vcpu=0, before=CpuSet((1,)), after=CpuSet((2,)
         ({"guest": "web"}, "step.guest"),
         ({"kind": "set-quota"}, "step.before"),
         ({"kind": "mark-pins", "before": "first=2"}, "step.before"),
+        ({"kind": "set-policy"}, "step.definition"),
+        ({"kind": "set-policy", "definition": "other"}, "step.definition"),
+        ({"kind": "set-policy", "definition": "live", "after": 3}, "step.after"),
     ],
 )
 def test_what_the_journal_cannot_hold_is_refused_by_field(change, field):
