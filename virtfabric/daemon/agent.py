@@ -169,6 +169,7 @@ class Agent:
         for grant in self._ledger.view().books.grants.values():
             if grant.expires is not None and grant.expires <= now:
                 self._expire(grant.id)
+        self._lifecycle.retry_detained()
         self._telemetry = self._world.load.sample()
         self._stats = self._world.stats.sample()
 

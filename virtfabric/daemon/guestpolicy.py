@@ -77,7 +77,12 @@ class PolicyDesk:
         return parse_policy_changes(guest.policy, changes)
 
     def set(self, guest: GuestState, policy: GuestPolicy, *, uid: int) -> Json:
-        """Write it; a running guest is brought inside its new bounds and placed."""
+        """Write it; a running guest is brought inside its new bounds and placed.
+
+        Raises:
+            RefusedError: BUSY, UNKNOWN_GUEST.
+        """
+        self._check_free(guest)
         self._writer.write_policy(guest.uuid, policy)
         self._observatory.refresh([guest.uuid])
         after = self._observatory.guest(guest.uuid)
@@ -89,6 +94,17 @@ class PolicyDesk:
             job = self._jobs.start(title, lambda j, p: self._follow(after.uuid, j, p), uid=uid)
             answer["job"] = job.id
         return answer
+
+    def _check_free(self, guest: GuestState) -> None:
+        """Metadata is a change like any other.
+
+        Raises:
+            RefusedError: BUSY, a job of libvirt is in the way.
+        """
+        self._observatory.refresh([guest.uuid])
+        now = self._observatory.guest(guest.uuid)
+        if now is not None and now.detained:
+            raise RefusedError(Refusal(Reason.BUSY, f"{now.name} has a job running: {now.job}"))
 
     def _follow(self, guest: GuestId, _: Job, progress: Progress) -> Json:
         if guest not in self._ledger.view().books.holdings:
@@ -137,7 +153,12 @@ class PolicyDesk:
         return target
 
     def clear(self, guest: GuestState, *, uid: int) -> Json:
-        """Make it unmanaged: caps and pins lifted, books closed, metadata removed."""
+        """Make it unmanaged: caps and pins lifted, books closed, metadata removed.
+
+        Raises:
+            RefusedError: BUSY.
+        """
+        self._check_free(guest)
         answer = policy_view(guest) | {"policy": None, "xml": "", "managed": False}
         if not guest.active or guest.uuid not in self._ledger.view().books.holdings:
             self._writer.write_policy(guest.uuid, None)

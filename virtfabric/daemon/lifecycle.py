@@ -12,6 +12,7 @@ import re
 import threading
 import uuid
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.daemon.api import JobState
@@ -96,6 +97,7 @@ class Lifecycle:
         self._admitted_at: dict[GuestId, float] = {}
         self._leaving: set[GuestId] = set()
         self._unplaced: set[GuestId] = set()
+        self._detained: set[GuestId] = set()
 
     def start(self) -> None:
         """Begin working off what hooks and events queue."""
@@ -275,6 +277,11 @@ class Lifecycle:
         else:
             self._drift.check([guest])
 
+    def retry_detained(self) -> None:
+        """Place the guests that a job has kept from it: libvirt does not tell of every end."""
+        for guest in sorted(self._detained):
+            self.enqueue(partial(self.settle_in, guest))
+
     # -- coming -----------------------------------------------------------------------------
 
     def resync(self, *, place: bool = False) -> None:
@@ -311,9 +318,14 @@ class Lifecycle:
         """A guest runs: see that it holds what it may and sits where it should."""
         self._observatory.refresh([guest])
         state = self._observatory.guest(guest)
+        self._detained.discard(guest)
         if state is None or not state.active:
             return
         self._admitted_at.pop(guest, None)
+        if state.managed and state.detained:
+            # an incoming migration also: its `started` hook runs long before the guest is here
+            self._detained.add(guest)
+            return
         held = self._ledger.view().books.holdings.get(guest)
         if not state.managed:
             if held is not None:
@@ -403,8 +415,10 @@ class Lifecycle:
         def run(_: Job, progress: Progress) -> dict[str, Any]:
             answer = self._conductor.consider(work)
             if not isinstance(answer, Refusal) and not answer[2].steps and not answer[2].orders:
+                self._await_detained()
                 return {"request": request, "steps": [], "residues": []}
             outcome = self._conductor.conduct(work, progress)
+            self._await_detained()
             self._drift.check(guests)
             return {
                 "request": request, "steps": list(outcome.steps),
@@ -413,6 +427,11 @@ class Lifecycle:
 
         return self._jobs.start(title, run, uid=uid)
 
+    def _await_detained(self) -> None:
+        """Whoever a job detains was left out of the plan just made."""
+        guests = self._observatory.guests.values()
+        self._detained |= {g.uuid for g in guests if g.managed and g.active and g.detained}
+
     # -- going ------------------------------------------------------------------------------
 
     def depart(self, guest: GuestId) -> None:
@@ -420,6 +439,7 @@ class Lifecycle:
         self._leaving.discard(guest)
         self._admitted_at.pop(guest, None)
         self._unplaced.discard(guest)
+        self._detained.discard(guest)
         self._drift.forget(guest)
         view = self._ledger.view()
         if guest not in view.books.holdings:
@@ -431,7 +451,7 @@ class Lifecycle:
         work = Undertaking(
             request,
             f"departure of {name}",
-            self._conductor.place_decision(15.0),
+            self._conductor.place_departure(15.0),
             lambda snapshot, _: choose_departure(snapshot, guest, request),
             deadline_s=60.0,
             settle_books=lambda books: depart(books, guest, now),

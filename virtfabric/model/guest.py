@@ -77,7 +77,7 @@ class GuestState:
             constraint for placement, the operator's hand.
         numa_mode, numa_nodes: live `<numatune>`, None and empty when not given.
         config_numa_nodes: nodes named in the persistent definition.
-        job: name of the job running on it ("backup", "migration"), None when free.
+        job: name of the job running on it ("backup", "migration-out"), None when free.
         policy: None for an unmanaged guest.
         policy_error: why its policy metadata is invalid; the guest is unmanaged then.
         vcpu_unplug: whether a vCPU may be taken away. False under TCG: with QEMU 7.2 any plug
@@ -120,3 +120,11 @@ class GuestState:
     def active(self) -> bool:
         """Whether it has a QEMU process."""
         return self.state is not RunState.SHUTOFF
+
+    @property
+    def detained(self) -> bool:
+        """Whether libvirt's job on it bars changes: each call would wait 30 s for it, then fail.
+
+        A backup does not: pins and vCPUs change meanwhile (measured, libvirt 9.0).
+        """
+        return self.job is not None and self.job != "backup"
