@@ -90,6 +90,7 @@ class AgentWorld:
     threads: int = 1
     memory_mib: int = 1600
     overhead_mib: int = 16
+    sample_interval_s: float = 3600.0
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -111,7 +112,7 @@ class AgentWorld:
     def make_agent(self) -> Agent:
         settings = Settings(
             uri="simulated:///", libvirt_version="9.0.0", state_dir="/nowhere",
-            deadline_s=5.0, sample_interval_s=3600.0, drift_interval_s=3600.0,
+            deadline_s=5.0, sample_interval_s=self.sample_interval_s, drift_interval_s=3600.0,
             group=GROUP, ceiling_for=_no_ceiling, **self.settings,
         )  # fmt: skip
         world = World(

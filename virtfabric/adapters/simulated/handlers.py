@@ -59,7 +59,7 @@ class SimulatedHandler(Generic[S]):
         lost = self._occasion(Phase.APPLY, own, context)
         with self.host.lock:
             try:
-                self.bring(self.host.running(own.guest), own, lost=lost)
+                self.bring(self.host.changeable(own.guest), own, lost=lost)
             finally:
                 self.host.tell(self.event, own.guest)
         context.progress(1.0, own.describe())
