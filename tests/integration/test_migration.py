@@ -148,11 +148,11 @@ def test_migration(pair: Pair) -> None:
     before = source.observe("database", fresh=True)
     policy = source.virsh("metadata", "database", POLICY).stdout
     assert {"database"} < {g["name"] for g in source.cli_json("grants")}
-    with pair.migrating("--persistent") as migration:
+    with pair.migrating("--persistent", "--undefinesource") as migration:
         said = migration.communicate(timeout=60)
     assert migration.returncode == 0, said
 
-    source.wait(lambda: holds_nothing(source, "database"), "it has left")
+    source.wait(lambda: [g["name"] for g in source.cli_json("guests")] == ["batch"], "it has left")
     assert not source.cli_json("loans")
     assert "database" not in {g["name"] for g in source.cli_json("grants")}
     source.wait(
