@@ -166,6 +166,7 @@ class Agent:
                 log.warning("tick: %s", error)
 
     def _tick(self) -> None:
+        self._lifecycle.retry_detained()
         self._telemetry = self._world.load.sample()
         self._stats = self._world.stats.sample()
 

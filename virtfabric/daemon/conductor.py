@@ -82,12 +82,23 @@ class Conductor:
         return place
 
     def place_convergence(self, request: RequestId, guests: Collection[GuestId] | None) -> Place:
-        """A placer that brings what is found to what the books say."""
+        """A placer that brings what is found to what the books say.
+
+        A guest that a job detains is left as it is: it is for the caller to place it later.
+        """
 
         def place(snapshot: HostSnapshot, _: Decision | None) -> Plan | Refusal:
-            return plan_convergence(snapshot, guests, request)
+            return _spare_detained(snapshot, plan_convergence(snapshot, guests, request))
 
         return place
+
+    def place_departure(self, deadline_s: float) -> Place:
+        """As `place_decision`, for what can only free something: no detained guest is waited for.
+
+        What comes home to one is in the books at once, and on it when the caller places it.
+        """
+        inner = self.place_decision(deadline_s)
+        return lambda snapshot, decision: _spare_detained(snapshot, inner(snapshot, decision))
 
     def consider(
         self, work: Undertaking, *, without: TransactionId | None = None, caps: Caps | None = None
@@ -146,6 +157,8 @@ class Conductor:
         while True:
             if progress.cancelled.is_set():
                 raise StepCancelledError("cancelled before anything was changed")
+            with outside:
+                self._observatory.refresh_jobs()
             since, waits = self._ledger.view().generation, "waiting for another plan"
             answer = self.consider(work)
             if isinstance(answer, Refusal):
@@ -155,14 +168,14 @@ class Conductor:
             else:
                 snapshot, decision, plan = answer
                 touched = _guests_of(work, decision, plan)
-                if not touched & snapshot.busy:
+                obstacle = _obstacle(snapshot, touched, plan)
+                if not obstacle:
                     if self._take_hold(work, txn, answer, touched, outside):
                         return decision, plan
                     continue
                 if self._clock.monotonic() >= until:
-                    raise RefusedError(
-                        Refusal(Reason.BUSY, "another plan works on the same guests; try again")
-                    )
+                    raise RefusedError(Refusal(Reason.BUSY, f"{obstacle}; try again"))
+                waits = f"waiting: {obstacle}"
             progress.progress(0.0, waits)
             self._ledger.wait_change(since, WAIT_SLICE_S)
 
@@ -273,6 +286,24 @@ def _guests_of(work: Undertaking, decision: Decision | None, plan: Plan) -> froz
     held = (decision.holdings or {}) if decision else {}
     own = {decision.guest} if decision else set()
     return plan.guests | frozenset(held) | own
+
+
+def _obstacle(snapshot: HostSnapshot, touched: frozenset[GuestId], plan: Plan) -> str:
+    """Why the plan cannot be carried out yet; "" when it can."""
+    if touched & snapshot.busy:
+        return "another plan works on the same guests"
+    for guest in sorted(plan.guests & _detained(snapshot)):
+        state = snapshot.guests[guest]
+        return f"{state.name} has a job running: {state.job}"
+    return ""
+
+
+def _detained(snapshot: HostSnapshot) -> frozenset[GuestId]:
+    return frozenset(g for g, state in snapshot.guests.items() if state.detained)
+
+
+def _spare_detained(snapshot: HostSnapshot, plan: Plan | Refusal) -> Plan | Refusal:
+    return plan if isinstance(plan, Refusal) else plan.without(_detained(snapshot))
 
 
 def _uncooperative(short: Shortfall) -> Refusal:

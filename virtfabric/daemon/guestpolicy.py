@@ -15,7 +15,7 @@ from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.domxml.policy import format_bare_policy, format_policy
 from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
 from virtfabric.model.decision import Decision
-from virtfabric.model.errors import Reason, Refusal
+from virtfabric.model.errors import Reason, Refusal, RefusedError
 from virtfabric.model.plan import Definition, SetPolicy
 from virtfabric.model.policy import Placement
 from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
@@ -89,7 +89,11 @@ class PolicyDesk:
 
         Returns:
             The policy as it will be, with the job where the guest runs.
+
+        Raises:
+            RefusedError: BUSY.
         """
+        self._check_free(guest)
         if not guest.active:
             self._write_only(guest, policy)
             return policy_view(self._observatory.guest(guest.uuid) or guest)
@@ -104,6 +108,17 @@ class PolicyDesk:
         """Nothing of it concerns anybody who runs: one call of libvirt does it all."""
         self._writer.write_policy(guest.uuid, policy)
         self._observatory.refresh([guest.uuid])
+
+    def _check_free(self, guest: GuestState) -> None:
+        """Metadata is a change like any other.
+
+        Raises:
+            RefusedError: BUSY, a job of libvirt is in the way.
+        """
+        self._observatory.refresh([guest.uuid])
+        now = self._observatory.guest(guest.uuid)
+        if now is not None and now.detained:
+            raise RefusedError(Refusal(Reason.BUSY, f"{now.name} has a job running: {now.job}"))
 
     def _change(self, guest: GuestState, policy: GuestPolicy, progress: Progress) -> Json:
         request = new_request()
@@ -126,7 +141,12 @@ class PolicyDesk:
         }  # fmt: skip
 
     def clear(self, guest: GuestState, *, uid: int) -> Json:
-        """Make it unmanaged: caps and pins lifted, books closed, metadata removed."""
+        """Make it unmanaged: caps and pins lifted, books closed, metadata removed.
+
+        Raises:
+            RefusedError: BUSY.
+        """
+        self._check_free(guest)
         answer = policy_view(guest) | {"policy": None, "xml": "", "managed": False}
         if not guest.active or guest.uuid not in self._ledger.view().books.holdings:
             self._write_only(guest, None)

@@ -79,6 +79,7 @@ class Lifecycle:
         self._errands = Errands()
         self._leaving: set[GuestId] = set()
         self._unplaced: set[GuestId] = set()
+        self._detained: set[GuestId] = set()
 
     def close(self) -> None:
         """Finish what is queued and stop."""
@@ -162,6 +163,11 @@ class Lifecycle:
         else:
             self._drift.check([guest])
 
+    def retry_detained(self) -> None:
+        """Place the guests that a job has kept from it: libvirt does not tell of every end."""
+        for guest in sorted(self._detained):
+            self.enqueue(partial(self.settle_in, guest), guest)
+
     # -- coming -----------------------------------------------------------------------------
 
     def resync(self, *, place: bool = False) -> None:
@@ -211,9 +217,14 @@ class Lifecycle:
         self._await_plans(guest)
         self._observatory.refresh([guest])
         state = self._observatory.guest(guest)
+        self._detained.discard(guest)
         if state is None or not state.active:
             return
         self.admission.forget(guest)
+        if state.managed and state.detained:
+            # an incoming migration also: its `started` hook runs long before the guest is here
+            self._detained.add(guest)
+            return
         held = self._ledger.view().books.holdings.get(guest)
         if not state.managed:
             if held is not None:
@@ -282,8 +293,10 @@ class Lifecycle:
         def run(_: Job, progress: Progress) -> dict[str, Any]:
             answer = self._conductor.consider(work)
             if not isinstance(answer, Refusal) and not answer[2].steps and not answer[2].orders:
+                self._await_detained()
                 return {"request": request, "steps": [], "residues": []}
             outcome = self._conductor.conduct(work, progress)
+            self._await_detained()
             self._drift.check(guests)
             return {
                 "request": request, "steps": list(outcome.steps),
@@ -292,6 +305,11 @@ class Lifecycle:
 
         return self._jobs.start(title, run, uid=uid)
 
+    def _await_detained(self) -> None:
+        """Whoever a job detains was left out of the plan just made."""
+        guests = self._observatory.guests.values()
+        self._detained |= {g.uuid for g in guests if g.managed and g.active and g.detained}
+
     # -- going ------------------------------------------------------------------------------
 
     def depart(self, guest: GuestId) -> None:
@@ -299,6 +317,7 @@ class Lifecycle:
         self._leaving.discard(guest)
         self.admission.forget(guest)
         self._unplaced.discard(guest)
+        self._detained.discard(guest)
         self._drift.forget(guest)
         view = self._ledger.view()
         if guest not in view.books.holdings:
@@ -310,7 +329,7 @@ class Lifecycle:
         work = Undertaking(
             request,
             f"departure of {name}",
-            self._conductor.place_decision(15.0),
+            self._conductor.place_departure(15.0),
             lambda snapshot, _: choose_departure(snapshot, guest, request),
             deadline_s=60.0,
             settle_books=lambda books: depart(books, guest, now),

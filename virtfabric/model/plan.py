@@ -17,7 +17,7 @@ from virtfabric.model.mark import PinMark
 from virtfabric.model.units import Bytes, CpuSet, MilliCpu
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from virtfabric.model.ids import RequestId
 
@@ -315,3 +315,7 @@ class Plan:
     def guests(self) -> frozenset[GuestId]:
         """Every guest that a step touches."""
         return frozenset(step.guest for step in self.steps)
+
+    def without(self, guests: Collection[GuestId]) -> Plan:
+        """The same plan, with no step that touches one of these guests."""
+        return replace(self, steps=tuple(s for s in self.steps if s.guest not in guests))

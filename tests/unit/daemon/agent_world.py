@@ -131,6 +131,7 @@ class AgentWorld:
     threads: int = 1
     memory_mib: int = 1600
     overhead_mib: int = 16
+    sample_interval_s: float = 3600.0
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -151,17 +152,17 @@ class AgentWorld:
         self.agent = self.make_agent()
 
     def make_agent(self) -> Agent:
-        settings: dict[str, Any] = {
-            "uri": "simulated:///", "libvirt_version": "9.0.0", "state_dir": "/nowhere",
-            "deadline_s": 5.0, "sample_interval_s": 3600.0, "drift_interval_s": 3600.0,
-            "group": GROUP, "ceiling_for": _no_ceiling,
-        }  # fmt: skip
+        settings = Settings(
+            uri="simulated:///", libvirt_version="9.0.0", state_dir="/nowhere",
+            deadline_s=5.0, sample_interval_s=self.sample_interval_s, drift_interval_s=3600.0,
+            group=GROUP, ceiling_for=_no_ceiling, **self.settings,
+        )  # fmt: skip
         world = World(
             guests=self.host, policies=self.host, events=self.host.events,
             handlers=self.host.handlers, journal=self.journal, audit=self.audit,
             clock=self.clock, load=self.host.load, stats=self.host.stats,
         )  # fmt: skip
-        return Agent(world, Settings(**settings | self.settings), self.topology, self.capacity)
+        return Agent(world, settings, self.topology, self.capacity)
 
     def start(self) -> AgentWorld:
         self.agent.start()

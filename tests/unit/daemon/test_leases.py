@@ -25,7 +25,7 @@ class BlockingStats:
 
 
 def test_a_lease_ends_while_a_sample_is_held_up() -> None:
-    world = aw.AgentWorld(settings={"sample_interval_s": 0.02})
+    world = aw.AgentWorld(sample_interval_s=0.02)
     stats = BlockingStats()
     world.agent.close()
     world.host.stats = stats  # type: ignore[assignment]

@@ -100,8 +100,8 @@ class SimulatedHandler(Generic[S]):
         return left
 
     def find(self, step: S) -> SimulatedGuest:
-        """The guest, which has to run."""
-        return self.host.running(step.guest)
+        """The guest, which has to run and to take changes."""
+        return self.host.changeable(step.guest)
 
     def bring(self, guest: SimulatedGuest, step: S, *, lost: bool) -> None:
         """Change to `after`; `lost`: only what libvirt says."""
@@ -386,7 +386,7 @@ class _Policy(SimulatedHandler[SetPolicy]):
 
     def find(self, step: SetPolicy) -> SimulatedGuest:
         live = step.definition is Definition.LIVE
-        return self.host.running(step.guest) if live else self.host.defined(step.guest)
+        return self.host.changeable(step.guest) if live else self.host.defined(step.guest)
 
     def bring(self, guest: SimulatedGuest, step: SetPolicy, *, lost: bool) -> None:
         self._put(guest, step.definition, step.after, lost=lost)

@@ -210,11 +210,12 @@ class SimulatedHost:
             found.spec = replace(found.spec, name=name)
             self.tell(EventKind.DEFINED, guest, "renamed")
 
-    def set_job(self, guest: GuestId, job: str | None) -> None:
-        """A backup or migration begins (or ends, with None)."""
+    def set_job(self, guest: GuestId, job: str | None, *, told: bool = True) -> None:
+        """A backup or migration begins (or ends, with None); with or without an event."""
         with self.lock:
             self.running(guest).job = job
-            self.tell(EventKind.JOB, guest, job or "")
+            if told:
+                self.tell(EventKind.JOB, guest, job or "")
 
     def change_beside(self, step: Step) -> None:
         """Somebody else does what this step does (`virsh vcpupin`...); faults do not strike."""
@@ -278,6 +279,17 @@ class SimulatedHost:
             if found is None or found.state is RunState.SHUTOFF:
                 raise GuestGoneError(f"guest {guest} is not running")
             return found
+
+    def changeable(self, guest: GuestId) -> SimulatedGuest:
+        """A guest with a process, and no job that bars changes.
+
+        Raises:
+            GuestGoneError, HypervisorGoneError, HypervisorError
+        """
+        found = self.running(guest)
+        if found.job not in (None, "backup"):
+            raise HypervisorError("Timed out during operation: cannot acquire state change lock")
+        return found
 
     def moved(self, guest: GuestId, current: int, target: int, block: int) -> int:
         """Where a guest's memory comes to when it is asked for `target`, in whole blocks."""
