@@ -206,9 +206,13 @@ class AgentWorld:
         eventually(self._is_settled, "everything settles")
 
     def _is_settled(self) -> bool:
+        errands = self.agent._lifecycle._errands
         self.host.events.drain()
-        assert self.agent._lifecycle._errands.drain(DEADLINE_S), "the lifecycle is stuck"
+        assert errands.drain(DEADLINE_S), "the lifecycle is stuck"
         if any(j["state"] == "running" for j in self.agent.jobs(ROOT)):
+            return False
+        self.host.events.drain()  # what came of it is an errand again
+        if not errands.drain(0.0):
             return False
         return not self.agent.drift(ROOT)
 
