@@ -26,7 +26,7 @@ from demo.host import AGENT, Host, HostError
 from demo.stage import Stage
 from virtfabric.shim.cache import BuildError
 from virtfabric.shim.guestimage import ensure_guest_image
-from virtfabric.shim.sandbox import SandboxError
+from virtfabric.shim.sandbox_process import SandboxError
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence

@@ -11,6 +11,7 @@ from virtfabric.adapters.simulated.faults import Effect, Fault, Phase, Simulated
 from virtfabric.adapters.simulated.guest import GuestSpec
 from virtfabric.adapters.simulated.host import build_simulated_host
 from virtfabric.adapters.simulated.machines import DATABASE, make_topology, small_guests
+from virtfabric.domxml.policy import format_bare_policy
 from virtfabric.model.errors import (
     GuestGoneError,
     HypervisorError,
@@ -22,19 +23,25 @@ from virtfabric.model.errors import (
 )
 from virtfabric.model.guest import NumaMode
 from virtfabric.model.ids import GuestId
+from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.plan import (
     STEP_TYPES,
+    Definition,
+    MarkPins,
     PinEmulator,
     PinVcpu,
     ResizeVirtioMem,
     SetBalloon,
     SetNodeset,
+    SetPolicy,
     SetQuota,
     SetShares,
     SetVcpuCount,
 )
+from virtfabric.model.policy import GuestPolicy
 from virtfabric.model.units import GIB, MIB, Bytes, CpuSet
 
+POLICY = format_bare_policy(GuestPolicy(priority=77))
 BALLOON = GuestId("00000000-0000-4000-8000-000000000001")
 GROW = ResizeVirtioMem(guest=DATABASE, alias="ua-vm0", before=512 * MIB, after=1 * GIB)
 PLUG = SetVcpuCount(guest=DATABASE, before=2, after=3)
@@ -63,6 +70,8 @@ class SimulatedWorld:
             SetQuota(guest=DATABASE, before=-1, after=1500),
             SetShares(guest=DATABASE, before=100, after=300),
             SetNodeset(guest=BALLOON, before=CpuSet([0]), after=CpuSet([1])),
+            MarkPins(guest=DATABASE, before=NO_MARK, after=PinMark.parse("0=2 emulator=0")),
+            SetPolicy(guest=BALLOON, definition=Definition.LIVE, before="", after=POLICY),
         ]
 
     def observe(self, step):
@@ -243,3 +252,16 @@ def test_registry_refuses_two_for_one_and_unknown(world):
         HandlerRegistry([handler, handler])
     with pytest.raises(InvalidValueError, match="pin-vcpu"):
         HandlerRegistry([]).for_step(PIN)
+
+
+def test_the_policy_of_a_definition_is_undone_when_its_guest_has_stopped(world):
+    """Unlike what is live, it does not end with the guest."""
+    step = SetPolicy(guest=BALLOON, definition=Definition.CONFIG, before="", after=POLICY)
+    world.apply(step)
+    world.handlers.for_step(step).verify(step)
+    assert world.host.read_guest(BALLOON).config_policy_text == POLICY
+    assert world.host.read_guest(BALLOON).policy_text == ""
+    world.vanish(step)
+    assert world.host.read_guest(BALLOON).policy.priority == 77
+    assert world.handlers.for_step(step).undo(step) == 0
+    assert world.host.read_guest(BALLOON).policy is None

@@ -11,11 +11,13 @@ from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.ids import GrantId, GuestId, LoanId, RequestId, TransactionId
 from virtfabric.model.ledger import Books, Grant, Holding, Loan, Residue
 from virtfabric.model.plan import (
+    Definition,
     PinEmulator,
     PinVcpu,
     ResizeVirtioMem,
     SetBalloon,
     SetNodeset,
+    SetPolicy,
     SetQuota,
     SetShares,
     SetVcpuCount,
@@ -37,6 +39,7 @@ STEPS = [
     SetQuota(guest=GUEST, before=-1, after=1500),
     SetShares(guest=GUEST, before=100, after=50),
     SetNodeset(guest=GUEST, before=CpuSet([0]), after=CpuSet([1])),
+    SetPolicy(guest=GUEST, definition=Definition.CONFIG, before="", after="<policy></policy>"),
 ]
 BOOKS = Books(
     7,
@@ -76,8 +79,9 @@ def test_a_transaction_goes_its_way(journal):
     (found,) = journal.open_transactions()
     assert found == journal.transaction(TXN)
     assert [s.step for s in found.steps] == STEPS
-    assert [s.index for s in found.steps] == list(range(8))
-    states = [StepState.VERIFIED, *[StepState.PLANNED] * 6, StepState.SKIPPED]
+    assert [s.index for s in found.steps] == list(range(len(STEPS)))
+    planned = StepState.PLANNED
+    states = [StepState.VERIFIED, *[planned] * 6, StepState.SKIPPED, planned]
     assert [s.state for s in found.steps] == states
     assert (found.created, found.body["why"], found.outcome) == (12.5, "ü", None)
     journal.close(TXN, TransactionState.COMMITTED, {"grant": "g1"}, BOOKS)

@@ -6,6 +6,7 @@ One private host serves the module. Each test leaves it as it found it: no grant
 from __future__ import annotations
 
 import os
+import re
 import signal
 import sqlite3
 import sys
@@ -120,33 +121,47 @@ def end(client: subprocess.Popen[str]) -> tuple[int, str]:
     return client.returncode, out + err
 
 
+def read_marks(host: LabHost) -> dict[str, list[str]]:
+    """By guest: the pins in its live XML that are marked as the agent's."""
+    return {
+        name: re.findall(r"<placement:(?:pin|emulator) [^>]*>", host.virsh("dumpxml", name).stdout)
+        for name in host.guests
+    }
+
+
 # -- SIGKILL at each phase of each step type ------------------------------------------------------
 
-# What makes a plan with such a step, and what brings a policy back that the command has written.
-KILLS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
-    "resize-virtio-mem": (("allocate", "database", "--memory", "+96M"), ()),
-    "set-quota": (("allocate", "database", "--cpu", "+200m"), ()),
-    "pin-vcpu": (
-        ("policy", "set", "database", "--placement", "dedicated"),
-        ("policy", "set", "database", "--placement", "shared", "--cpu", "500m:2"),
-    ),
-    "set-shares": (
-        ("policy", "set", "web", "--shares", "200"),
-        ("policy", "set", "web", "--shares", "100"),
-    ),
-    "pin-emulator": (("drift", "--repair"), ()),
+# What makes a plan with such a step.
+KILLS: dict[str, tuple[str, ...]] = {
+    "resize-virtio-mem": ("allocate", "database", "--memory", "+96M"),
+    "set-quota": ("allocate", "database", "--cpu", "+200m"),
+    "pin-vcpu": ("policy", "set", "database", "--placement", "dedicated"),
+    "set-shares": ("policy", "set", "web", "--shares", "200"),
+    "set-policy": ("policy", "set", "web", "--shares", "200", "--priority", "55"),
+    "pin-emulator": ("drift", "--repair"),
+    "mark-pins": ("policy", "set", "database", "--placement", "dedicated"),
 }
+
+
+def read_policies(host: LabHost) -> dict[tuple[str, str], str]:
+    """The metadata of every guest, in both of its definitions."""
+    return {
+        (name, which): host.virsh("metadata", name, "urn:virtfabric:policy:1", which).stdout
+        for name in host.guests
+        for which in ("--live", "--config")
+    }
 
 
 @pytest.mark.parametrize("kind", KILLS)
 def test_killed_agent_leaves_all_as_before(host: LabHost, kind: str) -> None:
-    command, way_back = KILLS[kind]
+    command = KILLS[kind]
+    policies = read_policies(host)
     recovered = audit_kinds(host).count("plan.recovered")
     for phase in PHASES:
         start_faulty(host, f"kill:{kind}:{phase}")
         if kind == "pin-emulator":
             host.virsh("emulatorpin", "web", "0-1", "--live")
-        before = host.observe_all(fresh=True)
+        before, marks = host.observe_all(fresh=True), read_marks(host)
         done = host.cli(*command)
         assert done.returncode == UNREACHABLE, (phase, done.stdout, done.stderr)
         await_suicide(host)
@@ -154,18 +169,19 @@ def test_killed_agent_leaves_all_as_before(host: LabHost, kind: str) -> None:
         recover_only(host)
         assert count_open(host) == 0, phase
         host.expect_same(before)
+        assert read_marks(host) == marks, phase
+        assert read_policies(host) == policies, phase
         if kind == "pin-emulator":  # an agent that starts places everyone, and would die of it
             host.virsh("emulatorpin", "web", "0", "--live")
-        if way_back:
-            start_normal(host)
-            assert host.cli(*way_back).returncode == DONE
-            host.kill_agent(signal.SIGTERM)
     start_normal(host)
     assert audit_kinds(host).count("plan.recovered") == recovered + len(PHASES)
-    story = host.cli("explain", "web" if kind in ("set-shares", "pin-emulator") else "database")
+    story = host.cli(
+        "explain", "web" if kind in ("set-shares", "set-policy", "pin-emulator") else "database"
+    )
     assert "undone, because the agent was cut off in mid-plan" in story.stdout
     assert host.cli_json("grants") == host.cli_json("loans") == []
     host.wait(lambda: host.cli_json("drift") == [], "nothing differs from the books")
+    assert read_policies(host) == policies
 
 
 @pytest.mark.parametrize("phase", PHASES)

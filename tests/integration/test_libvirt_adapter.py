@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from virtfabric.adapters.libvirt import LibvirtAdapters, open_libvirt
+from virtfabric.domxml.policy import bare_policy, format_bare_policy
 from virtfabric.model.errors import (
     GuestGoneError,
     HypervisorError,
@@ -31,23 +32,28 @@ from virtfabric.model.errors import (
 )
 from virtfabric.model.guest import MemoryMechanism, NumaMode, RunState
 from virtfabric.model.ids import GuestId
+from virtfabric.model.mark import MARK_NAMESPACE, NO_MARK, PinMark
 from virtfabric.model.plan import (
+    Definition,
+    MarkPins,
     PinEmulator,
     PinVcpu,
     ResizeVirtioMem,
     SetBalloon,
     SetNodeset,
+    SetPolicy,
     SetQuota,
     SetShares,
     SetVcpuCount,
     Step,
 )
-from virtfabric.model.policy import GuestPolicy
+from virtfabric.model.policy import POLICY_NAMESPACE, GuestPolicy
 from virtfabric.model.units import MIB, CpuSet
 from virtfabric.ports import Event, EventKind
 from virtfabric.shim.guestimage import ensure_guest_image
 from virtfabric.shim.guestxml import GuestSpec, format_guest_xml
-from virtfabric.shim.sandbox import Sandbox, wait_until
+from virtfabric.shim.sandbox import Sandbox
+from virtfabric.shim.sandbox_process import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -127,11 +133,11 @@ class Lab:
     def wait_stat(self, name: str, key: str, wanted: str) -> None:
         wait_until(lambda: self.stat(name).get(key) == wanted, f"{name}: {key} is {wanted}")
 
-    def wait_event(self, kind: EventKind, name: str = "") -> Event:
+    def wait_event(self, kind: EventKind, name: str = "", detail: str | None = None) -> Event:
         deadline = time.monotonic() + 20
         while True:
             event = self.events.get(timeout=max(0.01, deadline - time.monotonic()))
-            if event.kind is kind and event.name == name:
+            if event.kind is kind and event.name == name and detail in (None, event.detail):
                 return event
 
 
@@ -232,6 +238,25 @@ def test_a_pcpu_that_is_not_there(lab: Lab) -> None:
     step = PinVcpu(guest=VMEM, name="vmem", vcpu=0, before=CpuSet(), after=CpuSet([4000]))
     with pytest.raises(HypervisorError):
         lab.go(step)
+
+
+def test_mark_is_live_only_and_its_undo(lab: Lab) -> None:
+    mark = PinMark.parse("0=1/0-1 emulator=0")
+    step = MarkPins(guest=VMEM, name="vmem", before=NO_MARK, after=mark)
+    lab.go(step)
+    assert lab.wait_event(EventKind.METADATA, "vmem", MARK_NAMESPACE).guest == VMEM
+    guest = lab.adapters.guests.read_guest(VMEM)
+    assert guest is not None
+    assert guest.marked_pins == mark
+    assert MARK_NAMESPACE not in lab.box.run(["virsh", "dumpxml", "--inactive", "vmem"]).stdout
+    lab.box.run(["virsh", "metadata", "vmem", "--uri", MARK_NAMESPACE, "--remove", "--live"])
+    with pytest.raises(VerificationError, match="a mark 0=1"):
+        lab.adapters.handlers.for_step(step).verify(step)
+    lab.go(step)
+    assert lab.undo(step) == lab.undo(step) == 0
+    guest = lab.adapters.guests.read_guest(VMEM)
+    assert guest is not None
+    assert guest.marked_pins == NO_MARK
 
 
 def test_quota_and_its_undo(lab: Lab) -> None:
@@ -372,12 +397,54 @@ def test_policy_is_written_live_and_persistent(lab: Lab) -> None:
     assert guest is not None
     assert guest.policy == policy
     assert 'priority="77"' in lab.box.run(["virsh", "dumpxml", "--inactive", "vmem"]).stdout
-    assert lab.wait_event(EventKind.METADATA, "vmem").detail == "urn:virtfabric:policy:1"
+    assert lab.wait_event(EventKind.METADATA, "vmem", POLICY_NAMESPACE).guest == VMEM
     lab.adapters.policy.write_policy(VMEM, None)
     lab.adapters.policy.write_policy(VMEM, None)
     guest = lab.adapters.guests.read_guest(VMEM)
     assert guest is not None
     assert guest.policy is None
+
+
+def test_policy_as_a_step_of_each_definition(lab: Lab) -> None:
+    text = format_bare_policy(GuestPolicy(priority=77))
+    steps = [
+        SetPolicy(guest=VMEM, name="vmem", definition=which, before="", after=text)
+        for which in Definition
+    ]
+    for step, flag in zip(steps, ("--live", "--config"), strict=True):
+        with pytest.raises(VerificationError):
+            lab.adapters.handlers.for_step(step).verify(step)
+        lab.go(step)
+        virsh = ["virsh", "-c", "qemu:///system", "metadata", "vmem", "urn:virtfabric:policy:1"]
+        assert 'priority="77"' in lab.box.run([*virsh, flag]).stdout.replace("'", '"')
+    guest = lab.adapters.guests.read_guest(VMEM)
+    assert guest is not None
+    assert guest.policy_text == guest.config_policy_text == text
+    for step in steps:
+        assert lab.undo(step) == 0
+        assert lab.undo(step) == 0
+    guest = lab.adapters.guests.read_guest(VMEM)
+    assert guest is not None
+    assert (guest.policy_text, guest.config_policy_text) == ("", "")
+
+
+def test_an_undo_brings_back_what_somebody_wrote_by_hand(lab: Lab) -> None:
+    """Also what is no valid policy."""
+    odd = bare_policy('<policy version="1" colour="red"><cpu>word</cpu></policy>')
+    after = format_bare_policy(GuestPolicy(priority=77))
+    which = Definition.CONFIG
+    lab.go(SetPolicy(guest=VMEM, name="vmem", definition=which, before="", after=odd))
+    guest = lab.adapters.guests.read_guest(VMEM)
+    assert guest is not None
+    step = SetPolicy(
+        guest=VMEM, name="vmem", definition=which, before=guest.config_policy_text, after=after
+    )
+    lab.go(step)
+    assert lab.undo(step) == 0
+    guest = lab.adapters.guests.read_guest(VMEM)
+    assert guest is not None
+    assert guest.config_policy_text == odd
+    lab.go(SetPolicy(guest=VMEM, name="vmem", definition=which, before=odd, after=""))
 
 
 def test_stats(lab: Lab) -> None:

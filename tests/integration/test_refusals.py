@@ -19,6 +19,7 @@ FAILED, USAGE, REFUSED, UNREACHABLE = 1, 2, 3, 4
 STRANGER = Guest(name="stranger", priority=None, virtio_mem=None)
 IDLE = Guest(name="idle")
 HOOK = "/etc/libvirt/hooks/qemu.d/50-virtfabric"
+MARK = "urn:virtfabric:policy:1"
 NOBODY = 65534
 STRANGER_ID = 1
 """daemon: the bus turns away whom the host does not know."""
@@ -51,21 +52,56 @@ def allow_nobody(lab: LabHost) -> None:
         config.write('\n[[access.principal]]\nuser = "nobody"\nmax_priority = 60\nmax_cpu = "1"\n')
 
 
-def look(host: LabHost) -> tuple[object, ...]:
+def look(host: LabHost) -> dict[str, object]:
     """All that a refused request could have changed."""
-    seen = {name: (o.pid, *o.settings, o.current) for name, o in host.observe_all().items()}
-    policies = [host.virsh("metadata", n, "urn:virtfabric:policy:1", check=False).stdout
-                for n in ("database", "idle", "stranger")]  # fmt: skip
-    return seen, policies, host.cli_json("grants"), host.cli_json("loans")
+    ask = "; ".join(f"metadata {n} {MARK}" for n in ("database", "idle", "stranger"))
+    status = host.cli_json("status")
+    return {
+        "guests": {n: (o.pid, *o.settings, o.current) for n, o in host.observe_all().items()},
+        "policies": host.virsh(ask, check=False).stdout,
+        "books": (status["grants"], status["loans"]),
+        "alerts": status["alerts"],
+    }
+
+
+class Watch:
+    """Carries what was seen from case to case: one look serves as after and as next before.
+
+    So what changes late, or between two cases, is found as well.
+    """
+
+    def __init__(self, host: LabHost) -> None:
+        self._host = host
+        self._seen = look(host)
+
+    def expect_unchanged(self) -> None:
+        """Asserts that all is as it was at the last look."""
+        before, self._seen = self._seen, look(self._host)
+        assert self._seen == before
+        assert self._host.agent is not None
+        assert self._host.agent.poll() is None
+
+
+@pytest.fixture(scope="module")
+def watch(host: LabHost) -> Watch:
+    found = Watch(host)
+    assert str(found._seen["policies"]).count("</policy>") == 2, "database and idle have one"
+    return found
 
 
 @pytest.fixture
-def unchanged(host: LabHost) -> Iterator[None]:
-    before = look(host)
+def unchanged(watch: Watch) -> Iterator[None]:
     yield
-    assert look(host) == before
-    assert host.agent is not None
-    assert host.agent.poll() is None
+    watch.expect_unchanged()
+
+
+def test_the_watch_sees_a_change(host: LabHost, watch: Watch) -> None:
+    """One by somebody else, and its end: else no other test here could fail."""
+    for cpus in ("0", "0-1"):
+        host.virsh("vcpupin", "stranger", "0", cpus, "--live")
+        with pytest.raises(AssertionError):
+            watch.expect_unchanged()
+    watch.expect_unchanged()
 
 
 def expect(done: subprocess.CompletedProcess[str], code: int, *words: str) -> None:
@@ -157,8 +193,6 @@ def test_wrong_configuration(host: LabHost, text: str, words: tuple[str, ...]) -
 
 
 # -- the hook -------------------------------------------------------------------------------------
-
-MARK = "urn:virtfabric:policy:1"
 
 
 @pytest.mark.usefixtures("unchanged")

@@ -7,6 +7,7 @@ client can do: size, time to send, time to read. Policy (who starts, which pins)
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import pwd
 import selectors
@@ -19,6 +20,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, assert_never
 
+from virtfabric.adapters.farewell import Farewells, drain
 from virtfabric.daemon.api import Caller
 from virtfabric.model.errors import (
     AlreadyRunningError,
@@ -154,11 +156,18 @@ class HookServer:
         with selectors.DefaultSelector() as selector:
             selector.register(self._listener, selectors.EVENT_READ)
             selector.register(self._woken, selectors.EVENT_READ)
+            denied = Farewells(selector)
             while not self._closed.is_set():
-                selector.select()
-                self._accept_one(self._listener)
+                ready = [key.fileobj for key, _ in selector.select(denied.timeout_s())]
+                for peer in ready:
+                    if isinstance(peer, socket.socket) and denied.has(peer):
+                        denied.take(peer)
+                denied.expire()
+                if self._listener in ready:
+                    self._accept_one(self._listener, denied)
+            denied.close()
 
-    def _accept_one(self, listener: socket.socket) -> None:
+    def _accept_one(self, listener: socket.socket, denied: Farewells) -> None:
         try:
             peer, _ = listener.accept()
         except BlockingIOError:
@@ -170,13 +179,16 @@ class HookServer:
             return
         caller = _read_caller(peer)
         if caller.uid != 0:
-            self._deny(peer, caller)
+            self._deny(peer, caller, denied)
             return
         self._pool.submit(self._serve, peer, caller, time.monotonic())
 
-    def _deny(self, peer: socket.socket, caller: Caller) -> None:
-        # Nothing is read, so that a stranger holds no thread.
-        _send(peer, HookReply(HookCode.REFUSED, "not allowed: the hook socket takes root only"))
+    def _deny(self, peer: socket.socket, caller: Caller, denied: Farewells) -> None:
+        # What it sends is thrown away beside other work, so that a stranger holds no thread.
+        if _send(peer, HookReply(HookCode.REFUSED, "not allowed: the hook socket takes root only")):
+            denied.add(peer)
+        else:
+            peer.close()
         try:
             self._on_denied(caller)
         except Exception:  # noqa: BLE001 - the acceptor must live on
@@ -191,7 +203,9 @@ class HookServer:
         except Exception as error:  # noqa: BLE001 - the hook must hear something
             _log.exception("answering a hook failed")
             reply = HookReply(HookCode.UNABLE, f"internal error ({type(error).__name__})")
-        _send(peer, reply)
+        with peer, contextlib.suppress(OSError):
+            if _send(peer, reply):
+                drain(peer)
 
     def _answer(self, caller: Caller, request: HookRequest, since: float) -> HookReply:
         try:
@@ -246,13 +260,15 @@ def _receive(peer: socket.socket, deadline: float) -> HookRequest:
             return request
 
 
-def _send(peer: socket.socket, reply: HookReply) -> None:
-    with peer:
-        try:
-            peer.settimeout(_WRITE_S)
-            peer.sendall(reply.encode())
-        except OSError as error:
-            _log.debug("the hook went away before its answer: %s", error)
+def _send(peer: socket.socket, reply: HookReply) -> bool:
+    """Whether the answer was taken."""
+    try:
+        peer.settimeout(_WRITE_S)
+        peer.sendall(reply.encode())
+    except OSError as error:
+        _log.debug("the hook went away before its answer: %s", error)
+        return False
+    return True
 
 
 def _remove_stale(path: Path) -> None:

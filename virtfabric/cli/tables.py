@@ -35,6 +35,10 @@ def _residue(residue: Json) -> str:
 
 
 def _memory(value: int | None) -> str:
+    return "-" if value is None else Bytes(value).rounded()
+
+
+def _exact_memory(value: int | None) -> str:
     return "-" if value is None else str(Bytes(value))
 
 
@@ -196,8 +200,8 @@ def policy_lines(shown: Json) -> list[str]:
         f"drift {policy['drift']}",
         f"  cpu     reservation {_cpu(cpu['reservation'])}, limit {_cpu(cpu['limit'])}, shares "
         f"{cpu['shares']}, {cpu['placement']}, smt {cpu['smt']}",
-        f"  memory  reservation {_memory(memory['reservation'])}, limit "
-        f"{_memory(memory['limit'])}, shares {memory['shares']}",
+        f"  memory  reservation {_exact_memory(memory['reservation'])}, limit "
+        f"{_exact_memory(memory['limit'])}, shares {memory['shares']}",
     ]
     return lines + [
         f"  device  {d['capability']} x {d['count']}"

@@ -1,6 +1,6 @@
 """The agent's facade: every request, from every edge, is authorised here and handed on.
 
-It owns the start (recover, reconcile), the periodic tick (leases, residues, drift, telemetry)
+It owns the start (recover, reconcile), the periodic tick (residues, drift, telemetry)
 and the clean stop. It holds no policy of its own.
 """
 
@@ -17,6 +17,7 @@ from virtfabric.daemon.conductor import Conductor
 from virtfabric.daemon.drift import DriftWatch
 from virtfabric.daemon.guestpolicy import PolicyDesk, policy_view
 from virtfabric.daemon.jobs import Jobs
+from virtfabric.daemon.leases import LeaseWatch
 from virtfabric.daemon.ledger import Ledger
 from virtfabric.daemon.lifecycle import Lifecycle
 from virtfabric.daemon.notices import Notices
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.wiring import Settings, World
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
-    from virtfabric.model.ids import GuestId, JobId
+    from virtfabric.model.ids import GrantId, GuestId, JobId
 
     Json = dict[str, Any]
 
@@ -92,6 +93,7 @@ class Agent:
             jobs=self._jobs, lifecycle=self._lifecycle, writer=world.policies, clock=clock,
         )  # fmt: skip
         self._drift.repair_with(self._repair_guest)
+        self._leases = LeaseWatch(self._ledger, clock, self._expire)
         self._stop = threading.Event()
         self._ticker = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
         self._connected = False
@@ -106,15 +108,13 @@ class Agent:
         Raises:
             HypervisorGoneError: libvirt is not there.
         """
-        self._lifecycle.start()
-        done = threading.Event()
-        self._lifecycle.enqueue(lambda: self._lifecycle.resync(place=True))
-        self._lifecycle.enqueue(done.set)
+        done = self._lifecycle.enqueue(lambda: self._lifecycle.resync(place=True))
         self._world.events.start(self._on_event)
         self._connected = True
         done.wait()
         self._world.audit.append("agent.started", [], {"version": __version__})
         self._drift.check()
+        self._leases.start()
         self._ticker.start()
 
     def _on_event(self, event: Any) -> None:
@@ -130,6 +130,7 @@ class Agent:
         if self._stop.is_set():
             return
         self._stop.set()
+        self._leases.close()
         self._jobs.close()
         self._world.events.close()
         self._lifecycle.close()
@@ -165,14 +166,11 @@ class Agent:
                 log.warning("tick: %s", error)
 
     def _tick(self) -> None:
-        now = self._world.clock.now()
-        for grant in self._ledger.view().books.grants.values():
-            if grant.expires is not None and grant.expires <= now:
-                self._expire(grant.id)
+        self._lifecycle.retry_detained()
         self._telemetry = self._world.load.sample()
         self._stats = self._world.stats.sample()
 
-    def _expire(self, grant: Any) -> None:
+    def _expire(self, grant: GrantId) -> None:
         running = {j.title for j in self._jobs.all() if not j.ended.is_set()}
         if f"release of {grant}" not in running:
             log.info("the lease of %s ended", grant)
@@ -190,7 +188,7 @@ class Agent:
     def _repair_guest(self, guest: Any) -> None:
         state = self._observatory.guest(guest)
         job = self._lifecycle.converge([guest], f"repair of {state.name if state else guest}")
-        self._lifecycle.enqueue(lambda: self._after_repair(guest, job))
+        self._lifecycle.enqueue(lambda: self._after_repair(guest, job), guest)
 
     def _after_repair(self, guest: Any, job: Any) -> None:
         job.ended.wait()
@@ -406,7 +404,7 @@ class Agent:
     def hook_prepare(self, caller: Caller, xml: str, *, wait_s: float) -> str:
         """See `AgentApi`."""
         self._require(caller, Action.HOOK, hook="prepare")
-        return self._lifecycle.admit(xml, wait_s)
+        return self._lifecycle.admission.admit(xml, wait_s)
 
     def hook_notify(self, caller: Caller, name: str, operation: str, xml: str) -> None:
         """See `AgentApi`."""

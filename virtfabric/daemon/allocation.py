@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.daemon.intake import parse_request
-from virtfabric.daemon.lifecycle import new_request
-from virtfabric.daemon.undertaking import Undertaking
+from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.model.amounts import CPU, MEMORY, Key
 from virtfabric.model.errors import Reason, Refusal, RefusedError
 from virtfabric.model.ids import GrantId

@@ -9,35 +9,30 @@ from __future__ import annotations
 import logging
 import uuid
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Final
 
 from virtfabric.daemon.executor import Execution, Progress, Shortfall, Stopwatch
-from virtfabric.daemon.undertaking import Outcome
+from virtfabric.daemon.settlement import Settlement, refusal_body, subjects_of
 from virtfabric.daemon.unfinished import Unfinished
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.errors import (
-    JournalError,
     Reason,
     Refusal,
     RefusedError,
     StepCancelledError,
-    VirtfabricError,
 )
-from virtfabric.model.guest import MemoryMechanism
-from virtfabric.model.ids import GrantId, LoanId, TransactionId
-from virtfabric.model.ledger import Books, Grant, HostSnapshot, Residue
-from virtfabric.policy.loans import settle
+from virtfabric.model.ids import TransactionId
 from virtfabric.policy.placement import plan_convergence, plan_decision
-from virtfabric.ports import TransactionState
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Collection
 
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.observatory import Observatory
-    from virtfabric.daemon.undertaking import Caps, Place, Undertaking
+    from virtfabric.daemon.undertaking import Caps, Outcome, Place, Undertaking
     from virtfabric.model.decision import Decision
     from virtfabric.model.ids import GuestId, RequestId
+    from virtfabric.model.ledger import HostSnapshot
     from virtfabric.model.plan import Plan
     from virtfabric.ports import AuditLog, Clock, Handlers, Journal
 
@@ -72,6 +67,10 @@ class Conductor:
         self.unfinished = Unfinished(
             ledger=ledger, journal=journal, audit=audit, handlers=handlers, clock=clock
         )
+        self._settlement = Settlement(
+            ledger=ledger, observatory=observatory, journal=journal, audit=audit, clock=clock,
+            unfinished=self.unfinished,
+        )  # fmt: skip
 
     def place_decision(self, deadline_s: float) -> Place:
         """A placer of decisions, with this deadline for each step that needs a guest."""
@@ -83,12 +82,23 @@ class Conductor:
         return place
 
     def place_convergence(self, request: RequestId, guests: Collection[GuestId] | None) -> Place:
-        """A placer that brings what is found to what the books say."""
+        """A placer that brings what is found to what the books say.
+
+        A guest that a job detains is left as it is: it is for the caller to place it later.
+        """
 
         def place(snapshot: HostSnapshot, _: Decision | None) -> Plan | Refusal:
-            return plan_convergence(snapshot, guests, request)
+            return _spare_detained(snapshot, plan_convergence(snapshot, guests, request))
 
         return place
+
+    def place_departure(self, deadline_s: float) -> Place:
+        """As `place_decision`, for what can only free something: no detained guest is waited for.
+
+        What comes home to one is in the books at once, and on it when the caller places it.
+        """
+        inner = self.place_decision(deadline_s)
+        return lambda snapshot, decision: _spare_detained(snapshot, inner(snapshot, decision))
 
     def consider(
         self, work: Undertaking, *, without: TransactionId | None = None, caps: Caps | None = None
@@ -125,7 +135,7 @@ class Conductor:
             self._audit.append(
                 "request.refused",
                 [work.request],
-                work.body | {"title": work.title, **_refusal_body(error.refusal)},
+                work.body | {"title": work.title, **refusal_body(error.refusal)},
             )
             raise
         try:
@@ -147,23 +157,27 @@ class Conductor:
         while True:
             if progress.cancelled.is_set():
                 raise StepCancelledError("cancelled before anything was changed")
+            with outside:
+                self._observatory.refresh_jobs()
+            since, waits = self._ledger.view().generation, "waiting for another plan"
             answer = self.consider(work)
             if isinstance(answer, Refusal):
                 if not self._worth_waiting(answer, until):
                     raise RefusedError(answer)
+                waits = f"waiting for another plan ({answer.detail})"
             else:
                 snapshot, decision, plan = answer
                 touched = _guests_of(work, decision, plan)
-                if not touched & snapshot.busy:
+                obstacle = _obstacle(snapshot, touched, plan)
+                if not obstacle:
                     if self._take_hold(work, txn, answer, touched, outside):
                         return decision, plan
                     continue
                 if self._clock.monotonic() >= until:
-                    raise RefusedError(
-                        Refusal(Reason.BUSY, "another plan works on the same guests; try again")
-                    )
-            progress.progress(0.0, "waiting for another plan")
-            self._ledger.wait_change(WAIT_SLICE_S)
+                    raise RefusedError(Refusal(Reason.BUSY, f"{obstacle}; try again"))
+                waits = f"waiting: {obstacle}"
+            progress.progress(0.0, waits)
+            self._ledger.wait_change(since, WAIT_SLICE_S)
 
     def _take_hold(
         self,
@@ -212,13 +226,13 @@ class Conductor:
         self._journal.begin(txn, body, self._clock.now())
         execution = Execution(txn, self._journal, self._handlers, self._clock, progress, outside)
         try:
-            self._audit.append("plan.begun", _subjects(work, txn, decision), body)
+            self._audit.append("plan.begun", subjects_of(work, txn, decision), body)
             execution.extend(plan.steps)
             decision, plan = self._run(work, txn, decision, plan, execution)
-            return self._commit(work, txn, decision, plan, execution, began)
+            return self._settlement.commit(work, txn, decision, plan, execution, began)
         except Exception as error:
             # also for a defect of ours: what was applied must not stay
-            self._undo(work, txn, decision, execution, error)
+            self._settlement.undo(work, txn, decision, execution, error)
             raise
 
     def _names(
@@ -245,7 +259,7 @@ class Conductor:
             caps[short.step.guest] = Amounts.of(cpu=1 << 40, memory=gave)
             log.warning("%s; asking the next victim", short.detail)
             self._audit.append(
-                "plan.topped-up", _subjects(work, txn, decision), {"why": short.detail}
+                "plan.topped-up", subjects_of(work, txn, decision), {"why": short.detail}
             )
             decision, plan = self._replan(work, txn, caps, short)
             execution.extend(plan.steps)
@@ -267,157 +281,6 @@ class Conductor:
                 return decision, plan
         raise RefusedError(_uncooperative(short))
 
-    def _commit(
-        self,
-        work: Undertaking,
-        txn: TransactionId,
-        decision: Decision | None,
-        plan: Plan,
-        execution: Execution,
-        began: float,
-    ) -> Outcome:
-        with execution.outside:
-            incoming = {work.incoming.uuid} if work.incoming else set()
-            self._observatory.refresh(plan.guests - incoming)
-        now = self._clock.now()
-        grant = self._new_grant(work, decision, now)
-        loans = (
-            [LoanId(f"loan-{uuid.uuid4().hex[:10]}") for _ in decision.takes] if decision else []
-        )
-        took = self._clock.monotonic() - began
-        final: list[Books] = []
-
-        def change(books: Books) -> Books:
-            if decision is not None:
-                books = settle(
-                    books, decision, grant=work.ends, new_grant=grant, loan_ids=loans, at=now,
-                    orders=plan.orders,
-                )  # fmt: skip
-            elif plan.orders:
-                books = _with_orders(books, plan.orders)
-            if work.settle_books is not None:
-                books = work.settle_books(books)
-            residues = (*execution.residues, *self._residues(books, plan.guests, now))
-            kept = (r for r in books.residues if r.guest not in plan.guests)
-            return replace(books, residues=(*kept, *residues))
-
-        def store(books: Books) -> None:
-            outcome = {"state": "committed", "grant": grant.to_json() if grant else None}
-            self._journal.close(txn, TransactionState.COMMITTED, outcome, books)
-            final.append(books)
-
-        self._ledger.commit(txn, change, store)
-        residues = tuple(r for r in final[0].residues if r.guest in plan.guests)
-        own = max(0.0, took - execution.outside.seconds)
-        outcome = Outcome(
-            txn, decision, grant, tuple(str(s) for s in execution.applied), residues,
-            tuple(o.to_json() for o in plan.offers), took, own,
-        )  # fmt: skip
-        try:
-            self._audit_commit(work, outcome, loans)
-        except JournalError as full:
-            # it is done and in the books: only the record is missing, and that must be told
-            log.error("%s: done, but the audit log cannot take it: %s", txn, full)
-        return outcome
-
-    def _new_grant(self, work: Undertaking, decision: Decision | None, now: float) -> Grant | None:
-        if decision is None:
-            return None
-        gain = decision.delta.positive()
-        if not work.grants or not gain:
-            return None
-        return Grant(
-            GrantId(f"grant-{uuid.uuid4().hex[:10]}"), decision.guest, gain, work.request, now,
-            now + work.lease_s if work.lease_s else None,
-        )  # fmt: skip
-
-    def _residues(self, books: Books, guests: Collection[GuestId], now: float) -> list[Residue]:
-        """What a guest still has beyond its holding: memory inside the step's tolerance, vCPUs.
-
-        Surplus vCPUs take nothing from anybody: quota and pins hold them.
-        """
-        found = []
-        for guest in guests:
-            state, holding = self._observatory.guest(guest), books.holdings.get(guest)
-            if state is None or holding is None:
-                continue
-            surplus = state.vcpus_online - max(1, holding.amounts.cpu.whole)
-            if surplus > 0:
-                why = "plugged beyond what it holds; its cap and pins hold them"
-                found.append(Residue(guest, "vcpu", surplus * 1000, now, why))
-            excess = state.memory_current - holding.amounts.memory
-            if excess > 0 and state.mechanism is not MemoryMechanism.FIXED:
-                found.append(Residue(guest, "memory", excess, now, "the guest has not let go yet"))
-        return found
-
-    def _audit_commit(self, work: Undertaking, outcome: Outcome, loans: list[LoanId]) -> None:
-        decision = outcome.decision
-        subjects = [*_subjects(work, outcome.txn, decision), *loans]
-        if outcome.grant:
-            subjects.append(outcome.grant.id)
-        if work.ends:
-            subjects.append(work.ends.id)
-        self._audit.append(
-            "plan.committed",
-            subjects,
-            {
-                "title": work.title, "request": work.request, "txn": outcome.txn,
-                "grant": outcome.grant.to_json() if outcome.grant else None, "loans": loans,
-                "decision": decision.to_json() if decision else None,
-                "steps": list(outcome.steps), "took_s": round(outcome.took_s, 3),
-                "residues": [r.to_json() for r in outcome.residues],
-            },
-        )  # fmt: skip
-
-    # -- undoing ----------------------------------------------------------------------------
-
-    def _undo(
-        self,
-        work: Undertaking,
-        txn: TransactionId,
-        decision: Decision | None,
-        execution: Execution,
-        error: Exception,
-    ) -> None:
-        touched = {s.guest for s in execution.applied}
-        problems = execution.rollback()
-        body: dict[str, Any] = {
-            "title": work.title, "request": work.request, "txn": txn, "why": str(error),
-            "not_undone": problems,
-        }  # fmt: skip
-        kind = "plan.undone"
-        if isinstance(error, RefusedError):
-            body |= _refusal_body(error.refusal)
-            kind = "request.refused"
-        try:
-            if problems:
-                self.unfinished.add(txn)
-            else:
-                self._close_undone(txn, execution, touched, str(error))
-            self._audit.append(kind, _subjects(work, txn, decision), body)
-        except JournalError as full:
-            self.unfinished.add(txn)
-            log.error("undone, but the journal cannot take it (%s); tried again later", full)
-        try:
-            self._observatory.refresh(touched)
-        except VirtfabricError as again:
-            log.warning("cannot read back after an undo: %s", again)
-
-    def _close_undone(
-        self, txn: TransactionId, execution: Execution, touched: set[GuestId], why: str
-    ) -> None:
-        residues = tuple(execution.residues)
-        outcome = {"state": "undone", "why": why, "residues": [r.to_json() for r in residues]}
-
-        def change(books: Books) -> Books:
-            kept = (r for r in books.residues if r.guest not in touched)
-            return replace(books, residues=(*kept, *residues)) if residues else books
-
-        self._ledger.commit(
-            txn, change,
-            lambda books: self._journal.close(txn, TransactionState.UNDONE, outcome, books),
-        )  # fmt: skip
-
 
 def _guests_of(work: Undertaking, decision: Decision | None, plan: Plan) -> frozenset[GuestId]:
     held = (decision.holdings or {}) if decision else {}
@@ -425,24 +288,22 @@ def _guests_of(work: Undertaking, decision: Decision | None, plan: Plan) -> froz
     return plan.guests | frozenset(held) | own
 
 
-def _subjects(work: Undertaking, txn: TransactionId, decision: Decision | None) -> list[str]:
-    subjects: list[str] = [work.request, txn]
-    if decision is not None:
-        subjects += [decision.guest, *(t.victim for t in decision.takes)]
-        subjects += [*(r.victim for r in decision.returns), *(r.loan for r in decision.returns)]
-    return list(dict.fromkeys(subjects))
+def _obstacle(snapshot: HostSnapshot, touched: frozenset[GuestId], plan: Plan) -> str:
+    """Why the plan cannot be carried out yet; "" when it can."""
+    if touched & snapshot.busy:
+        return "another plan works on the same guests"
+    for guest in sorted(plan.guests & _detained(snapshot)):
+        state = snapshot.guests[guest]
+        return f"{state.name} has a job running: {state.job}"
+    return ""
 
 
-def _with_orders(books: Books, orders: Mapping[GuestId, tuple[int, ...]]) -> Books:
-    holdings = {g: replace(h, order=orders.get(g, h.order)) for g, h in books.holdings.items()}
-    return replace(books, holdings=holdings)
+def _detained(snapshot: HostSnapshot) -> frozenset[GuestId]:
+    return frozenset(g for g, state in snapshot.guests.items() if state.detained)
 
 
-def _refusal_body(refusal: Refusal) -> dict[str, Any]:
-    return {
-        "reason": refusal.reason.value, "detail": refusal.detail,
-        "would_fit": dict(refusal.would_fit), "considered": list(refusal.considered),
-    }  # fmt: skip
+def _spare_detained(snapshot: HostSnapshot, plan: Plan | Refusal) -> Plan | Refusal:
+    return plan if isinstance(plan, Refusal) else plan.without(_detained(snapshot))
 
 
 def _uncooperative(short: Shortfall) -> Refusal:

@@ -81,7 +81,7 @@ class DriftWatch:
         self._repair = repair
 
     def find(self, guests: Iterable[GuestId] | None = None) -> list[Drift]:
-        """Differences as last read; guests with a running plan are left out."""
+        """Differences as last read; guests that a plan or a job works on are left out."""
         snapshot = self._observatory.snapshot()
         amounts = {g: h.amounts for g, h in snapshot.books.holdings.items()}
         layout = choose_layout(snapshot, amounts)
@@ -93,7 +93,7 @@ class DriftWatch:
             if guest not in amounts or state is None or not state.active:
                 continue
             policy = state.policy
-            if policy is None or guest in snapshot.busy:
+            if policy is None or guest in snapshot.busy or state.detained:
                 continue
             intended = intended_state(snapshot, amounts, layout, guest)
             state = _with_affinity(state, snapshot.topology.cpus)

@@ -34,7 +34,12 @@ log = logging.getLogger(__name__)
 
 
 class Progress:
-    """What a handler sees of the job it works for; maps a step's progress to the whole plan's."""
+    """What a handler sees of the job it works for; maps a step's progress to the whole plan's.
+
+    Attributes:
+        step: the step that is being applied; None before, after, and while it is undone.
+        doing: what the job does or waits for now, in words.
+    """
 
     def __init__(
         self, report: Callable[[float, str], None], cancelled: threading.Event | None = None
@@ -43,19 +48,27 @@ class Progress:
         self._cancelled = cancelled or threading.Event()
         self._base = 0.0
         self._span = 1.0
+        self.step: Step | None = None
+        self.doing = "deciding"
 
     @property
     def cancelled(self) -> threading.Event:
         """Set when the caller gave up."""
         return self._cancelled
 
-    def enter(self, done: int, total: int, text: str) -> None:
+    def enter(self, done: int, total: int, step: Step) -> None:
         """Step number `done` of `total` begins."""
         self._base, self._span = done / max(total, 1), 1 / max(total, 1)
-        self._report(self._base, text)
+        self.step, self.doing = step, str(step)
+        self._report(self._base, str(step))
+
+    def leave(self, doing: str) -> None:
+        """No step is being applied any more."""
+        self.step, self.doing = None, doing
 
     def progress(self, fraction: float, text: str) -> None:
         """A handler reports 0..1 of its step."""
+        self.doing = text
         self._report(self._base + self._span * min(max(fraction, 0.0), 1.0), text)
 
 
@@ -136,7 +149,7 @@ class Execution:
         """
         while self._waiting:
             index, step = self._waiting.pop(0)
-            self._progress.enter(len(self._done), self._total, str(step))
+            self._progress.enter(len(self._done), self._total, step)
             if self._progress.cancelled.is_set():
                 raise StepCancelledError("cancelled by the caller")
             self._journal.mark(self._txn, index, StepState.APPLYING)
@@ -154,6 +167,7 @@ class Execution:
                 if not step.optional or isinstance(error, JournalError):
                     raise
                 self._skip(index, step, error)
+        self._progress.leave("writing the journal")
         return None
 
     def _carry_out(self, index: int, step: Step) -> None:
@@ -182,14 +196,23 @@ class Execution:
             stays as it is, so that the next start of the agent tries again.
         """
         problems: list[str] = []
+        self._progress.leave("undoing")
         while self._done:
             index, step = self._done.pop()
             self._progress.progress(0.0, f"undoing: {step.inverse()}")
             try:
                 left = self._handlers.for_step(step).undo(step)
             except VirtfabricError as error:
-                log.exception("cannot undo %s", step)
+                why = f"{error}; {error.advice}" if error.advice else str(error)
+                log.error("cannot undo %s: %s", step, why)
                 problems.append(f"{step.inverse()}: {error}")
+                continue
+            except Exception as error:
+                # a defect in one handler must not keep the others from undoing theirs
+                why = f"internal error ({type(error).__name__}: {error})"
+                log.error("cannot undo %s: %s", step, why)
+                log.debug("cannot undo %s", step, exc_info=True)
+                problems.append(f"{step.inverse()}: {why}")
                 continue
             what = "vcpu" if isinstance(step, SetVcpuCount) else "memory"
             self._note(what, step, left * 1000 if what == "vcpu" else left, "left by an undo")

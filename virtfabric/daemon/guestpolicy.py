@@ -1,21 +1,27 @@
-"""`policy show | set | clear`: the metadata of a guest, and what a change of it leads to."""
+"""`policy show | set | clear`: the metadata of a guest, and what a change of it leads to.
+
+For a running guest both are one transaction: the metadata is a step like any other, so that a
+plan that is undone, or was cut off, takes it back as well.
+"""
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.daemon.intake import parse_policy_changes
-from virtfabric.daemon.lifecycle import new_request
-from virtfabric.daemon.undertaking import Undertaking
-from virtfabric.domxml.policy import format_policy
-from virtfabric.model.amounts import CPU, MEMORY, Key
+from virtfabric.daemon.undertaking import Undertaking, new_request
+from virtfabric.domxml.policy import format_bare_policy, format_policy
+from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
+from virtfabric.model.decision import Decision
 from virtfabric.model.errors import Reason, Refusal, RefusedError
+from virtfabric.model.plan import Definition, SetPolicy
 from virtfabric.model.policy import Placement
 from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
-from virtfabric.policy.arbiter import choose_allocation
+from virtfabric.policy.arbiter import choose_admission, choose_allocation
 from virtfabric.policy.loans import depart
-from virtfabric.policy.placement import plan_lift
+from virtfabric.policy.placement import plan_convergence, plan_decision, plan_lift
 from virtfabric.policy.standing import ceiling_of, floor_of
 
 if TYPE_CHECKING:
@@ -23,13 +29,15 @@ if TYPE_CHECKING:
 
     from virtfabric.daemon.conductor import Conductor
     from virtfabric.daemon.executor import Progress
-    from virtfabric.daemon.jobs import Job, Jobs
+    from virtfabric.daemon.jobs import Jobs
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.lifecycle import Lifecycle
     from virtfabric.daemon.observatory import Observatory
-    from virtfabric.model.amounts import Amounts
+    from virtfabric.daemon.undertaking import Caps, Outcome
     from virtfabric.model.guest import GuestState
-    from virtfabric.model.ids import GuestId
+    from virtfabric.model.ids import GuestId, RequestId
+    from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.plan import Plan
     from virtfabric.model.policy import GuestPolicy
     from virtfabric.ports import Clock, PolicyWriter
 
@@ -42,7 +50,7 @@ def policy_view(guest: GuestState) -> Json:
     return {
         "uuid": guest.uuid, "name": guest.name, "managed": guest.managed,
         "policy_error": guest.policy_error, "policy": policy,
-        "xml": format_policy(guest.policy) if guest.policy else "", "job": None,
+        "xml": format_policy(guest.policy) if guest.policy else guest.policy_text, "job": None,
     }  # fmt: skip
 
 
@@ -77,71 +85,71 @@ class PolicyDesk:
         return parse_policy_changes(guest.policy, changes)
 
     def set(self, guest: GuestState, policy: GuestPolicy, *, uid: int) -> Json:
-        """Write it; a running guest is brought inside its new bounds and placed."""
+        """Write it; a running guest is brought inside its new bounds and placed, or all is undone.
+
+        Returns:
+            The policy as it will be, with the job where the guest runs.
+
+        Raises:
+            RefusedError: BUSY.
+        """
+        self._check_free(guest)
+        if not guest.active:
+            self._write_only(guest, policy)
+            return policy_view(self._observatory.guest(guest.uuid) or guest)
+        job = self._jobs.start(
+            f"new policy of {guest.name}",
+            lambda _, progress: self._change(guest, policy, progress),
+            uid=uid,
+        )
+        return policy_view(replace(guest, policy=policy, policy_error="")) | {"job": job.id}
+
+    def _write_only(self, guest: GuestState, policy: GuestPolicy | None) -> None:
+        """Nothing of it concerns anybody who runs: one call of libvirt does it all."""
         self._writer.write_policy(guest.uuid, policy)
         self._observatory.refresh([guest.uuid])
-        after = self._observatory.guest(guest.uuid)
-        if after is None:
-            raise RefusedError(Refusal(Reason.UNKNOWN_GUEST, f"{guest.name} went away"))
-        answer = policy_view(after)
-        if after.active:
-            title = f"new policy of {after.name}"
-            job = self._jobs.start(title, lambda j, p: self._follow(after.uuid, j, p), uid=uid)
-            answer["job"] = job.id
-        return answer
 
-    def _follow(self, guest: GuestId, _: Job, progress: Progress) -> Json:
-        if guest not in self._ledger.view().books.holdings:
-            self._lifecycle.settle_in(guest)
-            return {"steps": []}
-        request = self._correction(guest)
-        if request is not None:
-            work = Undertaking(
-                request.id,
-                "bounds of a new policy",
-                self._conductor.place_decision(30.0),
-                lambda snapshot, caps: choose_allocation(snapshot, request, caps=caps),
-                body={"asked": request.to_json()},
-            )
-            self._conductor.conduct(work, progress)
-        job = self._lifecycle.converge(None, "placement after a new policy")
-        job.ended.wait()
-        if job.error:
-            raise RefusedError(Refusal(Reason.NO_PLACEMENT, job.error["detail"]))
-        return job.result or {}
+    def _check_free(self, guest: GuestState) -> None:
+        """Metadata is a change like any other.
 
-    def _correction(self, guest: GuestId) -> Request | None:
-        """What brings the holding between floor and ceiling; None where it is there already."""
-        snapshot = self._observatory.snapshot()
-        state = snapshot.guests[guest]
-        held = snapshot.books.holdings[guest].amounts
-        target = self._clamp(state, held, floor_of(state, snapshot), ceiling_of(state, snapshot))
-        if target == held:
-            return None
-        cpu, memory = Key(CPU), Key(MEMORY)
-        return Request(
-            new_request(), guest, AGENT, Origin.AGENT,
-            cpu=Want(Mode.TO, target[cpu]) if target[cpu] != held[cpu] else None,
-            memory=Want(Mode.TO, target[memory]) if target[memory] != held[memory] else None,
-        )  # fmt: skip
+        Raises:
+            RefusedError: BUSY, a job of libvirt is in the way.
+        """
+        self._observatory.refresh([guest.uuid])
+        now = self._observatory.guest(guest.uuid)
+        if now is not None and now.detained:
+            raise RefusedError(Refusal(Reason.BUSY, f"{now.name} has a job running: {now.job}"))
 
-    def _clamp(self, state: GuestState, held: Amounts, floor: Amounts, ceiling: Amounts) -> Amounts:
-        target = held
-        for resource in (CPU, MEMORY):
-            key = Key(resource)
-            value = max(floor[key], min(held[key], ceiling[key]))
-            target = target.with_value(key, value)
-        dedicated = state.policy is not None and state.policy.cpu.placement is Placement.DEDICATED
-        if dedicated:
-            target = target.with_value(Key(CPU), target.cpu.whole * 1000)
-        return target
+    def _change(self, guest: GuestState, policy: GuestPolicy, progress: Progress) -> Json:
+        request = new_request()
+        work = Undertaking(
+            request,
+            f"new policy of {guest.name}",
+            lambda snapshot, decision: _place(snapshot, decision, guest.uuid, policy),
+            lambda snapshot, caps: _decide(snapshot, caps, guest, policy, request),
+            body={"guest": guest.uuid, "name": guest.name, "policy": format_bare_policy(policy)},
+        )
+        outcome = self._conductor.conduct(work, progress)
+        # alerts about the former policy end, and what other guests' plans left undone is done
+        self._lifecycle.enqueue(partial(self._lifecycle.settle_in, guest.uuid), guest.uuid)
+        return self._result(request, outcome)
+
+    def _result(self, request: RequestId, outcome: Outcome) -> Json:
+        return {
+            "request": request, "txn": outcome.txn, "steps": list(outcome.steps),
+            "residues": [r.to_json() for r in outcome.residues],
+        }  # fmt: skip
 
     def clear(self, guest: GuestState, *, uid: int) -> Json:
-        """Make it unmanaged: caps and pins lifted, books closed, metadata removed."""
+        """Make it unmanaged: caps and pins lifted, books closed, metadata removed.
+
+        Raises:
+            RefusedError: BUSY.
+        """
+        self._check_free(guest)
         answer = policy_view(guest) | {"policy": None, "xml": "", "managed": False}
         if not guest.active or guest.uuid not in self._ledger.view().books.holdings:
-            self._writer.write_policy(guest.uuid, None)
-            self._observatory.refresh([guest.uuid])
+            self._write_only(guest, None)
             return answer
         job = self._jobs.start(
             f"lift of {guest.name}", lambda _, progress: self._lift(guest, progress), uid=uid
@@ -151,15 +159,101 @@ class PolicyDesk:
     def _lift(self, guest: GuestState, progress: Progress) -> Json:
         request = new_request()
         now = self._clock.now()
+
+        def place(snapshot: HostSnapshot, _: Decision | None) -> Plan | Refusal:
+            return _writing(plan_lift(snapshot, guest.uuid, request), snapshot, guest.uuid, "")
+
         work = Undertaking(
             request,
             f"lift of {guest.name}",
-            lambda snapshot, _: plan_lift(snapshot, guest.uuid, request),
+            place,
             settle_books=lambda books: depart(books, guest.uuid, now),
             body={"guest": guest.uuid, "name": guest.name},
         )
         outcome = self._conductor.conduct(work, progress)
-        self._writer.write_policy(guest.uuid, None)
-        self._observatory.refresh([guest.uuid])
         self._lifecycle.converge(None, f"pool after {guest.name} was cleared").ended.wait()
-        return {"request": request, "steps": list(outcome.steps)}
+        return self._result(request, outcome)
+
+
+def _under(snapshot: HostSnapshot, guest: GuestId, policy: GuestPolicy) -> HostSnapshot:
+    """The host as it would be if the guest had this policy already."""
+    state = snapshot.guests.get(guest)
+    if state is None:
+        return snapshot
+    changed = replace(state, policy=policy, policy_error="")
+    return replace(snapshot, guests={**snapshot.guests, guest: changed})
+
+
+def _decide(
+    snapshot: HostSnapshot, caps: Caps, asked: GuestState, policy: GuestPolicy, request: RequestId
+) -> Decision | Refusal:
+    """What the new policy comes to; `asked` is the guest that it was made for, as it was then."""
+    guest = asked.uuid
+    found = snapshot.guests.get(guest)
+    if found is None or not found.active:
+        return Refusal(Reason.NOT_RUNNING, f"{asked.name} stopped meanwhile; set its policy again")
+    if found.policy_text != asked.policy_text:
+        return Refusal(Reason.STALE, f"the policy of {asked.name} changed meanwhile; set it again")
+    snapshot = _under(snapshot, guest, policy)
+    state = snapshot.guests[guest]
+    held = snapshot.books.holdings.get(guest)
+    if held is None:
+        return choose_admission(snapshot, state, request, caps=caps)
+    wanted = _correction(snapshot, state, held.amounts, request)
+    if wanted is None:
+        return Decision(request, guest, snapshot.generation, Amounts())
+    return choose_allocation(snapshot, wanted, caps=caps)
+
+
+def _place(
+    snapshot: HostSnapshot, decision: Decision | None, guest: GuestId, policy: GuestPolicy
+) -> Plan | Refusal:
+    assert decision is not None
+    then = _under(snapshot, guest, policy)
+    plan = (
+        plan_decision(then, decision)
+        if decision.holdings
+        else plan_convergence(then, [guest], decision.request)
+    )
+    if isinstance(plan, Refusal):
+        return plan
+    return _writing(plan, snapshot, guest, format_bare_policy(policy))
+
+
+def _writing(plan: Plan, snapshot: HostSnapshot, guest: GuestId, text: str) -> Plan:
+    """The plan, with the metadata written last: until then everybody sees the former policy."""
+    state = snapshot.guests[guest]
+    found = [(Definition.LIVE, state.policy_text)]
+    if state.persistent:
+        found.append((Definition.CONFIG, state.config_policy_text))
+    writes = tuple(
+        SetPolicy(guest=guest, name=state.name, definition=which, before=before, after=text)
+        for which, before in found
+        if before != text
+    )
+    return replace(plan, steps=plan.steps + writes)
+
+
+def _correction(
+    snapshot: HostSnapshot, state: GuestState, held: Amounts, request: RequestId
+) -> Request | None:
+    """What brings the holding between floor and ceiling; None where it is there already."""
+    target = _clamp(state, held, floor_of(state, snapshot), ceiling_of(state, snapshot))
+    if target == held:
+        return None
+    cpu, memory = Key(CPU), Key(MEMORY)
+    return Request(
+        request, state.uuid, AGENT, Origin.AGENT,
+        cpu=Want(Mode.TO, target[cpu]) if target[cpu] != held[cpu] else None,
+        memory=Want(Mode.TO, target[memory]) if target[memory] != held[memory] else None,
+    )  # fmt: skip
+
+
+def _clamp(state: GuestState, held: Amounts, floor: Amounts, ceiling: Amounts) -> Amounts:
+    target = held
+    for resource in (CPU, MEMORY):
+        key = Key(resource)
+        target = target.with_value(key, max(floor[key], min(held[key], ceiling[key])))
+    if state.policy is not None and state.policy.cpu.placement is Placement.DEDICATED:
+        target = target.with_value(Key(CPU), target.cpu.whole * 1000)
+    return target

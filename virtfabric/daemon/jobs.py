@@ -1,6 +1,7 @@
 """Jobs: long work with progress, an outcome, and a way to cancel it.
 
-Runs each job in a worker thread; D-Bus and `watch` see them through notices.
+Runs each job in a worker thread; D-Bus and `watch` see them through notices. A job that another
+job starts runs in that one's thread: a pool whose threads wait for each other stands still.
 """
 
 from __future__ import annotations
@@ -56,7 +57,11 @@ def refusal_json(refusal: Refusal) -> dict[str, Any]:
 
 @dataclass(slots=True)
 class Job:
-    """One piece of long work. Fields are replaced whole, so a reader sees no half state."""
+    """One piece of long work. Fields are replaced whole, so a reader sees no half state.
+
+    Attributes:
+        progress: how it goes; None while it waits for a thread.
+    """
 
     id: JobId
     title: str
@@ -66,6 +71,7 @@ class Job:
     text: str = ""
     result: dict[str, Any] | None = None
     error: dict[str, Any] | None = None
+    progress: Progress | None = None
     cancelled: threading.Event = field(default_factory=threading.Event)
     ended: threading.Event = field(default_factory=threading.Event)
 
@@ -87,11 +93,14 @@ class Jobs:
         self._jobs: OrderedDict[JobId, Job] = OrderedDict()
         self._pool = ThreadPoolExecutor(WORKERS, thread_name_prefix="plan")
         self._closing = False
+        self._within = threading.local()
 
     def start(
         self, title: str, work: Callable[[Job, Progress], dict[str, Any]], *, uid: int = 0
     ) -> Job:
         """Run `work` in a thread; it returns the job's result, or raises.
+
+        Called from a job, it returns when the new one has ended.
 
         Raises:
             RefusedError: the agent is shutting down.
@@ -103,8 +112,16 @@ class Jobs:
             self._jobs[job.id] = job
             for old in [i for i, j in self._jobs.items() if j.ended.is_set()][:-KEPT]:
                 del self._jobs[old]
-            self._pool.submit(self._run, job, work)
+            nested = getattr(self._within, "job", False)
+            if not nested:
+                self._pool.submit(self._run_first, job, work)
+        if nested:
+            self._run(job, work)
         return job
+
+    def _run_first(self, job: Job, work: Callable[[Job, Progress], dict[str, Any]]) -> None:
+        self._within.job = True
+        self._run(job, work)
 
     def _run(self, job: Job, work: Callable[[Job, Progress], dict[str, Any]]) -> None:
         def report(fraction: float, text: str) -> None:
@@ -114,7 +131,8 @@ class Jobs:
             )
 
         try:
-            job.result = work(job, Progress(report, job.cancelled))
+            job.progress = Progress(report, job.cancelled)
+            job.result = work(job, job.progress)
             state = JobState.DONE
         except StepCancelledError as error:
             state = JobState.CANCELLED

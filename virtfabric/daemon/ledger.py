@@ -119,7 +119,12 @@ class Ledger:
             self._generation += 1
             self._changed.notify_all()
 
-    def wait_change(self, timeout_s: float) -> None:
-        """Wait until a plan ends or the structure changes, at most `timeout_s`."""
+    def wait_change(self, since: int, timeout_s: float) -> None:
+        """Wait until a plan ends or the structure changes, at most `timeout_s`.
+
+        Returns at once where the generation is not `since` any more: what the caller saw then may
+        have changed before it came here.
+        """
         with self._changed:
-            self._changed.wait(timeout_s)
+            if self._generation == since:
+                self._changed.wait(timeout_s)

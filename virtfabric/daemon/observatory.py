@@ -123,6 +123,16 @@ class Observatory:
             self._ledger.touch()
         return changed
 
+    def refresh_jobs(self) -> None:
+        """Read the guests again that had a job when they were last read.
+
+        libvirt sends no event when a job begins, and none when a memory-only dump ends (9.0).
+
+        Raises:
+            HypervisorGoneError, HypervisorError
+        """
+        self.refresh([g.uuid for g in self.guests.values() if g.job is not None])
+
     def mark_stopped(self, guest: GuestId) -> None:
         """A guest has stopped (its hook or event says so): known without asking libvirt."""
         with self._lock:
@@ -131,7 +141,12 @@ class Observatory:
                 return
             if known.persistent:
                 self._guests[guest] = replace(
-                    known, state=RunState.SHUTOFF, pid=None, vcpu_threads={}, vcpu_affinity={}
+                    known,
+                    state=RunState.SHUTOFF,
+                    pid=None,
+                    vcpu_threads={},
+                    vcpu_affinity={},
+                    job=None,
                 )
             else:
                 del self._guests[guest]

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import uuid
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
+
+from virtfabric.model.ids import RequestId
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -12,7 +15,7 @@ if TYPE_CHECKING:
     from virtfabric.model.decision import Decision
     from virtfabric.model.errors import Refusal
     from virtfabric.model.guest import GuestState
-    from virtfabric.model.ids import GuestId, RequestId, TransactionId
+    from virtfabric.model.ids import GuestId, TransactionId
     from virtfabric.model.ledger import Books, Grant, HostSnapshot, Residue
     from virtfabric.model.plan import Plan
 
@@ -61,3 +64,13 @@ class Outcome:
     offers: tuple[dict[str, Any], ...]
     took_s: float
     agent_s: float
+
+
+def new_request() -> RequestId:
+    """A fresh request id."""
+    return RequestId(f"req-{uuid.uuid4().hex[:12]}")
+
+
+def summary(work: Undertaking, outcome: Outcome) -> dict[str, Any]:
+    """What the result of a job says of it."""
+    return {"request": work.request, "txn": outcome.txn, "steps": list(outcome.steps)}

@@ -39,6 +39,21 @@ class _Bus(MessageBus):  # type: ignore[misc]
             line += piece
         return line[:-2].decode()
 
+    def give_up(self) -> None:
+        """Let go of a connection that did not come about.
+
+        The library leaves socket and futures to the garbage collector, which then complains of
+        exceptions that nobody retrieved.
+        """
+        self._method_return_handlers.clear()
+        self._user_disconnect = True
+        self._finalize()
+        if not self._disconnect_future.cancelled():
+            self._disconnect_future.exception()
+        for end in (self._stream, self._sock):
+            with contextlib.suppress(OSError):
+                end.close()
+
 
 class Link:
     """A connection. Use from its event loop only."""
@@ -70,7 +85,11 @@ class Link:
         try:
             async with asyncio.timeout(timeout_s):
                 bus = _Bus(address) if address else _Bus(bus_type=BusType.SYSTEM)
-                await bus.connect()
+                try:
+                    await bus.connect()
+                except BaseException:
+                    bus.give_up()
+                    raise
         except TimeoutError:
             raise UnreachableError("the bus does not answer") from None
         except Exception as error:

@@ -10,8 +10,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from virtfabric.domxml.mark import read_mark
 from virtfabric.domxml.parse import parse_xml
-from virtfabric.domxml.policy import POLICY_TAG, parse_policy
+from virtfabric.domxml.policy import POLICY_TAG, bare_policy, parse_policy
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.guest import (
     GuestState,
@@ -89,6 +90,9 @@ def parse_domain(live_xml: str, config_xml: str | None) -> GuestState:
         persistent=config_xml is not None,
         policy=policy,
         policy_error=error,
+        marked_pins=read_mark(root),
+        policy_text=_read_policy_text(root),
+        config_policy_text="" if config is None else _read_policy_text(config),
     )
 
 
@@ -234,6 +238,11 @@ def _read_policy(root: etree._Element) -> tuple[GuestPolicy | None, str]:
         return parse_policy(found[0]), ""
     except InvalidValueError as error:
         return None, str(error)
+
+
+def _read_policy_text(root: etree._Element) -> str:
+    found = root.find(f"metadata/{POLICY_TAG}")
+    return "" if found is None else bare_policy(found)
 
 
 # -- values -----------------------------------------------------------------------------------

@@ -228,11 +228,40 @@ def format_bare_policy(policy: GuestPolicy) -> str:
     libvirt declares prefix and namespace itself (`virXMLInjectNamespace`) and fails when the
     element declares that prefix already.
     """
-    element = etree.fromstring(format_policy(policy))
-    bare = etree.Element("policy", dict(element.attrib))
-    for child in element.iterchildren(etree.Element):
-        etree.SubElement(bare, _local_name(child), dict(child.attrib))
-    return etree.tostring(bare, encoding="unicode")
+    return bare_policy(etree.fromstring(format_policy(policy)))
+
+
+def bare_policy(source: etree._Element | str) -> str:
+    """The element without its namespace and indentation, all else as somebody wrote it.
+
+    Args:
+        source: as libvirt has it, valid or not; a text may be without the namespace.
+    """
+    element = parse_xml(source, what="policy") if isinstance(source, str) else source
+    return etree.tostring(_bare(element), encoding="unicode")
+
+
+def _bare(element: etree._Element) -> etree._Element:
+    name = etree.QName(element)
+    own = name.namespace in (None, POLICY_NAMESPACE)
+    bare = etree.Element(name.localname if own else element.tag, dict(element.attrib))
+    bare.text = (element.text or "").strip() or None
+    bare.extend(_bare(child) for child in element.iterchildren(etree.Element))
+    return bare
+
+
+def parse_bare_policy(text: str) -> GuestPolicy:
+    """Read what `format_bare_policy` wrote.
+
+    Raises:
+        InvalidValueError: as `parse_policy`.
+    """
+    element = parse_xml(text, what="policy")
+    for part in element.iter(etree.Element):
+        name = etree.QName(part)
+        if name.namespace is None:
+            part.tag = f"{{{POLICY_NAMESPACE}}}{name.localname}"
+    return parse_policy(element)
 
 
 def _given(*pairs: tuple[str, object]) -> Iterable[tuple[str, object]]:
@@ -240,7 +269,7 @@ def _given(*pairs: tuple[str, object]) -> Iterable[tuple[str, object]]:
 
 
 def _format_size(size: int) -> str:
-    """Exact, unlike `str(Bytes)`: what is written must read back as the same amount."""
+    """In whole units: what is written must read back as the same amount, everywhere."""
     for unit, factor in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
         if size and size % factor == 0:
             return f"{size // factor}{unit}"

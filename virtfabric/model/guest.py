@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.units import Bytes, CpuSet
 
 if TYPE_CHECKING:
@@ -77,13 +78,16 @@ class GuestState:
             constraint for placement, the operator's hand.
         numa_mode, numa_nodes: live `<numatune>`, None and empty when not given.
         config_numa_nodes: nodes named in the persistent definition.
-        job: name of the job running on it ("backup", "migration"), None when free.
+        job: name of the job running on it ("backup", "migration-out"), None when free.
         policy: None for an unmanaged guest.
         policy_error: why its policy metadata is invalid; the guest is unmanaged then.
+        policy_text, config_policy_text: the metadata as it stands in the live and in the
+            persistent definition, valid or not, without namespace and indentation; empty
+            where there is none.
         vcpu_unplug: whether a vCPU may be taken away. False under TCG: with QEMU 7.2 any plug
             after an unplug corrupts QEMU's heap and kills the guest (measured, 5 of 5), so surplus
             vCPUs stay and share what the guest holds.
-        marked_pins: whether this agent marked pins in the metadata as its own.
+        marked_pins: which of the live pins this agent set, by the mark in the live metadata.
     """
 
     uuid: GuestId
@@ -110,6 +114,9 @@ class GuestState:
     vcpu_unplug: bool = True
     policy: GuestPolicy | None = None
     policy_error: str = ""
+    marked_pins: PinMark = NO_MARK
+    policy_text: str = ""
+    config_policy_text: str = ""
 
     @property
     def managed(self) -> bool:
@@ -120,3 +127,11 @@ class GuestState:
     def active(self) -> bool:
         """Whether it has a QEMU process."""
         return self.state is not RunState.SHUTOFF
+
+    @property
+    def detained(self) -> bool:
+        """Whether libvirt's job on it bars changes: each call would wait 30 s for it, then fail.
+
+        A backup does not: pins and vCPUs change meanwhile (measured, libvirt 9.0).
+        """
+        return self.job is not None and self.job != "backup"

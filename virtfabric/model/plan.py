@@ -7,15 +7,17 @@ versioned encoding, and one handler in an adapter; nothing here executes anythin
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.ids import GuestId
+from virtfabric.model.mark import PinMark
 from virtfabric.model.units import Bytes, CpuSet, MilliCpu
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from virtfabric.model.ids import RequestId
 
@@ -43,8 +45,9 @@ class Step:
         return replace(self, before=self.after, after=self.before)  # type: ignore[attr-defined, call-arg]
 
     def to_json(self) -> dict[str, Any]:
-        """Versioned encoding for the journal: CPU sets as text, amounts as integers."""
-        body = {k: str(v) if isinstance(v, CpuSet) else v for k, v in asdict(self).items()}
+        """Versioned encoding for the journal: CPU sets and marks as text, amounts as integers."""
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        body = {k: str(v) if isinstance(v, CpuSet | PinMark) else v for k, v in values.items()}
         return {"kind": self.kind, "version": self.version, **body}
 
     def describe(self) -> str:
@@ -176,13 +179,64 @@ class SetNodeset(Step):
         return f"{self.name}: memory on node {self.before} -> {self.after}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MarkPins(Step):
+    """Say in the live metadata which of the guest's pins are this agent's.
+
+    It follows the pins that it tells of. When a crash comes in between, the mark and the pins both
+    are those of before once the transaction is undone; until then, the new pins count as the
+    operator's, which is the side to err on.
+    """
+
+    kind: ClassVar[str] = "mark-pins"
+    before: PinMark
+    after: PinMark
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.name}: mark of our pins {self.before or 'none'} -> {self.after or 'none'}"
+
+
+class Definition(StrEnum):
+    """Which of a guest's two definitions."""
+
+    LIVE = "live"
+    CONFIG = "config"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetPolicy(Step):
+    """Write the policy metadata of one definition: XML as text, empty for none."""
+
+    kind: ClassVar[str] = "set-policy"
+    definition: Definition
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        """One line for a person."""
+        what = "removed" if not self.after else "changed" if self.before else "set"
+        return f"{self.name}: policy in the {self.definition} definition {what}"
+
+
 STEP_TYPES: dict[str, type[Step]] = {
     t.kind: t
     for t in (
         ResizeVirtioMem, SetBalloon, SetVcpuCount, PinVcpu, PinEmulator, SetQuota, SetShares,
-        SetNodeset,
+        SetNodeset, MarkPins, SetPolicy,
     )
 }  # fmt: skip
+
+
+def _parse_text(text: str, *, field: str) -> str:
+    return text
+
+
+_PARSERS: dict[type[Step], Callable[..., Any]] = {
+    PinVcpu: CpuSet.parse, PinEmulator: CpuSet.parse, SetNodeset: CpuSet.parse,
+    MarkPins: PinMark.parse, SetPolicy: _parse_text,
+}  # fmt: skip
+"""Of `before` and `after`, where the journal has text for them and no integer."""
 
 
 def parse_step(data: Mapping[str, Any]) -> Step:
@@ -198,17 +252,23 @@ def parse_step(data: Mapping[str, Any]) -> Step:
         raise InvalidValueError("step.version", data.get("version"), f"of {kind.kind} is unknown")
     body = {f.name: data[f.name] for f in fields(kind) if f.name in data}
     for name in ("before", "after"):
-        wants_cpus = kind in (PinVcpu, PinEmulator, SetNodeset)
-        value = body.get(name)
-        if not isinstance(value, str if wants_cpus else int):
-            raise InvalidValueError(f"step.{name}", value, "is missing or of the wrong type")
-        if isinstance(value, str):
-            body[name] = CpuSet.parse(value, field=f"step.{name}")
+        body[name] = _parse_value(kind, name, body.get(name))
+    if kind is SetPolicy:
+        if body.get("definition") not in tuple(Definition):
+            raise InvalidValueError("step.definition", body.get("definition"), "is not known")
+        body["definition"] = Definition(body["definition"])
     body["guest"] = GuestId.parse(str(body.get("guest")), field="step.guest")
     try:
         return kind(**body)
     except TypeError as error:
         raise InvalidValueError("step", dict(data), f"is incomplete: {error}") from None
+
+
+def _parse_value(kind: type[Step], name: str, value: object) -> object:
+    parse = _PARSERS.get(kind)
+    if not isinstance(value, str if parse else int):
+        raise InvalidValueError(f"step.{name}", value, "is missing or of the wrong type")
+    return parse(value, field=f"step.{name}") if parse else value
 
 
 @dataclass(frozen=True, slots=True)
@@ -255,3 +315,7 @@ class Plan:
     def guests(self) -> frozenset[GuestId]:
         """Every guest that a step touches."""
         return frozenset(step.guest for step in self.steps)
+
+    def without(self, guests: Collection[GuestId]) -> Plan:
+        """The same plan, with no step that touches one of these guests."""
+        return replace(self, steps=tuple(s for s in self.steps if s.guest not in guests))

@@ -16,13 +16,16 @@ _SUFFIX: Final = {
     "G": 1 << 30, "GIB": 1 << 30, "T": 1 << 40, "TIB": 1 << 40,
     "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
 }  # fmt: skip
-_SIZE = re.compile(r"([0-9]{1,15})(?:\.([0-9]{1,6}))?\s*([A-Za-z]{0,3})")
+_SIZE = re.compile(r"([0-9]{1,16})(?:\.([0-9]{1,6}))?\s*([A-Za-z]{0,3})")
 _CPU = re.compile(r"(?:([0-9]{1,6})(?:\.([0-9]{1,3}))?|([0-9]{1,9})m)")
 
 MAX_BYTES: Final = 1 << 50
 """1 PiB: no host of today has more, so a larger amount is a typing error."""
 MAX_MILLICPU: Final = 8192 * 1000
 """NR_CPUS_MAXSMP of Linux x86-64 (arch/x86/Kconfig), in milli-CPU."""
+
+_SHORT: Final = 8
+"""Characters of a size that a table takes as it is: `1088MiB`, `-1.25GiB`."""
 
 KIB: Final = 1 << 10
 MIB: Final = 1 << 20
@@ -54,12 +57,27 @@ class Bytes(int):
         return cls(value)
 
     def __str__(self) -> str:
-        """The shortest exact form with a binary unit, or one decimal where none is exact."""
+        """Exact: in the largest binary unit that takes at most two decimals (`1.5GiB`, `1025KiB`).
+
+        An amount in a message must never look like another one.
+        """
+        for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
+            hundredths, rest = divmod(abs(self) * 100, size)
+            if abs(self) >= size and not rest:
+                whole, part = divmod(hundredths, 100)
+                fraction = f".{part:02}".rstrip("0") if part else ""
+                return f"{'-' * (self < 0)}{whole}{fraction}{unit}"
+        return f"{int(self)}B"
+
+    def rounded(self) -> str:
+        """For a column of a table: exact where that is short, else `~31.3GiB`."""
+        exact = str(self)
+        if len(exact) <= _SHORT:
+            return exact
         for unit, size in (("GiB", GIB), ("MiB", MIB), ("KiB", KIB)):
             if abs(self) >= size:
-                exact = int(self) % size == 0
-                return f"{int(self) // size}{unit}" if exact else f"{int(self) / size:.1f}{unit}"
-        return f"{int(self)}B"
+                return f"~{round(int(self) / size, 1):.10g}{unit}"
+        return exact
 
 
 class MilliCpu(int):

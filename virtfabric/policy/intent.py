@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.guest import MemoryMechanism
+from virtfabric.model.mark import MarkedPin, PinMark
 from virtfabric.model.policy import DEFAULT_SHARES
 from virtfabric.model.units import MIB, Bytes, CpuSet, MilliCpu
 from virtfabric.policy.standing import CPU_KEY, MEMORY_KEY, WHOLE_CPU
@@ -125,6 +126,25 @@ def intended_pins(
         else:
             pins[vcpu] = CpuSet(around & state.config_pins.get(vcpu, around)) or around
     return pins
+
+
+def intended_mark(
+    state: GuestState, pins: Mapping[int, CpuSet], emulator: CpuSet, everywhere: CpuSet
+) -> PinMark:
+    """Which of these pins are ours to mark, once they are live.
+
+    Not the operator's own, and none where the guest is not pinned and need not be.
+    """
+    marked = []
+    for vcpu, cpus in sorted(pins.items()):
+        instead = state.config_pins.get(vcpu, CpuSet())
+        # one that is plugged later is pinned in any case
+        unpinned = vcpu < state.vcpus_online and not state.vcpu_affinity.get(vcpu)
+        if cpus != instead and not (unpinned and cpus == everywhere):
+            marked.append(MarkedPin(vcpu, cpus, instead))
+    if emulator and (state.emulator_affinity or emulator != everywhere):
+        marked.append(MarkedPin(None, emulator))
+    return PinMark(tuple(marked))
 
 
 def quota_of(state: GuestState) -> int:

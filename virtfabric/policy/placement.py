@@ -1,27 +1,22 @@
 """Placement: from amounts to a plan, the exact ordered steps for one snapshot of the host.
 
 Owns the order of steps: what needs a guest first (memory comes in before it goes out, vCPUs are
-plugged), then what is certain, leavers before newcomers, and last the vCPUs that may be unplugged
-where the guest cooperates. It must not choose amounts (arbiter) or pCPUs (layout).
+plugged), then what is certain, leavers before newcomers, then the mark of the pins, and last the
+vCPUs that may be unplugged where the guest cooperates. It must not choose amounts (arbiter) or
+pCPUs (layout); `policy.stepper` makes the single steps.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING
 
 from virtfabric.model.errors import Refusal
-from virtfabric.model.guest import MemoryMechanism, RunState
+from virtfabric.model.guest import RunState
 from virtfabric.model.plan import (
-    PinEmulator,
     PinVcpu,
     Plan,
-    ResizeVirtioMem,
-    SetBalloon,
-    SetNodeset,
     SetQuota,
-    SetShares,
-    SetVcpuCount,
     Step,
 )  # fmt: skip
 from virtfabric.model.policy import DEFAULT_SHARES
@@ -31,23 +26,19 @@ from virtfabric.policy.intent import (
     intended_pins,
     intended_state,
     memory_differs,
-    quota_of,
-    shares_of,
 )  # fmt: skip
 from virtfabric.policy.layout import Layout, choose_layout, present_layout
 from virtfabric.policy.standing import MEMORY_KEY, held_of
+from virtfabric.policy.stepper import DEADLINE_S, Stepper
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from virtfabric.model.amounts import Amounts
     from virtfabric.model.decision import Decision
-    from virtfabric.model.guest import GuestState, VirtioMem
     from virtfabric.model.ids import GuestId, RequestId
     from virtfabric.model.ledger import HostSnapshot
     from virtfabric.policy.intent import Intended
-
-DEADLINE_S: Final = 30.0
 
 
 def plan_decision(
@@ -119,13 +110,14 @@ def plan_lift(snapshot: HostSnapshot, guest: GuestId, request_id: RequestId) -> 
     steps: list[Step] = []
     if state is not None and state.active:
         everywhere = snapshot.topology.cpus
-        step = _Stepper(state, everywhere)
+        step = Stepper(state, everywhere)
         pins = {
             v: CpuSet(state.config_pins.get(v, everywhere) & everywhere) or everywhere
             for v in range(state.vcpus_online)
         }
         steps += [pin for v, cpus in pins.items() if (pin := step.pin(v, cpus))]
         steps += step.quota(UNCAPPED) + step.shares(DEFAULT_SHARES) + step.emulator(everywhere)
+        steps += step.no_mark()
     orders = {guest: ()} if held_order(snapshot, guest) else {}
     return Plan(request_id, snapshot.generation, tuple(steps), dict(orders))
 
@@ -156,6 +148,7 @@ class _Draft:
     new_pins: list[Step] = field(default_factory=list)
     caps_up: list[Step] = field(default_factory=list)
     rest: list[Step] = field(default_factory=list)
+    marks: list[Step] = field(default_factory=list)
     unplugs: list[Step] = field(default_factory=list)
 
     def bring(self, guest: GuestId, *, memory: bool, guest_answers: bool = True) -> None:
@@ -164,7 +157,7 @@ class _Draft:
         if state is None or not state.active or not state.managed:
             return
         intended = intended_state(self.snapshot, self.amounts, self.layout, guest)
-        step = _Stepper(state, self.snapshot.topology.cpus, self.deadline_s)
+        step = Stepper(state, self.snapshot.topology.cpus, self.deadline_s)
         if guest_answers:
             self._memory(step, intended, due=memory)
             self._vcpus(step, intended)
@@ -173,25 +166,32 @@ class _Draft:
         self._pins(step, intended.pins, plugged=guest_answers)
         self.rest += step.shares(intended.shares)
         self.rest += step.emulator(intended.emulator) + step.nodeset(intended.nodes)
+        self._mark(step, intended.pins, intended.emulator, plugged=guest_answers)
 
-    def _memory(self, step: _Stepper, intended: Intended, *, due: bool) -> None:
+    def _memory(self, step: Stepper, intended: Intended, *, due: bool) -> None:
         if intended.memory and (due or memory_differs(intended, step.state)):
             for change in step.memory(intended.memory):
                 (self.memory_in if change.after < change.before else self.memory_out).append(change)
 
-    def _vcpus(self, step: _Stepper, intended: Intended) -> None:
+    def _vcpus(self, step: Stepper, intended: Intended) -> None:
         if intended.vcpus > step.state.vcpus_online:
             self.plugs.append(step.vcpus(intended.vcpus, optional=False))
         elif intended.vcpus < step.state.vcpus_online and step.state.vcpu_unplug:
             self.unplugs.append(step.vcpus(intended.vcpus, optional=True))
 
-    def _pins(self, step: _Stepper, pins: Mapping[int, CpuSet], *, plugged: bool = False) -> None:
+    def _pins(self, step: Stepper, pins: Mapping[int, CpuSet], *, plugged: bool = False) -> None:
         for vcpu, cpus in pins.items():
             if vcpu >= step.state.vcpus_online:
                 if plugged:
                     self.new_pins.append(step.new_pin(vcpu, cpus))
             elif pin := step.pin(vcpu, cpus):
                 self.pins.append(pin)
+
+    def _mark(
+        self, step: Stepper, pins: Mapping[int, CpuSet], emulator: CpuSet, *, plugged: bool = False
+    ) -> None:
+        there = {v: c for v, c in pins.items() if plugged or v < step.state.vcpus_online}
+        self.marks += step.mark(there, emulator)
 
     def disturb(self, done: Collection[GuestId]) -> None:
         """New pins for everyone else whom the new layout concerns."""
@@ -210,10 +210,12 @@ class _Draft:
         state = self.snapshot.guests.get(guest)
         if state is None or not state.active or not state.managed:
             return
-        step = _Stepper(state, self.snapshot.topology.cpus, self.deadline_s)
+        step = Stepper(state, self.snapshot.topology.cpus, self.deadline_s)
         order = self.layout.orders.get(guest, ())
-        self._pins(step, intended_pins(state, order, self.layout.pool, state.vcpus_online))
+        pins = intended_pins(state, order, self.layout.pool, state.vcpus_online)
+        self._pins(step, pins)
         self.rest += step.emulator(self.layout.housekeeping)
+        self._mark(step, pins, self.layout.housekeeping)
         if nodes := self.layout.nodes.get(guest):
             self.rest += step.nodeset(nodes)
 
@@ -222,7 +224,7 @@ class _Draft:
         steps = (
             *self.memory_in, *self.memory_out, *self.plugs, *self.caps_down,
             *order_pins(self.pins, self.layout.orders), *self.new_pins, *self.caps_up, *self.rest,
-            *self.unplugs,
+            *self.marks, *self.unplugs,
         )  # fmt: skip
         # a guest that is dedicated no more gives its order back
         orders: dict[GuestId, tuple[int, ...]] = {
@@ -290,109 +292,3 @@ def _on_ring(waits_for: list[set[int]], left: Collection[int]) -> int:
 
 def _shrinks(quota: Iterable[SetQuota]) -> bool:
     return any(q.before == UNCAPPED or UNCAPPED < q.after < q.before for q in quota)
-
-
-@dataclass(frozen=True, slots=True)
-class _Stepper:
-    """Makes steps for one guest from what was found; a step that changes nothing is not made."""
-
-    state: GuestState
-    everywhere: CpuSet
-    deadline_s: float = DEADLINE_S
-
-    def pin(self, vcpu: int, after: CpuSet) -> PinVcpu | None:
-        """Of a plugged vCPU."""
-        before = self.state.vcpu_affinity.get(vcpu) or self.everywhere
-        if not after or before == after:
-            return None
-        return PinVcpu(
-            guest=self.state.uuid, name=self.state.name, vcpu=vcpu, before=before, after=after
-        )
-
-    def new_pin(self, vcpu: int, after: CpuSet) -> PinVcpu:
-        """Of a vCPU that an earlier step plugs: undoing that takes the pin along."""
-        return PinVcpu(
-            guest=self.state.uuid, name=self.state.name, vcpu=vcpu, before=after, after=after
-        )
-
-    def quota(self, after: int) -> list[SetQuota]:
-        """The cap of the whole guest."""
-        before = quota_of(self.state)
-        if before == after:
-            return []
-        return [SetQuota(guest=self.state.uuid, name=self.state.name, before=before, after=after)]
-
-    def shares(self, after: int) -> list[Step]:
-        """Its weight."""
-        before = shares_of(self.state)
-        if before == after:
-            return []
-        return [SetShares(guest=self.state.uuid, name=self.state.name, before=before, after=after)]
-
-    def emulator(self, after: CpuSet) -> list[Step]:
-        """Its emulator threads."""
-        before = self.state.emulator_affinity or self.everywhere
-        if not after or before == after:
-            return []
-        return [
-            PinEmulator(guest=self.state.uuid, name=self.state.name, before=before, after=after)
-        ]
-
-    def nodeset(self, after: CpuSet) -> list[Step]:
-        """Nodes of a movable guest's memory."""
-        before = self.state.numa_nodes
-        if not after or not before or before == after:
-            return []
-        return [SetNodeset(guest=self.state.uuid, name=self.state.name, before=before, after=after)]
-
-    def vcpus(self, after: int, *, optional: bool) -> SetVcpuCount:
-        """Plug, or unplug where the guest lets go."""
-        return SetVcpuCount(
-            guest=self.state.uuid, name=self.state.name, optional=optional,
-            before=self.state.vcpus_online, after=after, deadline_s=self.deadline_s,
-        )  # fmt: skip
-
-    def memory(self, after: int) -> list[ResizeVirtioMem | SetBalloon]:
-        """Bring the guest's memory to `after` bytes."""
-        match self.state.mechanism:
-            case MemoryMechanism.VIRTIO_MEM:
-                return self._virtio_mem(after)
-            case MemoryMechanism.BALLOON if after != self.state.memory_current:
-                return [
-                    SetBalloon(
-                        guest=self.state.uuid, name=self.state.name,
-                        before=int(self.state.memory_current), after=after,
-                        deadline_s=self.deadline_s,
-                    )
-                ]  # fmt: skip
-            case _:
-                return []
-
-    def _virtio_mem(self, after: int) -> list[ResizeVirtioMem | SetBalloon]:
-        sizes = spread_virtio_mem(self.state.virtio_mem, after - int(self.state.boot_memory))
-        return [
-            ResizeVirtioMem(
-                guest=self.state.uuid, name=self.state.name, alias=device.alias,
-                before=int(device.requested), after=size, deadline_s=self.deadline_s,
-            )
-            for device, size in zip(self.state.virtio_mem, sizes, strict=True)
-            if size != device.requested
-        ]  # fmt: skip
-
-
-def spread_virtio_mem(devices: tuple[VirtioMem, ...], total: int) -> list[int]:
-    """What to request of each device so that they make `total` bytes together.
-
-    The last device shrinks first, the first grows first, in whole blocks: a guest never gets more
-    than `total` by growing nor less by shrinking; less than a block is inside the tolerance.
-    """
-    sizes = [int(d.requested) for d in devices]
-    change = total - sum(sizes)
-    indexes = range(len(devices)) if change > 0 else reversed(range(len(devices)))
-    for index in indexes:
-        room = int(devices[index].size) - sizes[index] if change > 0 else sizes[index]
-        block = int(devices[index].block) or 1
-        part = min(abs(change), room) // block * block
-        sizes[index] += part if change > 0 else -part
-        change -= part if change > 0 else -part
-    return sizes

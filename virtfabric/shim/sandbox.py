@@ -1,6 +1,6 @@
 """A private host on this machine: own namespaces, system bus, libvirtd and cgroup subtree.
 
-Owns the outside of a sandbox: its directory, its cgroups, its processes. The inside is made by
+Owns the outside of a sandbox: its life, and what runs in it. The inside is made by
 `sandbox_init.py`. It never talks to, restarts or reconfigures a libvirtd that runs already, and
 leaves nothing but `root` (logs and configuration, for a look afterwards) when it stops.
 
@@ -10,202 +10,38 @@ namespace: when its init ends, or the process that owns it, the kernel ends them
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import fcntl
 import json
 import os
 import select
-import shutil
 import signal
 import socket
 import subprocess
 import sys
-import time
-import uuid
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, cast
 
+from virtfabric.shim.sandbox_cgroups import Cgroup, read_cgroups, remove_cgroups
+from virtfabric.shim.sandbox_process import (
+    CLONE_NEWPID,
+    SandboxError,
+    call_libc,
+    popen_into,
+    read_tail,
+    wait_until,
+)
+from virtfabric.shim.sandbox_root import BINDS, write_root
+
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
+    from collections.abc import Mapping, Sequence
     from types import TracebackType
 
 _INIT = Path(__file__).with_name("sandbox_init.py")
-_CLONE_NEWPID = 0x20000000  # linux/sched.h
-_POLL_S = 0.01
 _LAYERED = ("/etc", "/var/lib", "/var/log", "/var/cache")
-_BINDS = (
-    ("etc-libvirt", "/etc/libvirt"),
-    ("lib-libvirt", "/var/lib/libvirt"),
-    ("log-libvirt", "/var/log/libvirt"),
-    ("cache-libvirt", "/var/cache/libvirt"),
-    ("etc-virtfabric", "/etc/virtfabric"),
-    ("lib-virtfabric", "/var/lib/virtfabric"),
-)
 # A root below one of these would be hidden by the sandbox's own mounts.
 _HIDDEN = ("/etc", "/var/lib", "/var/log", "/var/cache", "/run", "/proc", "/sys", "/dev")
 _LIBVIRT_SOCKET = "/run/libvirt/libvirt-sock"
 _BUS_SOCKET = "/run/dbus/system_bus_socket"
-_UNIFIED_CONTROLLERS = ("cpuset", "cpu", "memory", "io", "pids")
-
-_LIBVIRTD_CONF = """\
-host_uuid = "{host_uuid}"
-auth_unix_ro = "none"
-auth_unix_rw = "none"
-unix_sock_rw_perms = "0770"
-log_outputs = "3:stderr"
-log_filters = "4:util.virnetdev 4:node_device"
-"""
-# namespaces: QEMU's private /dev costs a second mount tree for each guest and hides nothing here.
-# remember_owner: needs trusted xattrs on every file system that a test puts an image on.
-_QEMU_CONF = """\
-stdio_handler = "file"
-security_driver = "none"
-user = "root"
-group = "root"
-namespaces = []
-remember_owner = 0
-"""
-_INERT_HOOK = """\
-#!/bin/sh
-# Keeps hooks alive: a libvirtd that starts without any hook ignores those added later.
-exit 0
-"""
-# Debian's system.conf without activation, syslog and its own user: same default policy, so a policy
-# file has to grant here exactly what it has to grant on a real host.
-_BUS_CONF = """\
-<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
- "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
-<busconfig>
-  <type>system</type>
-  <pidfile>/run/dbus/pid</pidfile>
-  <auth>EXTERNAL</auth>
-  <listen>unix:path=/run/dbus/system_bus_socket</listen>
-  <policy context="default">
-    <allow user="*"/>
-    <deny own="*"/>
-    <deny send_type="method_call"/>
-    <allow send_type="signal"/>
-    <allow send_requested_reply="true" send_type="method_return"/>
-    <allow send_requested_reply="true" send_type="error"/>
-    <allow receive_type="method_call"/>
-    <allow receive_type="method_return"/>
-    <allow receive_type="error"/>
-    <allow receive_type="signal"/>
-    <allow send_destination="org.freedesktop.DBus"/>
-  </policy>
-  <includedir>/usr/share/dbus-1/system.d</includedir>
-  <includedir>/etc/dbus-1/system.d</includedir>
-</busconfig>
-"""
-
-
-class SandboxError(Exception):
-    """A sandbox, or a command in it, failed; the message ends with the last lines of its log."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Cgroup:
-    """The sandbox's group in one hierarchy of the host."""
-
-    mountpoint: Path
-    directory: Path
-    unified: bool
-
-    def create(self) -> None:
-        if self.unified:
-            self._delegate_controllers()
-        self.directory.mkdir(exist_ok=True)
-        for name in ("cpuset.cpus", "cpuset.mems"):  # v1: empty at first, and nothing runs then
-            if not self.unified and (self.directory / name).exists():
-                (self.directory / name).write_text((self.mountpoint / name).read_text())
-
-    def _delegate_controllers(self) -> None:
-        offered = (self.mountpoint / "cgroup.controllers").read_text().split()
-        control = self.mountpoint / "cgroup.subtree_control"
-        for controller in _UNIFIED_CONTROLLERS:
-            if controller in offered and controller not in control.read_text().split():
-                control.write_text(f"+{controller}")
-
-    def read_members(self) -> set[int]:
-        """Host process ids in this group and below."""
-        members: set[int] = set()
-        for procs in (self.directory, *self.directory.rglob("*/")):
-            with contextlib.suppress(OSError):
-                members.update(map(int, (procs / "cgroup.procs").read_text().split()))
-        return members
-
-    def remove(self) -> bool:
-        """Removes the whole subtree; False while something in it is still in use."""
-        if not self.directory.exists():
-            return True
-        below = sorted((p for p in self.directory.rglob("*") if p.is_dir()), reverse=True)
-        try:
-            for directory in (*below, self.directory):
-                directory.rmdir()
-        except OSError:
-            return False
-        return True
-
-
-def _read_cgroups(name: str) -> tuple[_Cgroup, ...]:
-    found: dict[Path, _Cgroup] = {}
-    for line in Path("/proc/self/mounts").read_text().splitlines():
-        _, target, kind, *_ = line.split()
-        if kind in {"cgroup", "cgroup2"} and target.startswith("/sys/fs/cgroup"):
-            mount = Path(target)
-            found[mount] = _Cgroup(mount, mount / f"virtfabric-{name}", kind == "cgroup2")
-    if not found:
-        raise SandboxError("no cgroup hierarchy is mounted under /sys/fs/cgroup")
-    return tuple(found.values())
-
-
-def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 30.0) -> None:
-    """Polls `condition` until it holds.
-
-    Raises:
-        SandboxError: it did not hold within `timeout_s` seconds.
-    """
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        if time.monotonic() > deadline:
-            raise SandboxError(f"{what}: not within {timeout_s:g} s")
-        time.sleep(_POLL_S)
-
-
-def _read_tail(log: Path, lines: int = 15) -> str:
-    try:
-        text = log.read_text(errors="replace")
-    except OSError as error:
-        return f"({error})"
-    return "\n".join(text.splitlines()[-lines:])
-
-
-def _call_libc(function: str, *arguments: int) -> None:
-    libc = ctypes.CDLL(None, use_errno=True)
-    if getattr(libc, function)(*arguments) != 0:
-        code = ctypes.get_errno()
-        raise SandboxError(f"{function}: {os.strerror(code)} (sandboxes need root)")
-
-
-def _popen_into(
-    choose: Callable[[], None], argv: Sequence[str], **kw: Any
-) -> subprocess.Popen[str]:
-    """Popen from a thread whose children go into the PID namespace that `choose` selects.
-
-    The kernel keeps that choice for each thread, so a thread that ends at once leaves the caller
-    alone. Compared with `unshare` or `nsenter` there is no process in between: the Popen *is* the
-    process inside, its pid (the host's view) can be signalled and its exit status is its own.
-    """
-
-    def start() -> subprocess.Popen[str]:
-        choose()
-        return subprocess.Popen(argv, text=True, **kw)
-
-    with ThreadPoolExecutor(max_workers=1) as thread:
-        return thread.submit(start).result()
 
 
 class Sandbox:
@@ -239,8 +75,8 @@ class Sandbox:
         if any(self.root.is_relative_to(hidden) for hidden in _HIDDEN):
             raise SandboxError(f"root {self.root} would be hidden inside the sandbox")
         self._hooks_at_start = hooks_at_start
-        self._extra_conf = {"libvirtd.conf": libvirtd_conf, "qemu.conf": qemu_conf}
-        self._cgroups: tuple[_Cgroup, ...] = ()
+        self._extra_conf = {"libvirtd_conf": libvirtd_conf, "qemu_conf": qemu_conf}
+        self._cgroups: tuple[Cgroup, ...] = ()
         self._claim: socket.socket | None = None
         self._root_lock: int | None = None
         self._init: subprocess.Popen[str] | None = None
@@ -269,9 +105,9 @@ class Sandbox:
         """
         self._claim_name()
         try:
-            self._cgroups = _read_cgroups(self.name)
-            self._remove_cgroups()
-            self._write_root()
+            self._cgroups = read_cgroups(self.name)
+            remove_cgroups(self._cgroups, self.name)
+            write_root(self.root, hooks_at_start=self._hooks_at_start, **self._extra_conf)
             for group in self._cgroups:
                 group.create()
             self._start_init(timeout_s)
@@ -296,7 +132,7 @@ class Sandbox:
         self._init = self._libvirtd = None
         self._started.clear()
         try:
-            self._remove_cgroups()
+            remove_cgroups(self._cgroups, self.name)
         finally:
             self._release_name()
 
@@ -324,43 +160,13 @@ class Sandbox:
             os.close(self._root_lock)
         self._claim = self._root_lock = None
 
-    def _remove_cgroups(self) -> None:
-        """Kills the members of this sandbox's groups, which are its own by name, and the groups."""
-
-        def gone() -> bool:
-            for member in set[int]().union(*(g.read_members() for g in self._cgroups)):
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(member, signal.SIGKILL)
-            # A list, not a generator: every one gets its turn in each round.
-            return all([group.remove() for group in self._cgroups])  # noqa: C419
-
-        wait_until(gone, f"removal of the cgroups of sandbox {self.name}")
-
-    def _write_root(self) -> None:
-        for directory, _ in _BINDS:
-            shutil.rmtree(self.root / directory, ignore_errors=True)
-            (self.root / directory).mkdir(parents=True)
-        conf = self.root / "etc-libvirt"
-        host = _LIBVIRTD_CONF.format(host_uuid=uuid.uuid4())
-        (conf / "libvirtd.conf").write_text(host + self._extra_conf["libvirtd.conf"])
-        (conf / "qemu.conf").write_text(_QEMU_CONF + self._extra_conf["qemu.conf"])
-        (conf / "qemu" / "networks" / "autostart").mkdir(parents=True)
-        if self._hooks_at_start:
-            (conf / "hooks" / "qemu.d").mkdir(parents=True)
-            hook = conf / "hooks" / "qemu.d" / "00-inert"
-            hook.write_text(_INERT_HOOK)
-            hook.chmod(0o755)
-        (self.root / "bus.conf").write_text(_BUS_CONF)
-        for log in ("init.log", "bus.log", "libvirtd.log"):
-            (self.root / log).write_text("")
-
     def _describe(self, **extra: str) -> str:
         return json.dumps(
             {
                 "hostname": self.name,
                 "root": str(self.root),
                 "layered": _LAYERED,
-                "binds": [(str(self.root / source), target) for source, target in _BINDS],
+                "binds": [(str(self.root / source), target) for source, target in BINDS],
                 "bus_config": str(self.root / "bus.conf"),
                 "bus_log": str(self.root / "bus.log"),
                 "cgroups": [
@@ -377,8 +183,8 @@ class Sandbox:
 
     def _start_init(self, timeout_s: float) -> None:
         with (self.root / "init.log").open("w") as log:
-            self._init = _popen_into(
-                lambda: _call_libc("unshare", _CLONE_NEWPID),
+            self._init = popen_into(
+                lambda: call_libc("unshare", CLONE_NEWPID),
                 [sys.executable, "-IS", str(_INIT), "init", self._describe()],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -388,7 +194,7 @@ class Sandbox:
         ready, _, _ = select.select([output], [], [], timeout_s)
         if not ready or output.readline() != "ready\n":
             raise SandboxError(
-                f"sandbox {self.name} did not start:\n{_read_tail(self.root / 'init.log')}"
+                f"sandbox {self.name} did not start:\n{read_tail(self.root / 'init.log')}"
             )
 
     # -- inside -----------------------------------------------------------------------------------
@@ -429,8 +235,8 @@ class Sandbox:
         namespace = os.open(f"/proc/{self.pid}/ns/pid", os.O_RDONLY | os.O_CLOEXEC)
         self._started = [process for process in self._started if process.poll() is None]
         try:
-            process = _popen_into(
-                lambda: _call_libc("setns", namespace, _CLONE_NEWPID),
+            process = popen_into(
+                lambda: call_libc("setns", namespace, CLONE_NEWPID),
                 [
                     *(sys.executable, "-IS", str(_INIT), "enter", self._describe(cwd=cwd)),
                     *(str(self.pid), *argv),
@@ -495,7 +301,7 @@ class Sandbox:
 
         def answers() -> bool:
             if process.poll() is not None:
-                raise SandboxError(f"libvirtd ended with {process.returncode}:\n{_read_tail(log)}")
+                raise SandboxError(f"libvirtd ended with {process.returncode}:\n{read_tail(log)}")
             with socket.socket(socket.AF_UNIX) as client:
                 return client.connect_ex(socket_path) == 0
 
@@ -503,7 +309,7 @@ class Sandbox:
             wait_until(answers, "libvirtd answers", timeout_s=timeout_s)
         except SandboxError as error:
             process.kill()
-            raise SandboxError(f"{error}\n{_read_tail(log)}") from error
+            raise SandboxError(f"{error}\n{read_tail(log)}") from error
 
     def kill_libvirtd(self, sig: signal.Signals = signal.SIGKILL, *, timeout_s: float = 30) -> None:
         """Ends libvirtd with `sig` and waits for it; its guests go on."""
@@ -513,6 +319,6 @@ class Sandbox:
         try:
             self._libvirtd.wait(timeout_s)
         except subprocess.TimeoutExpired as error:
-            tail = _read_tail(self.root / "libvirtd.log")
+            tail = read_tail(self.root / "libvirtd.log")
             raise SandboxError(f"libvirtd lives on after {sig.name}:\n{tail}") from error
         self._libvirtd = None

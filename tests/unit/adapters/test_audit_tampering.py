@@ -119,7 +119,10 @@ TAMPERINGS = {
     "edited time": (("UPDATE record SET at = at + 1 WHERE seq = 8",), "record 8"),
     "edited kind": (("UPDATE record SET kind = 'x' WHERE seq = 1",), "record 1"),
     "edited subjects": (("UPDATE record SET subjects = '[]' WHERE seq = 2",), "record 2"),
-    "edited mac": (("UPDATE record SET mac = replace(mac, 'a', 'b') WHERE seq = 5",), "record 5"),
+    "edited mac": (
+        ("UPDATE record SET mac = iif(mac LIKE 'a%', 'b', 'a') || substr(mac, 2) WHERE seq = 5",),
+        "record 5",
+    ),
     "mac of another": (
         ("UPDATE record SET mac = (SELECT mac FROM record WHERE seq = 6) WHERE seq = 5",),
         "record 5",

@@ -15,6 +15,7 @@ from virtfabric.adapters.simulated.records import MemoryAudit, MemoryJournal
 from virtfabric.daemon.agent import Agent
 from virtfabric.daemon.api import Caller
 from virtfabric.daemon.wiring import Settings, World
+from virtfabric.domxml.policy import format_policy
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.host import Capacity
 from virtfabric.model.ids import GuestId, JobId
@@ -81,6 +82,46 @@ def _no_ceiling(caller: Caller) -> Offerable:
     return Offerable()
 
 
+class LeapingClock(SystemClock):
+    """The machine's time, but the date can be moved on: leases end without anybody waiting."""
+
+    def __init__(self) -> None:
+        self._leapt = 0.0
+
+    def now(self) -> float:
+        return super().now() + self._leapt
+
+    def leap(self, seconds: float) -> None:
+        self._leapt += seconds
+
+
+_PREPARE_XML = """<domain type="kvm" id="1">
+  <name>{name}</name><uuid>{uuid}</uuid><metadata>{policy}</metadata>
+  <memory unit="b">{boot}</memory><vcpu current="{vcpus}">{vcpus_max}</vcpu>
+  <cpu><numa><cell id="0" cpus="0" memory="{boot}" unit="b"/></numa></cpu>
+  <devices>{devices}<memballoon model="{balloon}"/></devices>
+</domain>"""
+_DEVICE_XML = """<memory model="virtio-mem"><target><node>{node}</node>
+  <size unit="b">{size}</size><block unit="b">{block}</block>
+  <requested unit="b">{initial}</requested></target><alias name="{alias}"/></memory>"""
+
+
+def format_prepare(spec: GuestSpec) -> str:
+    """What libvirt gives the `prepare` hook of this guest."""
+    return _PREPARE_XML.format(
+        name=spec.name, uuid=spec.uuid, policy=format_policy(spec.policy) if spec.policy else "",
+        boot=int(spec.boot_memory), vcpus=spec.vcpus, vcpus_max=spec.vcpus_max,
+        balloon="virtio" if spec.balloon else "none",
+        devices="".join(
+            _DEVICE_XML.format(
+                node=d.node, size=int(d.size), block=int(d.block), initial=int(d.initial),
+                alias=d.alias,
+            )
+            for d in spec.devices
+        ),
+    )  # fmt: skip
+
+
 @dataclass
 class AgentWorld:
     """Everything a test looks at. `memory_mib` is what may be granted in all."""
@@ -90,15 +131,17 @@ class AgentWorld:
     threads: int = 1
     memory_mib: int = 1600
     overhead_mib: int = 16
+    sample_interval_s: float = 3600.0
     settings: dict[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         topology = make_topology(cores=self.cores, threads=self.threads)
         self.host: SimulatedHost = build_simulated_host(topology, self.specs)
-        self.host.clock = SystemClock()
+        self.clock = LeapingClock()
+        self.host.clock = self.clock
         self.topology = topology
         self.journal = MemoryJournal()
-        self.audit = MemoryAudit(SystemClock())
+        self.audit = MemoryAudit(self.clock)
         self.capacity = Capacity(
             topology.cpus,
             CpuSet([0]),
@@ -111,13 +154,13 @@ class AgentWorld:
     def make_agent(self) -> Agent:
         settings = Settings(
             uri="simulated:///", libvirt_version="9.0.0", state_dir="/nowhere",
-            deadline_s=5.0, sample_interval_s=3600.0, drift_interval_s=3600.0,
+            deadline_s=5.0, sample_interval_s=self.sample_interval_s, drift_interval_s=3600.0,
             group=GROUP, ceiling_for=_no_ceiling, **self.settings,
         )  # fmt: skip
         world = World(
             guests=self.host, policies=self.host, events=self.host.events,
             handlers=self.host.handlers, journal=self.journal, audit=self.audit,
-            clock=SystemClock(), load=self.host.load, stats=self.host.stats,
+            clock=self.clock, load=self.host.load, stats=self.host.stats,
         )  # fmt: skip
         return Agent(world, settings, self.topology, self.capacity)
 
@@ -128,6 +171,50 @@ class AgentWorld:
     def close(self) -> None:
         self.host.faults.clear()
         self.agent.close()
+
+    def kill_agent(self) -> None:
+        """As SIGKILL: it gets no event and does nothing more; its journal stays as it is."""
+        self.host.faults.clear()
+        self.host.events.close()
+        self.agent._stop.set()
+        self.agent._leases._stop.set()
+        self.agent._lifecycle._errands._closed = True
+
+    def restart_agent(self) -> None:
+        """A new process on the same journal."""
+        self.agent = self.make_agent()
+        self.agent.start()
+
+    def virsh_start(self, name: str, *, wait_s: float = DEADLINE_S) -> str:
+        """As libvirt does: the hook first, whose line keeps the guest down; "" when it runs."""
+        spec = self.spec(name)
+        line = self.agent.hook_prepare(ROOT, format_prepare(spec), wait_s=wait_s)
+        if not line:
+            self.host.start_guest(spec.uuid)
+        return line
+
+    def spec(self, name: str) -> GuestSpec:
+        """A guest's definition as it is now."""
+        return next(g.spec for g in self.host.guests().values() if g.spec.name == name)
+
+    def settle(self) -> None:
+        """Wait until the agent has worked off all that it knows of, and differs from nothing.
+
+        That no job runs is not enough: between two jobs of one event, and before an event has
+        arrived, none does either.
+        """
+        eventually(self._is_settled, "everything settles")
+
+    def _is_settled(self) -> bool:
+        errands = self.agent._lifecycle._errands
+        self.host.events.drain()
+        assert errands.drain(DEADLINE_S), "the lifecycle is stuck"
+        if any(j["state"] == "running" for j in self.agent.jobs(ROOT)):
+            return False
+        self.host.events.drain()  # what came of it is an errand again
+        if not errands.drain(0.0):
+            return False
+        return not self.agent.drift(ROOT)
 
     def finish(self, job: str) -> dict[str, Any]:
         return wait_for_job(self.agent, job)

@@ -11,8 +11,10 @@ import pytest
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase, SimulatedCrash
 from virtfabric.model.errors import InvalidValueError, RefusedError
 from virtfabric.model.ids import JobId
+from virtfabric.model.mark import MARK_NAMESPACE
 from virtfabric.model.plan import PinVcpu
 from virtfabric.model.units import MIB, CpuSet
+from virtfabric.ports import EventKind
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -211,6 +213,36 @@ def test_drift_is_reported_and_repaired(world: Any) -> None:
     aw.eventually(lambda: world.agent.drift(ROOT), "the drift shows")
     assert world.finish(world.agent.drift_repair(ROOT)["job"])["state"] == "done"
     assert world.agent.drift(ROOT) == []
+
+
+def test_the_agents_mark_brings_no_second_plan(world: Any) -> None:
+    marked = [str(world.live(name).marked_pins) for name in ("batch", "web", "database")]
+    assert all("emulator=" in mark for mark in marked)
+    again = world.finish(world.agent.drift_repair(ROOT)["job"])
+    assert (again["state"], again["result"]["steps"]) == ("done", [])
+
+
+def test_the_event_of_the_agents_own_mark_is_not_followed(world: Any) -> None:
+    """Else each mark would have its guest read again, and a bad one would never end."""
+
+    def work_off() -> None:
+        world.host.events.drain()
+        assert world.agent._lifecycle._errands.drain(aw.DEADLINE_S)
+
+    def known_shares() -> int | None:
+        return world.agent._observatory.guest(database).scheduler.shares
+
+    database = aw.uuid_of(90)
+    work_off()
+    before = known_shares()
+    found = world.host.running(database)
+    found.said.shares = found.real.shares = 7  # beside the agent, and nobody tells it
+    world.host.tell(EventKind.METADATA, database, MARK_NAMESPACE)
+    work_off()
+    assert known_shares() == before != 7
+    world.host.tell(EventKind.METADATA, database, "urn:somebody:else")
+    work_off()
+    assert known_shares() == 7
 
 
 def test_explain_tells_the_story(world: Any) -> None:

@@ -12,6 +12,9 @@ from pathlib import Path
 
 import pytest
 
+# importlib mode puts no test directory on the path; all modules here talk over the same bus
+sys.path.insert(0, str(Path(__file__).parent))
+
 CONFIG = """<!DOCTYPE busconfig PUBLIC "-//freedesktop//DTD D-Bus Bus Configuration 1.0//EN"
  "http://www.freedesktop.org/standards/dbus/1.0/busconfig.dtd">
 <busconfig>

@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import pytest
+from lxml import etree
 
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.filter import replace_placement
+from virtfabric.domxml.mark import format_bare_mark, parse_mark, put_mark
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.guest import MemoryMechanism, NumaMode, RunState, VirtioMem
+from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.units import MIB, Bytes, CpuSet
 
 LIVE = """\
@@ -52,6 +55,17 @@ LIVE = """\
   </devices>
 </domain>
 """
+POLICY = """\
+    <virtfabric:policy xmlns:virtfabric="urn:virtfabric:policy:1" version="1" priority="9"/>
+"""
+MARK = """\
+    <placement:pins xmlns:placement="urn:virtfabric:placement:1">
+      <placement:pin vcpu='0' cpuset='1'/>
+      <placement:pin vcpu='3' cpuset='0'/>
+      <placement:emulator cpuset='0'/>
+    </placement:pins>
+"""
+MARKED = LIVE.replace(POLICY, POLICY + MARK)
 BALLOON = """\
 <domain type='kvm'>
   <name>g1</name>
@@ -166,34 +180,89 @@ def test_an_error_names_the_field(old: str, new: str, field: str) -> None:
     assert error.value.field == field
 
 
+def test_reads_the_mark_and_skips_what_makes_no_sense_in_it() -> None:
+    assert str(parse_domain(MARKED, None).marked_pins) == "0=1 3=0 emulator=0"
+    assert parse_domain(LIVE, None).marked_pins == NO_MARK
+    for good, bad in (("vcpu='0' c", "vcpu='x' c"), ("vcpu='0' cpuset='1'", "vcpu='0' cpuset='-'")):
+        odd = MARKED.replace(f":pin {good}", f":pin {bad}")
+        assert str(parse_domain(odd, None).marked_pins) == "3=0 emulator=0"
+
+
+def test_a_mark_survives_being_written() -> None:
+    mark = PinMark.parse("0=2-3/0-7 5=4 emulator=0")
+    assert parse_mark(format_bare_mark(mark)) == mark
+    assert "xmlns" not in format_bare_mark(mark), "libvirt refuses a namespace of our own"
+    root = etree.fromstring(LIVE.encode())
+    put_mark(root, mark)
+    put_mark(root, mark)
+    assert parse_domain(etree.tostring(root, encoding="unicode"), None).marked_pins == mark
+
+
 def test_filter_replaces_pins_and_keeps_the_rest() -> None:
-    done = replace_placement(LIVE, {0: CpuSet([2]), 9: CpuSet([3])}, CpuSet([4]), CpuSet([1]))
+    done = replace_placement(MARKED, {0: CpuSet([2]), 9: CpuSet([3])}, CpuSet([4]), CpuSet([1]))
     guest = parse_domain(done, done)
     assert guest.config_pins == {0: CpuSet([2])}
     assert guest.emulator_affinity == CpuSet([4])
     assert guest.numa_nodes == CpuSet([1])
     assert guest.scheduler.shares == 2048
     assert guest.policy is not None
+    assert str(guest.marked_pins) == "0=2 emulator=4"
 
 
 def test_filter_strips() -> None:
-    done = replace_placement(LIVE, None, None, None)
+    done = replace_placement(MARKED, None, None, None)
     assert "vcpupin" not in done
     assert "emulatorpin" not in done
     assert "<shares>2048</shares>" in done
-    assert parse_domain(done, None).numa_nodes == CpuSet([0, 1])
+    guest = parse_domain(done, None)
+    assert guest.numa_nodes == CpuSet([0, 1])
+    assert guest.marked_pins == NO_MARK
+    assert guest.policy is not None
+
+
+def test_filter_leaves_the_operators_pins() -> None:
+    assert replace_placement(LIVE, None, None, None).count("pin ") == 3
+    moved = MARKED.replace("<vcpupin vcpu='0' cpuset='1'/>", "<vcpupin vcpu='0' cpuset='2'/>")
+    pool = dict.fromkeys(range(4), CpuSet([5]))
+    done = replace_placement(moved, pool, CpuSet([4]), None)
+    guest = parse_domain(done, done)
+    assert guest.config_pins == {
+        0: CpuSet([2]), 1: CpuSet([5]), 2: CpuSet([5]), 3: CpuSet([5]),
+    }  # fmt: skip
+    assert str(guest.marked_pins) == "1=5 2=5 3=5 emulator=4"
+
+
+@pytest.mark.parametrize(
+    ("pool", "pinned", "mark"),
+    [
+        (None, "1-3", ""),  # the operator's again
+        ("0-1", "1", "0=1/1-3"),  # inside of it
+        ("5-6", "5-6", "0=5-6/1-3"),  # nothing is left of it, as placement has it
+        ("0-7", "1-3", ""),
+    ],
+)
+def test_what_our_pin_had_taken_the_place_of_is_a_constraint(
+    pool: str | None, pinned: str, mark: str
+) -> None:
+    xml = MARKED.replace("vcpu='0' cpuset='1'/>", "vcpu='0' cpuset='1' instead='1-3'/>", 1)
+    pins = None if pool is None else {0: CpuSet.parse(pool)}
+    done = replace_placement(xml, pins, None, None)
+    guest = parse_domain(done, done)
+    assert guest.config_pins == {0: CpuSet.parse(pinned)}
+    assert str(guest.marked_pins) == mark
 
 
 def test_filter_adds_and_removes_a_whole_cputune() -> None:
-    pinned = replace_placement(BALLOON, {0: CpuSet([0]), 1: CpuSet([1])}, None, CpuSet([1]))
+    managed = BALLOON.replace("  <memory ", f"  <metadata>\n{POLICY}  </metadata>\n  <memory ")
+    pinned = replace_placement(managed, {0: CpuSet([0]), 1: CpuSet([1])}, None, CpuSet([1]))
     assert parse_domain(pinned, pinned).config_pins == {0: CpuSet([0]), 1: CpuSet([1])}
     assert "cputune" not in replace_placement(pinned, None, None, None)
 
 
-def test_filter_changes_no_line_beside_the_pins() -> None:
+def test_filter_changes_no_line_beside_pins_and_mark() -> None:
     lines = LIVE.splitlines()[1:]
     kept = [line for line in lines if "pin " not in line]
-    done = replace_placement(LIVE, None, None, None).replace('"', "'").splitlines()
+    done = replace_placement(MARKED, None, None, None).replace('"', "'").splitlines()
     assert done == [line.replace('"', "'") for line in kept]
 
 

@@ -5,7 +5,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 from lxml import etree
 
-from virtfabric.domxml.policy import format_bare_policy, format_policy, parse_policy
+from virtfabric.domxml.policy import (
+    bare_policy,
+    format_bare_policy,
+    format_policy,
+    parse_bare_policy,
+    parse_policy,
+)
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.policy import (
     Admission,
@@ -66,6 +72,29 @@ def test_bare_form_declares_no_namespace() -> None:
     assert element.tag == "policy"
     assert element.nsmap == {}
     assert [child.tag for child in element] == ["cpu", "memory", "device"]
+
+
+def test_canonical_form_is_the_same_however_libvirt_writes_it() -> None:
+    bare = format_bare_policy(POLICY)
+    prefixed = format_policy(POLICY)
+    element = etree.fromstring(prefixed)
+    etree.indent(element, "        ")
+    indented = etree.tostring(element, encoding="unicode")
+    assert indented != prefixed
+    for form in (prefixed, indented, bare):
+        assert bare_policy(form) == bare
+    assert parse_bare_policy(bare) == POLICY
+
+
+def test_canonical_form_keeps_what_is_not_valid() -> None:
+    """An undo brings back what somebody wrote, also where we cannot read it."""
+    text = bare_policy(
+        HEAD + ' extra="1"><cpu>word</cpu><o:odd xmlns:o="urn:o"/></virtfabric:policy>'
+    )
+    assert 'extra="1"' in text
+    assert "<cpu>word</cpu>" in text
+    assert "urn:o" in text
+    assert bare_policy(text) == text
 
 
 amounts = st.integers(min_value=0, max_value=1 << 48)

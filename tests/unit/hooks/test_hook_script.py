@@ -8,9 +8,15 @@ import threading
 import time
 
 import pytest
+from lxml import etree
 
 from virtfabric.adapters.hook_socket import HookServer, read_missed_calls
+from virtfabric.domxml.domain import parse_domain
+from virtfabric.domxml.filter import replace_placement
+from virtfabric.domxml.mark import put_mark
 from virtfabric.model.errors import HypervisorError, Reason, Refusal, RefusedError
+from virtfabric.model.mark import PinMark
+from virtfabric.model.units import CpuSet
 from virtfabric.protocol.hook import MAX_XML
 
 UUID = "5f1a3a0e-7f57-4a53-9a7c-1d6a3d9f0a11"
@@ -125,13 +131,68 @@ def test_strict_elsewhere_than_in_the_metadata_is_not_a_policy(desk):
     assert quiet(desk.call("prepare", xml))
 
 
+def marked(*entries):
+    """MANAGED with a mark as libvirt prints it."""
+    pins = "".join(f"      <placement:{entry}/>\n" for entry in entries)
+    space = 'xmlns:placement="urn:virtfabric:placement:1"'
+    mark = f"    <placement:pins {space}>\n{pins}    </placement:pins>\n"
+    return MANAGED.replace("  </metadata>", f"{mark}  </metadata>")
+
+
+OURS = ('pin vcpu="0" cpuset="1"', 'emulator cpuset="0"')
+
+
 @pytest.mark.parametrize("operation", ["migrate", "restore"])
-def test_pins_are_stripped_without_the_agent(desk, operation):
-    done = desk.call(operation, MANAGED)
-    kept = MANAGED.replace("    <vcpupin vcpu='0' cpuset='1'/>\n", "")
-    kept = kept.replace("    <emulatorpin cpuset='0'/>\n", "")
-    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, kept, b"")
-    assert quiet(desk.call(operation, kept))
+def test_marked_pins_are_stripped_without_the_agent(desk, operation):
+    xml = marked(*OURS)
+    done = desk.call(operation, xml)
+    expected = xml.replace("    <vcpupin vcpu='0' cpuset='1'/>\n", "")
+    expected = expected.replace("    <emulatorpin cpuset='0'/>\n", "")
+    assert (done.returncode, done.stdout.decode(), done.stderr) == (0, expected, b"")
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        (),
+        ('pin vcpu="0" cpuset="2"', 'emulator cpuset="1"'),
+        ('pin vcpu="1" cpuset="1"', 'pin vcpu="3" cpuset="0"'),
+        ('pin vcpu="" cpuset=""', "pin", "emulator"),
+    ],
+)
+def test_pins_that_are_not_marked_are_the_operators(desk, entries):
+    assert quiet(desk.call("restore", MANAGED))
+    assert quiet(desk.call("restore", marked(*entries)))
+
+
+def test_a_live_pin_of_the_operators_stays_beside_a_marked_one(desk):
+    xml = marked(*OURS).replace(
+        "<vcpupin vcpu='0' cpuset='1'/>", "<vcpupin vcpu='0' cpuset='0-1'/>"
+    )
+    done = desk.call("restore", xml)
+    assert done.stdout.decode() == xml.replace("    <emulatorpin cpuset='0'/>\n", "")
+
+
+def test_the_operators_pin_comes_back_where_ours_had_taken_its_place(desk):
+    xml = marked('pin vcpu="0" cpuset="1" instead="1-3"')
+    done = desk.call("restore", xml)
+    assert done.stdout.decode() == xml.replace(
+        "<vcpupin vcpu='0' cpuset='1'/>", '<vcpupin vcpu="0" cpuset="1-3"/>'
+    )
+    assert parse_domain(done.stdout.decode(), done.stdout.decode()).config_pins == {
+        0: CpuSet((1, 2, 3))
+    }
+
+
+def test_what_the_agent_writes_the_script_reads(desk):
+    """Script and filter share no code: without placement they must come to the same domain."""
+    root = etree.fromstring(MANAGED)
+    put_mark(root, PinMark.parse("0=1/1-3 emulator=0"))
+    xml = etree.tostring(root, encoding="unicode")
+    by_script = parse_domain(desk.call("restore", xml).stdout.decode(), None)
+    by_filter = parse_domain(replace_placement(xml, None, None, None), None)
+    assert by_script.vcpu_affinity == by_filter.vcpu_affinity == {0: CpuSet((1, 2, 3))}
+    assert by_script.emulator_affinity == by_filter.emulator_affinity == CpuSet()
 
 
 def test_refused_connection_is_unreachable(desk):

@@ -4,6 +4,7 @@ import os
 import select
 import socket
 import stat
+import subprocess
 import threading
 import time
 from pathlib import Path
@@ -149,3 +150,56 @@ def test_no_threads_or_descriptors_stay(desk, agent):
     ask(desk.socket)
     server.close()
     assert (threading.active_count(), descriptors()) == before
+
+
+STRANGER = """
+import os, socket, sys
+os.setgroups([]); os.setgid(65534); os.setuid(65534)
+with socket.socket(socket.AF_UNIX) as agent:
+    agent.settimeout(10)
+    agent.connect(sys.argv[1])
+    agent.sendall(b"x" * int(sys.argv[2]))
+    print(b"".join(iter(lambda: agent.recv(4096), b"")).decode())
+"""
+
+
+@pytest.fixture
+def open_server(desk, agent):
+    server = HookServer(desk.socket, agent, on_denied=agent.denied.append, mode=0o666)
+    server.start()
+    yield server
+    server.close()
+
+
+@pytest.mark.parametrize("size", [1, 1000, 1 << 20])
+def test_a_stranger_that_writes_first_still_hears_no(desk, open_server, agent, size):
+    command = ["/usr/bin/python3", "-IS", "-c", STRANGER, str(desk.socket), str(size)]
+    for _ in range(5):
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+        assert done.returncode == 0, done.stderr
+        assert "root only" in done.stdout
+    assert [caller.uid for caller in agent.denied] == [65534] * 5
+    assert agent.asked == []
+
+
+def test_strangers_that_never_stop_are_let_go_and_hold_nobody_up(desk, open_server):
+    hold = STRANGER.replace("print(", "sys.stdin.read(); print(")
+    command = ["/usr/bin/python3", "-IS", "-c", hold, str(desk.socket), "1"]
+    pipe = subprocess.PIPE
+    strangers = [subprocess.Popen(command, stdin=pipe, stdout=pipe) for _ in range(3)]
+    before = descriptors()
+    began = time.monotonic()
+    assert ask(desk.socket).code is HookCode.DONE
+    assert time.monotonic() - began < 2
+    for stranger in strangers:
+        stranger.communicate(b"")
+        assert stranger.returncode == 0
+    assert descriptors() <= before
+
+
+def test_garbage_longer_than_a_header_still_gets_its_answer(desk, server):
+    """The decoder stops at the first bad line: the rest of the input is unread then."""
+    for _ in range(5):
+        with connect(desk.socket) as client:
+            client.sendall(b"nonsense\n" * 50_000)
+            assert read_reply(client).code is HookCode.UNABLE

@@ -29,6 +29,7 @@ from virtfabric.model.ledger import Books, Holding, HostSnapshot
 from virtfabric.model.plan import PinVcpu, SetVcpuCount
 from virtfabric.model.policy import CpuPolicy, GuestPolicy, MemoryPolicy, Placement, Smt
 from virtfabric.model.units import MIB, Bytes, CpuSet, MilliCpu
+from virtfabric.policy.intent import intended_mark
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
@@ -174,6 +175,9 @@ def settle(snapshot: HostSnapshot, intended: Mapping[GuestId, Any]) -> HostSnaps
             ),
             numa_nodes=want.nodes or guests[guest].numa_nodes,
         )
+        placed = guests[guest]
+        mark = intended_mark(placed, placed.vcpu_affinity, want.emulator, snapshot.topology.cpus)
+        guests[guest] = replace(placed, marked_pins=mark)
     return replace(snapshot, guests=guests)
 
 

@@ -1,7 +1,4 @@
-"""The arbiter's invariants, on crowds of every kind of guest, judged by code of its own.
-
-The reference below shares nothing with `virtfabric.policy`: it reads architecture.md anew.
-"""
+"""The arbiter's invariants, on crowds of every kind of guest, judged by `arbiter_reference`."""
 
 from __future__ import annotations
 
@@ -10,170 +7,38 @@ from fractions import Fraction
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-import pytest
+from arbiter_reference import (
+    CROWDS,
+    KEYS,
+    bounds_of,
+    can_pay,
+    commit,
+    decided,
+    expected,
+    held_by,
+    left_over,
+    reclaimable,
+    wanted,
+)
 from arbiter_strategies import (
-    Bounds,
     any_case,
-    cpu_bounds,
-    guests,
     hopeful_cases,
-    memory_bounds,
-    snapshots,
-    used,
 )  # fmt: skip
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
 from virtfabric.model.decision import Decision, Verdict
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import GuestState, MemoryMechanism, RunState, SchedulerState
-from virtfabric.model.ids import GrantId, GuestId, LoanId, RequestId
-from virtfabric.model.ledger import Books, Grant, Holding, HostSnapshot, Residue
-from virtfabric.model.policy import Placement
 from virtfabric.model.request import Mode, Request, Want
 from virtfabric.model.units import MIB, Bytes, CpuSet
-from virtfabric.policy.arbiter import choose_admission, choose_allocation, choose_release
-from virtfabric.policy.loans import settle
-from virtfabric.policy.standing import ceiling_of, floor_of, free
+from virtfabric.policy.arbiter import choose_allocation
 
 if TYPE_CHECKING:
     from random import Random
 
-KEYS = (Key(CPU), Key(MEMORY))
-CROWDS = settings(
-    max_examples=40, deadline=None,
-    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large,
-                           HealthCheck.filter_too_much],
-)  # fmt: skip
-
-
-# -- the reference ----------------------------------------------------------------------------
-
-
-def bounds_of(snapshot: HostSnapshot, guest: GuestState, key: Key) -> Bounds:
-    if key.resource == CPU:
-        return cpu_bounds(guest)
-    return memory_bounds(guest, lend=snapshot.lend_ballooned)
-
-
-def held_by(snapshot: HostSnapshot, guest: GuestId) -> Amounts:
-    holding = snapshot.books.holdings.get(guest)
-    return holding.amounts if holding else Amounts()
-
-
-def left_over(snapshot: HostSnapshot) -> dict[Key, int]:
-    cpu, memory = used(snapshot)
-    capacity = snapshot.capacity
-    total = max(0, sum(capacity.memory.values()) - capacity.reserve)
-    return {Key(CPU): len(capacity.cpus) * 1000 - cpu, Key(MEMORY): total - memory}
-
-
-def can_pay(snapshot: HostSnapshot, guest: GuestState, priority: int, key: Key) -> int:
-    if guest.policy is None or guest.policy.priority >= priority:
-        return 0
-    if guest.uuid not in snapshot.books.holdings or guest.state is RunState.SHUTOFF:
-        return 0
-    if guest.job or guest.uuid in snapshot.busy:
-        return 0
-    if key.resource == MEMORY:
-        ballooned = guest.mechanism is MemoryMechanism.BALLOON and snapshot.lend_ballooned
-        if guest.mechanism is not MemoryMechanism.VIRTIO_MEM and not ballooned:
-            return 0
-        if guest.state is RunState.PAUSED:
-            return 0
-    bounds = bounds_of(snapshot, guest, key)
-    above = held_by(snapshot, guest.uuid)[key] - bounds.floor
-    return max(0, above - above % bounds.step)
-
-
-def reclaimable(snapshot: HostSnapshot, guest: GuestState, key: Key) -> int:
-    assert guest.policy is not None
-    priority = guest.policy.priority
-    others = (g for g in snapshot.guests.values() if g.uuid != guest.uuid)
-    return sum(can_pay(snapshot, g, priority, key) for g in others)
-
-
-def wanted(snapshot: HostSnapshot, request: Request) -> dict[Key, tuple[int, int]]:
-    """By resource: amount asked for, and amount that it comes to."""
-    guest = snapshot.guests[request.guest]
-    found = {}
-    for key, want in zip(KEYS, (request.cpu, request.memory), strict=True):
-        if want is None:
-            continue
-        held = held_by(snapshot, guest.uuid)[key]
-        asked = want.value + (held if want.mode is Mode.BY else 0)
-        if asked == held:
-            continue
-        bounds = bounds_of(snapshot, guest, key)
-        virtio = key.resource == MEMORY and guest.mechanism is MemoryMechanism.VIRTIO_MEM
-        grid = guest.boot_memory if virtio else held if key.resource == MEMORY else 0
-        target = asked + (grid - asked) % bounds.step
-        if asked < held:
-            target = min(target, held)
-        elif asked <= bounds.ceiling < target:
-            target = max(held, target - bounds.step)
-        found[key] = (asked, target)
-    return found
-
-
-def expected(snapshot: HostSnapshot, request: Request) -> Reason | None:
-    """The reason for which a request must be refused; None when it must be granted in full."""
-    guest = snapshot.guests.get(request.guest)
-    if guest is None:
-        return Reason.UNKNOWN_GUEST
-    if guest.policy is None:
-        return Reason.UNMANAGED_GUEST
-    if guest.state is RunState.SHUTOFF:
-        return Reason.NOT_RUNNING
-    if guest.job or guest.uuid in snapshot.busy or guest.uuid not in snapshot.books.holdings:
-        return Reason.BUSY
-    plan = wanted(snapshot, request)
-    for key, (asked, _) in plan.items():
-        bounds, held = bounds_of(snapshot, guest, key), held_by(snapshot, guest.uuid)[key]
-        if key.resource == MEMORY and guest.mechanism is MemoryMechanism.FIXED:
-            return Reason.NO_MECHANISM
-        if asked < held and asked < bounds.floor:
-            return Reason.BELOW_FLOOR
-    for key, (asked, _) in plan.items():
-        if (
-            asked > held_by(snapshot, guest.uuid)[key]
-            and asked > bounds_of(snapshot, guest, key).ceiling
-        ):
-            return Reason.ABOVE_LIMIT
-    for key, (_, target) in plan.items():
-        gain = target - held_by(snapshot, guest.uuid)[key]
-        if key.resource == MEMORY and guest.mechanism is MemoryMechanism.BALLOON:
-            gain = gain if snapshot.lend_ballooned else 0
-        if gain > max(0, left_over(snapshot)[key]) + reclaimable(snapshot, guest, key):
-            return Reason.NO_CAPACITY
-    return None
-
-
-# -- how a decision changes the host ----------------------------------------------------------
-
-
-def commit(
-    snapshot: HostSnapshot, decision: Decision, *, ends: Grant | None = None, at: float = 1.0
-) -> tuple[HostSnapshot, Grant | None]:
-    gain = decision.delta.positive()
-    name = GrantId(f"grant-{at:g}")
-    grant = Grant(name, decision.guest, gain, decision.request, at) if gain else None
-    ids = [LoanId(f"loan-{at:g}-{n}") for n in range(len(decision.takes))]
-    books = settle(
-        snapshot.books, decision, grant=ends, new_grant=grant, loan_ids=ids, at=at, orders={}
-    )
-    return replace(snapshot, books=books, generation=snapshot.generation + 1), grant
-
-
-def decided(snapshot: HostSnapshot, request: Request) -> Decision:
-    answer = choose_allocation(snapshot, request)
-    assume(isinstance(answer, Decision))
-    assert isinstance(answer, Decision)
-    return answer
-
-
-# -- properties -------------------------------------------------------------------------------
+    from virtfabric.model.ledger import HostSnapshot
 
 
 @CROWDS
@@ -364,29 +229,6 @@ def test_every_guest_is_told_why(case: tuple[HostSnapshot, Request]) -> None:
         assert all(c.pays == 0 for c in entries if c.verdict is not Verdict.PAYS)
 
 
-@CROWDS
-@given(hopeful_cases())
-def test_release_after_allocate_restores_everything(case: tuple[HostSnapshot, Request]) -> None:
-    snapshot, request = case
-    decision = decided(snapshot, request)
-    borrower = snapshot.guests[request.guest]
-    # on an overcommitted host the surplus of a victim of whole CPUs fills the hole instead
-    assume(min(left_over(snapshot).values()) >= 0)
-    assume(decision.delta and decision.delta.positive() == decision.delta)
-    assume(borrower.mechanism is not MemoryMechanism.BALLOON or snapshot.lend_ballooned)
-    after, grant = commit(snapshot, decision)
-    assert grant is not None
-    assert {g: h.amounts for g, h in after.books.holdings.items()} == {
-        g: h.amounts for g, h in snapshot.books.holdings.items()
-    } | dict(decision.holdings or {})
-    released = choose_release(after, RequestId("end"), grant)
-    final, _ = commit(after, released, ends=grant, at=2.0)
-    assert final.books.holdings == snapshot.books.holdings
-    assert not final.books.grants
-    assert not final.books.loans
-    assert final.books.generation == snapshot.books.generation + 2
-
-
 @settings(CROWDS, max_examples=15)
 @given(hopeful_cases(), st.integers(0, 300))
 def test_caps_bound_what_a_victim_gives(case: tuple[HostSnapshot, Request], cap: int) -> None:
@@ -401,77 +243,3 @@ def test_caps_bound_what_a_victim_gives(case: tuple[HostSnapshot, Request], cap:
     else:
         took = sum((t.amounts for t in again.takes if t.victim == victim), Amounts())
         assert took.fits_in(caps[victim])
-
-
-@CROWDS
-@given(st.data())
-def test_admission(data: st.DataObject) -> None:
-    snapshot = data.draw(snapshots())
-    guest = replace(data.draw(guests(77)), state=RunState.SHUTOFF)
-    answer = choose_admission(snapshot, guest, RequestId("start"))
-    if guest.policy is None:
-        assert isinstance(answer, Refusal)
-        return
-    cpu, memory = cpu_bounds(guest), memory_bounds(guest, lend=snapshot.lend_ballooned)
-    least = memory.floor if guest.mechanism is MemoryMechanism.VIRTIO_MEM else guest.memory_max
-    needs = {Key(CPU): cpu.floor, Key(MEMORY): least + snapshot.capacity.overhead}
-    room = left_over(snapshot)
-    fits = all(
-        need <= max(0, room[key]) + reclaimable(snapshot, guest, key) for key, need in needs.items()
-    )
-    assert isinstance(answer, Decision) == fits, answer
-    if isinstance(answer, Refusal):
-        assert answer.reason is Reason.NO_CAPACITY
-        return
-    assert answer.delta.memory == least
-    assert cpu.floor <= answer.delta.cpu <= max(cpu.floor, cpu.ceiling)
-    assert answer.delta.cpu % cpu.step == 0
-    assert not any(t.amounts.cpu for t in answer.takes) or answer.delta.cpu == cpu.floor
-    with_guest = replace(snapshot, guests={**snapshot.guests, guest.uuid: guest})
-    after, _ = commit(with_guest, answer)
-    assert after.books.holdings[guest.uuid] == Holding(guest.uuid, answer.delta)
-    assert all(left >= min(0, room[key]) for key, left in left_over(after).items())
-
-
-@CROWDS
-@given(snapshots(), st.integers(0, 64), st.integers(0, 64))
-def test_free_is_capacity_less_all_that_is_used(
-    snapshot: HostSnapshot, pending: int, residue: int
-) -> None:
-    room = left_over(snapshot)
-    assert free(snapshot) == Amounts(room)
-    loaded = replace(
-        snapshot,
-        pending=Amounts.of(cpu=pending, memory=pending),
-        books=replace(
-            snapshot.books,
-            residues=(
-                Residue(GuestId("g"), "memory", residue, 0.0),
-                Residue(GuestId("g"), "vcpu", 1000, 0.0),
-            ),
-        ),
-    )
-    less = Amounts.of(cpu=pending, memory=pending + residue)
-    assert free(loaded) == Amounts(room) - less
-
-
-@CROWDS
-@given(snapshots())
-def test_bounds_agree_with_the_reference(snapshot: HostSnapshot) -> None:
-    for guest in snapshot.guests.values():
-        if guest.policy is None:
-            continue
-        found = {key: bounds_of(snapshot, guest, key) for key in KEYS}
-        assert floor_of(guest, snapshot) == Amounts({k: b.floor for k, b in found.items()})
-        assert ceiling_of(guest, snapshot) == Amounts({k: b.ceiling for k, b in found.items()})
-        if guest.policy.cpu.placement is Placement.DEDICATED:
-            assert floor_of(guest, snapshot).cpu % 1000 == 0
-
-
-def test_settle_wants_an_id_for_each_take() -> None:
-    from virtfabric.model.decision import Take
-
-    take = Take(GuestId("v"), Amounts.of(cpu=1))
-    decision = Decision(RequestId("r"), GuestId("b"), 1, Amounts.of(cpu=1), takes=(take,))
-    with pytest.raises(ValueError, match="loan ids"):
-        settle(Books(), decision, grant=None, new_grant=None, loan_ids=[], at=0.0, orders={})

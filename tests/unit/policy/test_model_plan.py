@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.ids import RequestId
+from virtfabric.model.mark import MarkedPin, PinMark
 from virtfabric.model.plan import (
     STEP_TYPES,
+    Definition,
+    MarkPins,
     Offer,
     PinEmulator,
     PinVcpu,
@@ -18,6 +21,7 @@ from virtfabric.model.plan import (
     ResizeVirtioMem,
     SetBalloon,
     SetNodeset,
+    SetPolicy,
     SetQuota,
     SetShares,
     SetVcpuCount,
@@ -30,6 +34,8 @@ who = {"guest": st.integers(0, 9).map(guest_id), "name": st.text(max_size=8)}
 who["optional"] = st.booleans()
 amount = st.integers(0, 1 << 44)
 cpus = st.frozensets(st.integers(0, 300), min_size=1).map(CpuSet)
+entries = st.builds(MarkedPin, st.none() | st.integers(0, 512), cpus, cpus | st.just(CpuSet()))
+marks = st.lists(entries, max_size=4).map(lambda found: PinMark(tuple(found)))
 seconds = st.floats(0.1, 600)
 
 
@@ -46,6 +52,8 @@ steps = st.one_of(
     built(SetQuota, st.integers(-1, 10**6)),
     built(SetShares, st.integers(1, 10**4)),
     built(SetNodeset, cpus),
+    built(MarkPins, marks),
+    built(SetPolicy, st.text(), definition=st.sampled_from(Definition)),
 )
 
 
@@ -92,6 +100,10 @@ GOOD = PinVcpu(guest=guest_id(1), vcpu=0, before=CpuSet((1,)), after=CpuSet((2,)
         ({"after": "two"}, "step.after"),
         ({"guest": "web"}, "step.guest"),
         ({"kind": "set-quota"}, "step.before"),
+        ({"kind": "mark-pins", "before": "first=2"}, "step.before"),
+        ({"kind": "set-policy"}, "step.definition"),
+        ({"kind": "set-policy", "definition": "other"}, "step.definition"),
+        ({"kind": "set-policy", "definition": "live", "after": 3}, "step.after"),
     ],
 )
 def test_what_the_journal_cannot_hold_is_refused_by_field(change, field):

@@ -32,11 +32,39 @@ def test_bad_sizes_name_field_and_value(text):
     assert caught.value.value == text
 
 
-@given(st.integers(0, 1 << 40))
-def test_sizes_print_what_can_be_read_again(value):
-    exact = Bytes(value)
-    read = Bytes.parse(str(exact))
-    assert read == exact or abs(read - exact) <= exact * 0.06
+@given(st.integers(0, 1 << 50))
+def test_sizes_print_what_reads_back_as_the_same(value):
+    assert Bytes.parse(str(Bytes(value))) == value
+
+
+@pytest.mark.parametrize(
+    ("value", "exact", "in_table"),
+    [
+        (1025 * KIB, "1025KiB", "1025KiB"),
+        (1088 * MIB, "1088MiB", "1088MiB"),
+        (3 * GIB // 2, "1.5GiB", "1.5GiB"),
+        (5 * GIB // 4, "1.25GiB", "1.25GiB"),
+        (-5 * GIB // 4, "-1.25GiB", "-1.25GiB"),
+        (16 * GIB - 4 * KIB, "16777212KiB", "~16GiB"),
+        (33570009088, "32783212KiB", "~31.3GiB"),
+        (GIB - 1, "1073741823B", "~1024MiB"),
+        (1023, "1023B", "1023B"),
+        (0, "0B", "0B"),
+    ],
+)
+def test_sizes_are_exact_but_for_tables_which_say_so(value, exact, in_table):
+    assert str(Bytes(value)) == exact
+    assert Bytes(value).rounded() == in_table
+
+
+@given(st.integers(0, 1 << 44))
+def test_a_rounded_size_says_so_and_is_short(value):
+    text = Bytes(value).rounded()
+    assert len(text) <= 11
+    if not text.startswith("~"):
+        assert Bytes.parse(text) == value
+    else:
+        assert abs(Bytes.parse(text[1:]) - value) <= value * 0.05
 
 
 @given(st.integers(0, 1023), st.sampled_from([KIB, MIB, GIB]))

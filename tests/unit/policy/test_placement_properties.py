@@ -23,7 +23,9 @@ from virtfabric.model.errors import Refusal
 from virtfabric.model.guest import MemoryMechanism, SchedulerState, VirtioMem
 from virtfabric.model.ids import RequestId
 from virtfabric.model.ledger import Books, Holding
+from virtfabric.model.mark import PinMark
 from virtfabric.model.plan import (
+    MarkPins,
     PinEmulator,
     PinVcpu,
     ResizeVirtioMem,
@@ -42,8 +44,8 @@ from virtfabric.policy.placement import (
     plan_convergence,
     plan_decision,
     plan_lift,
-    spread_virtio_mem,
 )
+from virtfabric.policy.stepper import spread_virtio_mem
 
 REQUEST = RequestId("req-1")
 
@@ -59,6 +61,7 @@ class Sim:
     shares: int
     nodes: CpuSet
     memory: dict[str, int]
+    mark: PinMark
     settled: set[int] = field(default_factory=set)
 
     @classmethod
@@ -69,7 +72,7 @@ class Sim:
         return cls(
             state.vcpus_online, dict(state.vcpu_affinity), state.emulator_affinity,
             quota_of(state), shares_of(state), state.numa_nodes, memory,
-            set(range(state.vcpus_online)),
+            state.marked_pins, set(range(state.vcpus_online)),
         )  # fmt: skip
 
     def run(self, step, *, undo=False):
@@ -96,10 +99,11 @@ class Sim:
             case SetBalloon():
                 assert self.memory["balloon"] == step.before
                 self.memory["balloon"] = step.after
-            case PinEmulator() | SetQuota() | SetShares() | SetNodeset():
+            case PinEmulator() | SetQuota() | SetShares() | SetNodeset() | MarkPins():
                 name = {
                     PinEmulator: "emulator", SetQuota: "quota", SetShares: "shares",
                     SetNodeset: "nodes",
+                    MarkPins: "mark",
                 }[type(step)]  # fmt: skip
                 assert getattr(self, name) == step.before
                 setattr(self, name, step.after)
@@ -109,7 +113,7 @@ class Sim:
         pins = {v: c for v, c in self.pins.items() if v < self.online and v in self.settled}
         return (
             self.online, pins, self.emulator, self.quota, self.shares, self.nodes,
-            dict(self.memory),
+            dict(self.memory), self.mark,
         )  # fmt: skip
 
 
@@ -297,7 +301,7 @@ def test_steps_lead_exactly_to_the_intended_state_and_back_from_any_prefix(case)
     start = seen(sims)
     trail = [start]
     for step in plan.steps:
-        assert step.before or step.before == 0
+        assert step.before or step.before == 0 or isinstance(step, MarkPins)
         sims[step.guest].run(step)
         trail.append(seen(sims))
     held = {g: a for g, a in (amounts_of(snapshot) | decision.holdings).items() if a}
@@ -396,7 +400,11 @@ def test_convergence_mends_every_guest_and_then_finds_nothing_more(snapshot):
             vcpu_affinity={v: c for v, c in sim.pins.items() if v < sim.online},
             emulator_affinity=sim.emulator,
             scheduler=SchedulerState(sim.shares, 100_000, max(-1, sim.quota * 100)),
+            marked_pins=sim.mark,
         )
+        ours = {p.vcpu: p.cpus for p in sim.mark.pins}
+        assert {v: ours[v] for v in range(sim.online)} == guests[guest].vcpu_affinity
+        assert ours[None] == sim.emulator
         intended = intended_state(snapshot, held, layout, guest)
         assert not differences(intended, guests[guest])
     mended = replace(snapshot, guests=guests)
@@ -415,6 +423,7 @@ def test_lift_frees_a_guest(snapshot):
     everywhere = snapshot.topology.cpus
     assert all(sim.pins[v] == everywhere for v in range(sim.online))
     assert (sim.emulator, sim.quota, sim.shares) == (everywhere, -1, 100)
+    assert not sim.mark
     assert plan.guests <= {guest}
 
 

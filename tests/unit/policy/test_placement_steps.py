@@ -19,7 +19,9 @@ from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import MemoryMechanism, NumaMode, RunState, SchedulerState, VirtioMem
 from virtfabric.model.ids import RequestId
 from virtfabric.model.ledger import Books, Holding
+from virtfabric.model.mark import NO_MARK, MarkedPin, PinMark
 from virtfabric.model.plan import (
+    MarkPins,
     PinEmulator,
     PinVcpu,
     ResizeVirtioMem,
@@ -87,9 +89,12 @@ def test_the_whole_order_of_a_decision():
         "guest1: vCPU 1 on pCPU 0,2-7 -> 0,3-7",
         "guest1: vCPU 2 on pCPU 0,2-7 -> 0,3-7",
         "guest2: vCPU 1 on pCPU 2 -> 2",
+        "guest1: mark of our pins 0=0,2-7 1=0,2-7 2=0,2-7 emulator=0 -> "
+        "0=0,3-7 1=0,3-7 2=0,3-7 emulator=0",
+        "guest2: mark of our pins 0=1 emulator=0 -> 0=1 1=2 emulator=0",
         "guest1: vCPUs online 3 -> 2",
     ]
-    assert [s.optional for s in plan.steps] == [False] * 8 + [True]
+    assert [s.optional for s in plan.steps] == [False] * 10 + [True]
     assert plan.orders == {B: (1, 2)}
     assert plan.offers[0].chosen
 
@@ -100,6 +105,8 @@ def test_giving_back_widens_the_pool_after_the_leaver():
     assert [str(s) for s in plan.steps] == [
         "guest2: vCPU 1 on pCPU 2 -> 1",
         "guest1: vCPU 0 on pCPU 0,3-7 -> 0,2-7",
+        "guest2: mark of our pins 0=1 1=2 emulator=0 -> 0=1 1=1 emulator=0",
+        "guest1: mark of our pins 0=0,3-7 emulator=0 -> 0=0,2-7 emulator=0",
         "guest2: vCPUs online 2 -> 1",
     ]
 
@@ -109,7 +116,10 @@ def test_a_guest_that_cannot_unplug_keeps_its_vcpus_stacked_and_that_is_no_drift
     snapshot = placed("flat-8", [guest], {1: 2})
     decision = decide(snapshot, A, to={1: (-1, 0)})
     plan = plan_decision(snapshot, decision)
-    assert [str(s) for s in plan.steps] == ["guest1: vCPU 1 on pCPU 2 -> 1"]
+    assert [str(s) for s in plan.steps] == [
+        "guest1: vCPU 1 on pCPU 2 -> 1",
+        "guest1: mark of our pins 0=1 1=2 emulator=0 -> 0=1 1=1 emulator=0",
+    ]
     held = dict(decision.holdings)
     intended = intended_state(snapshot, held, choose_layout(snapshot, held), A)
     found = replace(snapshot.guests[A], vcpu_affinity={0: CpuSet((1,)), 1: CpuSet((1,))})
@@ -124,7 +134,7 @@ def test_others_get_pins_only_whatever_else_is_amiss_with_them():
     )  # fmt: skip
     snapshot = replace(snapshot, guests={**snapshot.guests, A: odd})
     plan = plan_decision(snapshot, decide(snapshot, B, to={2: (1, 0)}))
-    assert {type(s) for s in plan.steps if s.guest == A} == {PinVcpu}
+    assert {type(s) for s in plan.steps if s.guest == A} == {PinVcpu, MarkPins}
     # a guest whose pool stays as it is is left alone
     plan = plan_decision(snapshot, decide(snapshot, B, to={2: (0, 64)}))
     assert plan.guests == {B}
@@ -174,9 +184,10 @@ def test_a_fresh_guest_is_brought_in_and_restored_to_what_was_found():
     held = Amounts.of(cpu=1500, memory=BOOT_MEMORY)
     snapshot = snapshot_of(topology, [fresh], {A: (held, ())}, cpus="0-3", housekeeping="4")
     plan = plan_convergence(snapshot, [A], REQUEST)
-    assert kinds(plan) == [SetQuota, PinVcpu, PinVcpu, SetShares, PinEmulator]
+    assert kinds(plan) == [SetQuota, PinVcpu, PinVcpu, SetShares, PinEmulator, MarkPins]
     assert [(str(s.before), str(s.after)) for s in plan.steps] == [
         ("-1", "1500"), ("0-7", "0-3"), ("0-7", "0-3"), ("100", "50"), ("0-7", "4"),
+        ("", "0=0-3 1=0-3 emulator=4"),
     ]  # fmt: skip
 
 
@@ -222,6 +233,7 @@ def test_the_operators_pins_hold_for_shared_guests_and_after_a_lift():
         "guest1: vCPU 1 on pCPU 0,2-7 -> 1",
         "guest1: cap 2 CPU -> none",
         "guest1: emulator on pCPU 0 -> 0-7",
+        "guest1: mark of our pins 1=0,2-7/1 emulator=0 -> none",
     ]
     assert plan_lift(snapshot, C, REQUEST).steps == ()
 
@@ -231,7 +243,7 @@ def test_a_guest_dedicated_no_more_gives_its_order_back():
     shared = replace(snapshot.guests[A], policy=make_guest(1).policy)
     plan = plan_convergence(replace(snapshot, guests={A: shared}), None, REQUEST)
     assert plan.orders == {A: ()}
-    assert kinds(plan) == [SetQuota, PinVcpu, PinVcpu]
+    assert kinds(plan) == [SetQuota, PinVcpu, PinVcpu, MarkPins]
 
 
 def test_a_movable_guest_is_pulled_after_its_pcpus():
@@ -309,3 +321,34 @@ def test_quota_is_read_against_its_period():
     assert quota_of(guest) == 500
     assert quota_of(replace(guest, scheduler=SchedulerState())) == -1
     assert SetVcpuCount.needs_guest
+
+
+def test_a_mark_that_was_lost_is_written_again_and_only_then():
+    snapshot = placed("flat-8", [make_guest(1), make_guest(2, dedicated=True)], {1: 1, 2: 2})
+    bare = replace(snapshot.guests[B], marked_pins=NO_MARK)
+    lost = replace(snapshot, guests={**snapshot.guests, B: bare})
+    [step] = plan_convergence(lost, None, REQUEST).steps
+    assert isinstance(step, MarkPins)
+    assert (step.guest, str(step.after)) == (B, "0=1 1=2 emulator=0")
+
+
+def test_entries_of_vcpus_that_left_do_not_bring_a_step():
+    snapshot = placed("flat-8", [make_guest(1, dedicated=True)], {1: 2})
+    guest = snapshot.guests[A]
+    more = PinMark((*guest.marked_pins.pins, MarkedPin(5, CpuSet((7,)))))
+    known = replace(snapshot, guests={A: replace(guest, marked_pins=more)})
+    assert plan_convergence(known, None, REQUEST).steps == ()
+
+
+def test_the_operators_own_pins_are_not_marked():
+    pins = {0: CpuSet((3, 4)), 1: CpuSet((1, 3))}
+    snapshot = placed("flat-8", [make_guest(1, config_pins=pins)], {1: 2}, cpus="2-5")
+    assert str(snapshot.guests[A].marked_pins) == "1=3/1,3 emulator=0"
+
+
+def test_a_guest_that_may_run_anywhere_and_is_not_pinned_has_no_mark():
+    topology = load_host("flat-8")
+    free = make_guest(1)
+    held = Amounts.of(cpu=1000, memory=BOOT_MEMORY)
+    snapshot = snapshot_of(topology, [free], {A: (held, ())}, housekeeping="0-7")
+    assert MarkPins not in kinds(plan_convergence(snapshot, None, REQUEST))

@@ -11,7 +11,9 @@ from virtfabric.adapters.libvirt.cpu import (
     SharesHandler,
     VcpuCountHandler,
 )
+from virtfabric.adapters.libvirt.mark import MarkHandler
 from virtfabric.adapters.libvirt.memory import BalloonHandler, NodesetHandler, VirtioMemHandler
+from virtfabric.adapters.libvirt.policywriter import PolicyHandler
 
 if TYPE_CHECKING:
     from virtfabric.adapters.libvirt.handler import Surroundings
@@ -23,5 +25,5 @@ def libvirt_handlers(host: Surroundings) -> tuple[StepHandler, ...]:
     return (
         VirtioMemHandler(host), BalloonHandler(host), VcpuCountHandler(host),
         PinVcpuHandler(host), PinEmulatorHandler(host), QuotaHandler(host), SharesHandler(host),
-        NodesetHandler(host),
+        NodesetHandler(host), MarkHandler(host), PolicyHandler(host),
     )  # fmt: skip

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _PAUSED: Final = frozenset({libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED})
+MIGRATION_IN: Final = "migration-in"
 _OPERATIONS: Final[dict[int, str]] = {
     value: name.removeprefix("VIR_DOMAIN_JOB_OPERATION_").lower().replace("_", "-")
     for name, value in vars(libvirt).items()
@@ -88,6 +89,7 @@ class LibvirtGuests:
         pid = self._processes.find_pid(state.uuid, state.name)
         threads = {} if pid is None else self._processes.read_vcpu_threads(pid)
         default = next(iter(state.vcpu_affinity.values()), state.emulator_affinity)
+        job = read_job(dom)
         shares = state.scheduler.shares
         return replace(
             state,
@@ -103,13 +105,16 @@ class LibvirtGuests:
                 state.scheduler,
                 shares=None if shares is None else self._cgroups.to_shares(shares),
             ),
-            memory_current=self._read_memory(dom, state),
-            job=read_job(dom),
+            memory_current=self._read_memory(dom, state, job),
+            job=job,
         )
 
-    def _read_memory(self, dom: Any, state: GuestState) -> Bytes:
-        """Balloon: asked of QEMU, as the XML follows events that come at most once a second."""
-        if state.mechanism is not MemoryMechanism.BALLOON:
+    def _read_memory(self, dom: Any, state: GuestState, job: str | None) -> Bytes:
+        """Balloon: asked of QEMU, as the XML follows events that come at most once a second.
+
+        Not while the guest migrates in: the call would wait for that, 30 s at most (libvirt 9.0).
+        """
+        if state.mechanism is not MemoryMechanism.BALLOON or job == MIGRATION_IN:
             return state.memory_current
         try:
             actual = dom.memoryStats().get("actual")
@@ -121,7 +126,13 @@ class LibvirtGuests:
 
 def read_job(dom: Any) -> str | None:
     """What libvirt is doing with a guest ("backup", "migration-out"), None when nothing."""
-    stats = dom.jobStats()
+    try:
+        stats = dom.jobStats()
+    except libvirt.libvirtError:
+        # "migration statistics are available only on the source host" (libvirt 9.0)
+        if dom.state() != [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_MIGRATION]:
+            raise
+        return MIGRATION_IN
     if stats.get("type", 0) == libvirt.VIR_DOMAIN_JOB_NONE:
         return None
     return _OPERATIONS.get(int(stats.get("operation", -1)), "unknown")

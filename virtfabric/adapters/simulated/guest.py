@@ -6,8 +6,10 @@ The two last are kept apart, so that a check against the kernel can fail where l
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Final
 
+from virtfabric.domxml.policy import format_bare_policy, parse_bare_policy
 from virtfabric.model.guest import (
     GuestState,
     MemoryMechanism,
@@ -16,6 +18,7 @@ from virtfabric.model.guest import (
     SchedulerState,
     VirtioMem,
 )
+from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.units import MIB, Bytes, CpuSet
 
 if TYPE_CHECKING:
@@ -78,7 +81,12 @@ class GuestSpec:
 
 @dataclass
 class Hardware:
-    """What can be changed under a running guest. `quota_us` is the whole guest's, -1 for none."""
+    """What can be changed under a running guest.
+
+    Attributes:
+        quota_us: the whole guest's, -1 for none.
+        policy: metadata of the live definition, as text.
+    """
 
     vcpus: int
     affinity: dict[int, CpuSet]
@@ -88,6 +96,8 @@ class Hardware:
     nodes: CpuSet
     quota_us: int = -1
     shares: int | None = None
+    mark: PinMark = NO_MARK
+    policy: str = ""
 
     def copy(self) -> Hardware:
         """An independent copy."""
@@ -185,8 +195,11 @@ class SimulatedGuest:
             config_numa_nodes=spec.numa_nodes,
             job=self.job,
             persistent=spec.persistent,
-            policy=spec.policy,
+            policy=read_policy(said.policy) if active else spec.policy,
             policy_error=spec.policy_error,
+            marked_pins=said.mark,
+            policy_text=said.policy if active else write_policy(spec.policy),
+            config_policy_text=write_policy(spec.policy) if spec.persistent else "",
         )  # fmt: skip
 
     def _fresh(self) -> Hardware:
@@ -197,4 +210,17 @@ class SimulatedGuest:
             boot_memory=int(self.spec.boot_memory),
             devices={d.alias: int(d.initial) for d in self.spec.devices},
             nodes=self.spec.numa_nodes,
+            policy=write_policy(self.spec.policy),
         )
+
+
+@cache
+def write_policy(policy: GuestPolicy | None) -> str:
+    """A policy as metadata."""
+    return "" if policy is None else format_bare_policy(policy)
+
+
+@cache
+def read_policy(text: str) -> GuestPolicy | None:
+    """A policy from metadata."""
+    return parse_bare_policy(text) if text else None

@@ -6,10 +6,17 @@ looks at the kernel's side only.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final, Generic, TypeVar
 
 from virtfabric.adapters.simulated.faults import Effect, Phase, SimulatedCrash
-from virtfabric.adapters.simulated.guest import PERIOD_US, Hardware, SimulatedGuest
+from virtfabric.adapters.simulated.guest import (
+    PERIOD_US,
+    Hardware,
+    SimulatedGuest,
+    read_policy,
+    write_policy,
+)
 from virtfabric.model.errors import (
     GuestGoneError,
     HypervisorError,
@@ -18,12 +25,16 @@ from virtfabric.model.errors import (
     StepCancelledError,
     VerificationError,
 )
+from virtfabric.model.mark import MARK_NAMESPACE
 from virtfabric.model.plan import (
+    Definition,
+    MarkPins,
     PinEmulator,
     PinVcpu,
     ResizeVirtioMem,
     SetBalloon,
     SetNodeset,
+    SetPolicy,
     SetQuota,
     SetShares,
     SetVcpuCount,
@@ -48,6 +59,7 @@ class SimulatedHandler(Generic[S]):
     kind: str
     step_type: type[S]
     event = EventKind.TUNABLE
+    event_detail = ""
 
     def __init__(self, host: SimulatedHost) -> None:
         self.host = host
@@ -59,9 +71,9 @@ class SimulatedHandler(Generic[S]):
         lost = self._occasion(Phase.APPLY, own, context)
         with self.host.lock:
             try:
-                self.bring(self.host.running(own.guest), own, lost=lost)
+                self.bring(self.find(own), own, lost=lost)
             finally:
-                self.host.tell(self.event, own.guest)
+                self.host.tell(self.event, own.guest, self.event_detail)
         context.progress(1.0, own.describe())
         self._occasion(Phase.APPLIED, own, context)
 
@@ -70,7 +82,7 @@ class SimulatedHandler(Generic[S]):
         own = self._own(step)
         self._occasion(Phase.VERIFY, own)
         with self.host.lock:
-            if problem := self.differs(self.host.running(own.guest), own):
+            if problem := self.differs(self.find(own), own):
                 raise VerificationError(f"{own.describe()}: {problem}")
         self._occasion(Phase.VERIFIED, own)
 
@@ -80,12 +92,16 @@ class SimulatedHandler(Generic[S]):
         try:
             self._occasion(Phase.UNDO, own)
             with self.host.lock:
-                left = self.give_back(self.host.running(own.guest), own)
-                self.host.tell(self.event, own.guest)
+                left = self.give_back(self.find(own), own)
+                self.host.tell(self.event, own.guest, self.event_detail)
             self._occasion(Phase.UNDONE, own)
         except GuestGoneError:
             return 0
         return left
+
+    def find(self, step: S) -> SimulatedGuest:
+        """The guest, which has to run and to take changes."""
+        return self.host.changeable(step.guest)
 
     def bring(self, guest: SimulatedGuest, step: S, *, lost: bool) -> None:
         """Change to `after`; `lost`: only what libvirt says."""
@@ -352,11 +368,52 @@ class _Nodeset(_Setting[SetNodeset]):
         return "" if hardware.nodes == step.after else _difference(step.after, hardware.nodes)
 
 
+class _MarkPins(_Setting[MarkPins]):
+    step_type = MarkPins
+    event = EventKind.METADATA
+    event_detail = MARK_NAMESPACE
+
+    def put(self, hardware: Hardware, step: MarkPins, *, back: bool) -> None:
+        hardware.mark = step.before if back else step.after
+
+    def problem(self, hardware: Hardware, step: MarkPins) -> str:
+        return "" if hardware.mark == step.after else _difference(step.after, hardware.mark)
+
+
+class _Policy(SimulatedHandler[SetPolicy]):
+    step_type = SetPolicy
+    event = EventKind.METADATA
+
+    def find(self, step: SetPolicy) -> SimulatedGuest:
+        live = step.definition is Definition.LIVE
+        return self.host.changeable(step.guest) if live else self.host.defined(step.guest)
+
+    def bring(self, guest: SimulatedGuest, step: SetPolicy, *, lost: bool) -> None:
+        self._put(guest, step.definition, step.after, lost=lost)
+
+    def differs(self, guest: SimulatedGuest, step: SetPolicy) -> str:
+        live = step.definition is Definition.LIVE
+        found = guest.real.policy if live else write_policy(guest.spec.policy)
+        return "" if found == step.after else _difference(step.after, found)
+
+    def give_back(self, guest: SimulatedGuest, step: SetPolicy) -> int:
+        self._put(guest, step.definition, step.before, lost=False)
+        return 0
+
+    def _put(self, guest: SimulatedGuest, definition: Definition, text: str, *, lost: bool) -> None:
+        if definition is Definition.LIVE:
+            guest.said.policy = text
+            if not lost:
+                guest.real.policy = text
+        elif not lost:
+            guest.spec = replace(guest.spec, policy=read_policy(text), policy_error="")
+
+
 def simulated_handlers(host: SimulatedHost) -> tuple[StepHandler, ...]:
     """One handler for each step type."""
     return (
         _VirtioMem(host), _Balloon(host), _VcpuCount(host), _PinVcpu(host), _PinEmulator(host),
-        _Quota(host), _Shares(host), _Nodeset(host),
+        _Quota(host), _Shares(host), _Nodeset(host), _MarkPins(host), _Policy(host),
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from virtfabric.adapters.registry import HandlerRegistry
 from virtfabric.adapters.simulated.clock import SimulatedClock
 from virtfabric.adapters.simulated.events import SimulatedEvents
 from virtfabric.adapters.simulated.faults import Faults
-from virtfabric.adapters.simulated.guest import GuestSpec, Hardware, SimulatedGuest
+from virtfabric.adapters.simulated.guest import GuestSpec, Hardware, SimulatedGuest, write_policy
 from virtfabric.adapters.simulated.handlers import SimulatedHandler, simulated_handlers
 from virtfabric.model.errors import (
     GuestGoneError,
@@ -139,8 +139,9 @@ class SimulatedHost:
     def write_policy(self, guest: GuestId, policy: GuestPolicy | None) -> None:
         """Replace the policy metadata."""
         with self.lock:
-            found = self._defined(guest)
+            found = self.defined(guest)
             found.spec = replace(found.spec, policy=policy, policy_error="")
+            found.said.policy = found.real.policy = write_policy(policy)
             self.tell(EventKind.METADATA, guest)
 
     # -- what people and guests do beside the agent ---------------------------------------------
@@ -160,7 +161,7 @@ class SimulatedHost:
     def undefine_guest(self, guest: GuestId) -> None:
         """Remove the definition; a running guest becomes transient."""
         with self.lock:
-            found = self._defined(guest)
+            found = self.defined(guest)
             found.spec = replace(found.spec, persistent=False)
             self.tell(EventKind.UNDEFINED, guest)
             if found.state is RunState.SHUTOFF:
@@ -172,7 +173,7 @@ class SimulatedHost:
             if isinstance(guest, GuestSpec):
                 self.define_guest(guest)
                 guest = guest.uuid
-            found = self._defined(guest)
+            found = self.defined(guest)
             if found.state is not RunState.SHUTOFF:
                 raise HypervisorError(f"{found.spec.name}: domain is already running")
             self._pid += _PIDS_APART
@@ -205,15 +206,16 @@ class SimulatedHost:
     def rename_guest(self, guest: GuestId, name: str) -> None:
         """Another name for the same UUID."""
         with self.lock:
-            found = self._defined(guest)
+            found = self.defined(guest)
             found.spec = replace(found.spec, name=name)
             self.tell(EventKind.DEFINED, guest, "renamed")
 
-    def set_job(self, guest: GuestId, job: str | None) -> None:
-        """A backup or migration begins (or ends, with None)."""
+    def set_job(self, guest: GuestId, job: str | None, *, told: bool = True) -> None:
+        """A backup or migration begins (or ends, with None); with or without an event."""
         with self.lock:
             self.running(guest).job = job
-            self.tell(EventKind.JOB, guest, job or "")
+            if told:
+                self.tell(EventKind.JOB, guest, job or "")
 
     def change_beside(self, step: Step) -> None:
         """Somebody else does what this step does (`virsh vcpupin`...); faults do not strike."""
@@ -253,6 +255,18 @@ class SimulatedHost:
         """All guests, live objects."""
         return self._guests
 
+    def defined(self, guest: GuestId) -> SimulatedGuest:
+        """A guest, running or not.
+
+        Raises:
+            GuestGoneError, HypervisorGoneError
+        """
+        self._check_connected()
+        found = self._guests.get(guest)
+        if found is None:
+            raise GuestGoneError(f"guest {guest} is not defined")
+        return found
+
     def running(self, guest: GuestId) -> SimulatedGuest:
         """A guest with a process.
 
@@ -265,6 +279,17 @@ class SimulatedHost:
             if found is None or found.state is RunState.SHUTOFF:
                 raise GuestGoneError(f"guest {guest} is not running")
             return found
+
+    def changeable(self, guest: GuestId) -> SimulatedGuest:
+        """A guest with a process, and no job that bars changes.
+
+        Raises:
+            GuestGoneError, HypervisorGoneError, HypervisorError
+        """
+        found = self.running(guest)
+        if found.job not in (None, "backup"):
+            raise HypervisorError("Timed out during operation: cannot acquire state change lock")
+        return found
 
     def moved(self, guest: GuestId, current: int, target: int, block: int) -> int:
         """Where a guest's memory comes to when it is asked for `target`, in whole blocks."""
@@ -297,13 +322,6 @@ class SimulatedHost:
     def _check_connected(self) -> None:
         if not self._connected:
             raise HypervisorGoneError("the connection to the simulated libvirtd is down")
-
-    def _defined(self, guest: GuestId) -> SimulatedGuest:
-        self._check_connected()
-        found = self._guests.get(guest)
-        if found is None:
-            raise GuestGoneError(f"guest {guest} is not defined")
-        return found
 
 
 def build_simulated_host(

@@ -1,0 +1,233 @@
+"""Who may hold: a guest's admission at `prepare`, and the adoption of one that runs already.
+
+It answers the hook's question from the ledger and never touches the guest that asks.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any, Final
+
+from virtfabric.daemon.api import JobState
+from virtfabric.daemon.undertaking import Undertaking, new_request, summary
+from virtfabric.domxml.domain import parse_domain
+from virtfabric.model.amounts import Amounts
+from virtfabric.model.errors import InvalidValueError, Refusal, RefusedError
+from virtfabric.model.guest import RunState
+from virtfabric.model.ledger import Books, Holding
+from virtfabric.model.plan import Plan, ResizeVirtioMem, SetBalloon, SetQuota
+from virtfabric.model.units import Bytes
+from virtfabric.policy.arbiter import choose_admission
+from virtfabric.policy.placement import plan_decision
+from virtfabric.policy.standing import floor_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from virtfabric.daemon.conductor import Conductor
+    from virtfabric.daemon.jobs import Job, Jobs
+    from virtfabric.daemon.ledger import Ledger
+    from virtfabric.daemon.notices import Notices
+    from virtfabric.daemon.observatory import Observatory
+    from virtfabric.model.decision import Decision
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.ids import GuestId
+    from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.ports import AuditLog, Clock, Journal
+
+log = logging.getLogger(__name__)
+
+RETURNING: Final = "memory is returning"
+STRICT: Final = re.compile(r"<[\w.-]*:?policy\b[^>]*\badmission=[\"']strict[\"']")
+UNSTARTED_S: Final = 120.0
+"""A holding whose guest has not started this long after its admission is released again."""
+
+
+class Admission:
+    """Admits guests that start, adopts those that were not asked about."""
+
+    def __init__(
+        self,
+        *,
+        observatory: Observatory,
+        ledger: Ledger,
+        conductor: Conductor,
+        jobs: Jobs,
+        notices: Notices,
+        journal: Journal,
+        audit: AuditLog,
+        clock: Clock,
+        settled: Callable[[GuestId, float], bool],
+    ) -> None:
+        """`settled` tells whether a guest's last run is settled, after waiting so many seconds."""
+        self._observatory = observatory
+        self._ledger = ledger
+        self._conductor = conductor
+        self._jobs = jobs
+        self._notices = notices
+        self._journal = journal
+        self._audit = audit
+        self._clock = clock
+        self._settled = settled
+        self._admitted_at: dict[GuestId, float] = {}
+        self._admissions: dict[GuestId, Job] = {}
+
+    def is_recent(self, guest: GuestId) -> bool:
+        """Whether it was admitted so lately that it need not run yet."""
+        since = self._admitted_at.get(guest)
+        return since is not None and self._clock.monotonic() - since < UNSTARTED_S
+
+    def forget(self, guest: GuestId) -> None:
+        """It runs now, or is gone: its admission is over."""
+        self._admitted_at.pop(guest, None)
+
+    # -- before it starts -------------------------------------------------------------------
+
+    def admit(self, xml: str, wait_s: float) -> str:
+        """Answer `prepare`: "" to let the guest start, else the line that virsh shows."""
+        try:
+            guest = _starting(parse_domain(xml, None))
+        except InvalidValueError as error:
+            log.warning("prepare hook: %s", error)
+            return f"virtfabric: {error}"
+        if guest.policy is None:
+            return self._admit_unmanaged(guest, xml)
+        if not self._settled(guest.uuid, wait_s):
+            return f"virtfabric: {guest.name}: its last run is still being settled, retry"
+        held = self._ledger.view().books.holdings.get(guest.uuid)
+        if held is not None:
+            self._admitted_at[guest.uuid] = self._clock.monotonic()
+            return ""
+        return self._admit_managed(guest, wait_s)
+
+    def _admit_unmanaged(self, guest: GuestState, xml: str) -> str:
+        if not guest.policy_error:
+            return ""
+        text = f"guest {guest.name} has an invalid virtfabric policy: {guest.policy_error}"
+        self._audit.append("policy.invalid", [guest.uuid], {"why": text})
+        if STRICT.search(xml):
+            return f"virtfabric: {text} (admission is strict; mend it with virsh edit)"
+        self._notices.alert(f"policy {guest.uuid}", f"{text}; it runs unmanaged")
+        return ""
+
+    def _admit_managed(self, guest: GuestState, wait_s: float) -> str:
+        try:
+            job = self._start_admission(guest, deadline_s=max(wait_s, 0.1) * 6)
+        except RefusedError as error:
+            return f"virtfabric: {error.refusal.detail}"
+        if not job.ended.wait(wait_s):
+            why = _why_late(job)
+            self._audit.append("admission.waits", [guest.uuid], {"for": why, "job": job.id})
+            return f"virtfabric: {guest.name}: {why}, retry"
+        self._admissions.pop(guest.uuid, None)
+        if job.state is JobState.DONE:
+            return ""
+        detail = (job.error or {}).get("detail", "the agent failed")
+        return f"virtfabric: {guest.name} cannot start: {detail}"
+
+    def _start_admission(self, guest: GuestState, *, deadline_s: float) -> Job:
+        """Start to admit it, or go on with what an earlier `virsh start` did not wait for."""
+        self._admitted_at[guest.uuid] = self._clock.monotonic()
+        running = self._admissions.get(guest.uuid)
+        if running is not None and not running.ended.is_set():
+            return running
+        work = self._admission(guest, deadline_s=deadline_s)
+        job = self._jobs.start(
+            work.title, lambda _, p: summary(work, self._conductor.conduct(work, p))
+        )
+        self._admissions[guest.uuid] = job
+        return job
+
+    def _admission(self, guest: GuestState, *, deadline_s: float) -> Undertaking:
+        request = new_request()
+
+        def decide(snapshot: HostSnapshot, _: Any) -> Decision | Refusal:
+            return choose_admission(snapshot, guest, request)
+
+        def place(snapshot: HostSnapshot, decision: Decision | None) -> Plan | Refusal:
+            # memory and caps of victims come down before the guest starts; pins follow on `started`
+            assert decision is not None
+            plan = plan_decision(snapshot, decision, deadline_s=deadline_s)
+            if isinstance(plan, Refusal):
+                return plan
+            # its own memory is libvirt's to set up now: a call about it would wait for this hook
+            steps = tuple(
+                step
+                for step in plan.steps
+                if isinstance(step, ResizeVirtioMem | SetBalloon | SetQuota)
+                and step.guest != guest.uuid
+            )
+            return Plan(plan.request, plan.generation, steps, {}, plan.offers)
+
+        return Undertaking(
+            request,
+            f"admission of {guest.name}",
+            place,
+            decide,
+            grants=False,
+            deadline_s=deadline_s,
+            incoming=guest,
+            body={"guest": guest.uuid, "name": guest.name, "origin": "hook"},
+        )
+
+    # -- it runs already --------------------------------------------------------------------
+
+    def adopt(self, state: GuestState) -> None:
+        """It runs already (started while we were down, or without hooks): it must be counted."""
+        request = new_request()
+        work = Undertaking(
+            request,
+            f"adoption of {state.name}",
+            self._conductor.place_decision(10.0),
+            lambda snapshot, _: choose_admission(snapshot, state, request),
+            deadline_s=10.0,
+            body={"guest": state.uuid, "name": state.name, "origin": "agent"},
+        )
+        job = self._jobs.start(
+            work.title, lambda _, p: summary(work, self._conductor.conduct(work, p))
+        )
+        job.ended.wait()
+        if job.state is JobState.DONE:
+            self._notices.settle(f"overcommit {state.uuid}")
+            return
+        self._notices.alert(
+            f"overcommit {state.uuid}",
+            f"guest {state.name} runs although it does not fit "
+            f"({(job.error or {}).get('detail', '')}); it holds its floor",
+        )
+        amounts = self._floor(state)
+        self._ledger.commit(
+            None, lambda books: _with_holding(books, state.uuid, amounts), self._journal.store_books
+        )
+
+    def _floor(self, state: GuestState) -> Amounts:
+        floor = floor_of(state, self._observatory.snapshot())
+        return Amounts.of(cpu=floor.cpu, memory=max(floor.memory, state.memory_current))
+
+
+def _why_late(job: Job) -> str:
+    """What an admission that has not ended waits for: memory only where it is called home now."""
+    if job.progress is None:
+        return "the agent is busy with other jobs"
+    step = job.progress.step
+    if isinstance(step, ResizeVirtioMem | SetBalloon) and step.after < step.before:
+        return RETURNING
+    return job.progress.doing
+
+
+def _starting(guest: GuestState) -> GuestState:
+    """A guest as its `prepare` hook means it.
+
+    The XML has an id already and says `<current>` 0, but there is no QEMU yet to change, and it
+    will start with what its memory devices request (measured, libvirt 9.0).
+    """
+    requested = sum(d.requested for d in guest.virtio_mem)
+    memory = Bytes(guest.boot_memory + requested) if guest.virtio_mem else guest.memory_current
+    return replace(guest, state=RunState.SHUTOFF, memory_current=memory)
+
+
+def _with_holding(books: Books, guest: GuestId, amounts: Amounts) -> Books:
+    holdings = {**books.holdings, guest: Holding(guest, amounts)}
+    return Books(books.generation, holdings, books.grants, books.loans, books.residues)

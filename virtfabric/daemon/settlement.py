@@ -1,0 +1,236 @@
+"""How a transaction ends: in the books with what it changed, or undone; the audit log is told.
+
+It decides nothing and applies nothing: the plan was carried out by then, or failed.
+"""
+
+from __future__ import annotations
+
+import logging
+import uuid
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from virtfabric.daemon.undertaking import Outcome
+from virtfabric.model.errors import JournalError, Refusal, RefusedError, VirtfabricError
+from virtfabric.model.guest import MemoryMechanism
+from virtfabric.model.ids import GrantId, LoanId
+from virtfabric.model.ledger import Books, Grant, Residue
+from virtfabric.policy.loans import settle
+from virtfabric.ports import TransactionState
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Mapping
+
+    from virtfabric.daemon.executor import Execution
+    from virtfabric.daemon.ledger import Ledger
+    from virtfabric.daemon.observatory import Observatory
+    from virtfabric.daemon.undertaking import Undertaking
+    from virtfabric.daemon.unfinished import Unfinished
+    from virtfabric.model.decision import Decision
+    from virtfabric.model.ids import GuestId, TransactionId
+    from virtfabric.model.plan import Plan
+    from virtfabric.ports import AuditLog, Clock, Journal
+
+log = logging.getLogger(__name__)
+
+
+class Settlement:
+    """Ends transactions, each in the thread that conducted it."""
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        observatory: Observatory,
+        journal: Journal,
+        audit: AuditLog,
+        clock: Clock,
+        unfinished: Unfinished,
+    ) -> None:
+        self._ledger = ledger
+        self._observatory = observatory
+        self._journal = journal
+        self._audit = audit
+        self._clock = clock
+        self._unfinished = unfinished
+
+    # -- committed --------------------------------------------------------------------------
+
+    def commit(
+        self,
+        work: Undertaking,
+        txn: TransactionId,
+        decision: Decision | None,
+        plan: Plan,
+        execution: Execution,
+        began: float,
+    ) -> Outcome:
+        """The books and the end of the transaction reach the disk together.
+
+        Raises:
+            VirtfabricError: they did not; the caller undoes what was applied.
+        """
+        with execution.outside:
+            incoming = {work.incoming.uuid} if work.incoming else set()
+            self._observatory.refresh(plan.guests - incoming)
+        now = self._clock.now()
+        grant = self._new_grant(work, decision, now)
+        loans = (
+            [LoanId(f"loan-{uuid.uuid4().hex[:10]}") for _ in decision.takes] if decision else []
+        )
+        took = self._clock.monotonic() - began
+        final: list[Books] = []
+
+        def change(books: Books) -> Books:
+            if decision is not None:
+                books = settle(
+                    books, decision, grant=work.ends, new_grant=grant, loan_ids=loans, at=now,
+                    orders=plan.orders,
+                )  # fmt: skip
+            elif plan.orders:
+                books = _with_orders(books, plan.orders)
+            if work.settle_books is not None:
+                books = work.settle_books(books)
+            residues = (*execution.residues, *self._residues(books, plan.guests, now))
+            kept = (r for r in books.residues if r.guest not in plan.guests)
+            return replace(books, residues=(*kept, *residues))
+
+        def store(books: Books) -> None:
+            outcome = {"state": "committed", "grant": grant.to_json() if grant else None}
+            self._journal.close(txn, TransactionState.COMMITTED, outcome, books)
+            final.append(books)
+
+        self._ledger.commit(txn, change, store)
+        residues = tuple(r for r in final[0].residues if r.guest in plan.guests)
+        own = max(0.0, took - execution.outside.seconds)
+        outcome = Outcome(
+            txn, decision, grant, tuple(str(s) for s in execution.applied), residues,
+            tuple(o.to_json() for o in plan.offers), took, own,
+        )  # fmt: skip
+        try:
+            self._audit_commit(work, outcome, loans)
+        except JournalError as full:
+            # it is done and in the books: only the record is missing, and that must be told
+            log.error("%s: done, but the audit log cannot take it: %s", txn, full)
+        return outcome
+
+    def _new_grant(self, work: Undertaking, decision: Decision | None, now: float) -> Grant | None:
+        if decision is None:
+            return None
+        gain = decision.delta.positive()
+        if not work.grants or not gain:
+            return None
+        return Grant(
+            GrantId(f"grant-{uuid.uuid4().hex[:10]}"), decision.guest, gain, work.request, now,
+            now + work.lease_s if work.lease_s else None,
+        )  # fmt: skip
+
+    def _residues(self, books: Books, guests: Collection[GuestId], now: float) -> list[Residue]:
+        """What a guest still has beyond its holding: memory inside the step's tolerance, vCPUs.
+
+        Surplus vCPUs take nothing from anybody: quota and pins hold them.
+        """
+        found = []
+        for guest in guests:
+            state, holding = self._observatory.guest(guest), books.holdings.get(guest)
+            if state is None or holding is None:
+                continue
+            surplus = state.vcpus_online - max(1, holding.amounts.cpu.whole)
+            if surplus > 0:
+                why = "plugged beyond what it holds; its cap and pins hold them"
+                found.append(Residue(guest, "vcpu", surplus * 1000, now, why))
+            excess = state.memory_current - holding.amounts.memory
+            if excess > 0 and state.mechanism is not MemoryMechanism.FIXED:
+                found.append(Residue(guest, "memory", excess, now, "the guest has not let go yet"))
+        return found
+
+    def _audit_commit(self, work: Undertaking, outcome: Outcome, loans: list[LoanId]) -> None:
+        decision = outcome.decision
+        subjects = [*subjects_of(work, outcome.txn, decision), *loans]
+        if outcome.grant:
+            subjects.append(outcome.grant.id)
+        if work.ends:
+            subjects.append(work.ends.id)
+        self._audit.append(
+            "plan.committed",
+            subjects,
+            {
+                "title": work.title, "request": work.request, "txn": outcome.txn,
+                "grant": outcome.grant.to_json() if outcome.grant else None, "loans": loans,
+                "decision": decision.to_json() if decision else None,
+                "steps": list(outcome.steps), "took_s": round(outcome.took_s, 3),
+                "residues": [r.to_json() for r in outcome.residues],
+            },
+        )  # fmt: skip
+
+    # -- undone -----------------------------------------------------------------------------
+
+    def undo(
+        self,
+        work: Undertaking,
+        txn: TransactionId,
+        decision: Decision | None,
+        execution: Execution,
+        error: Exception,
+    ) -> None:
+        """Take back what was applied because of `error`; what cannot be is tried again later."""
+        touched = {s.guest for s in execution.applied}
+        problems = execution.rollback()
+        body: dict[str, Any] = {
+            "title": work.title, "request": work.request, "txn": txn, "why": str(error),
+            "not_undone": problems,
+        }  # fmt: skip
+        kind = "plan.undone"
+        if isinstance(error, RefusedError):
+            body |= refusal_body(error.refusal)
+            kind = "request.refused"
+        try:
+            if problems:
+                self._unfinished.add(txn)
+            else:
+                self._close_undone(txn, execution, touched, str(error))
+            self._audit.append(kind, subjects_of(work, txn, decision), body)
+        except JournalError as full:
+            self._unfinished.add(txn)
+            log.error("undone, but the journal cannot take it (%s); tried again later", full)
+        try:
+            self._observatory.refresh(touched)
+        except VirtfabricError as again:
+            log.warning("cannot read back after an undo: %s", again)
+
+    def _close_undone(
+        self, txn: TransactionId, execution: Execution, touched: set[GuestId], why: str
+    ) -> None:
+        residues = tuple(execution.residues)
+        outcome = {"state": "undone", "why": why, "residues": [r.to_json() for r in residues]}
+
+        def change(books: Books) -> Books:
+            kept = (r for r in books.residues if r.guest not in touched)
+            return replace(books, residues=(*kept, *residues)) if residues else books
+
+        self._ledger.commit(
+            txn, change,
+            lambda books: self._journal.close(txn, TransactionState.UNDONE, outcome, books),
+        )  # fmt: skip
+
+
+def subjects_of(work: Undertaking, txn: TransactionId, decision: Decision | None) -> list[str]:
+    """Ids under which `explain` finds it."""
+    subjects: list[str] = [work.request, txn]
+    if decision is not None:
+        subjects += [decision.guest, *(t.victim for t in decision.takes)]
+        subjects += [*(r.victim for r in decision.returns), *(r.loan for r in decision.returns)]
+    return list(dict.fromkeys(subjects))
+
+
+def _with_orders(books: Books, orders: Mapping[GuestId, tuple[int, ...]]) -> Books:
+    holdings = {g: replace(h, order=orders.get(g, h.order)) for g, h in books.holdings.items()}
+    return replace(books, holdings=holdings)
+
+
+def refusal_body(refusal: Refusal) -> dict[str, Any]:
+    """A refusal as the audit log keeps it."""
+    return {
+        "reason": refusal.reason.value, "detail": refusal.detail,
+        "would_fit": dict(refusal.would_fit), "considered": list(refusal.considered),
+    }  # fmt: skip
