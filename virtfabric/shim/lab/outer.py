@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 _NAME: Final = "qemu-system-x86_64"
 _LIBRARIES: Final = Path("usr/lib/x86_64-linux-gnu")
 _FIRMWARE: Final = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
-# A QEMU looks for a module that its own tree lacks in /usr, and ends when the one that it finds there
-# is of another build ("Only modules from the same build can be loaded"): in a mount namespace of its
-# own it sees its own tree's there.
+# A QEMU looks in /usr for a module that its own tree lacks, and ends when the one that it finds is
+# of another build ("Only modules from the same build can be loaded"): in a mount namespace of its
+# own it sees its own tree's modules there.
 _OWN_MODULES: Final = (
     '[ ! -d "$1" ] || mount --bind "$0" "$1" || exit; QEMU_MODULE_DIR=$0; export QEMU_MODULE_DIR; '
     'shift; exec "$@"'

@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 import subprocess
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from virtfabric.shim.cache import cache_root, ensure_built, run_tool
@@ -16,9 +17,8 @@ from virtfabric.shim.lab.place import LabError, Place, Record
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
-    from pathlib import Path
 
-_SEPARATOR = ":"
+_IN_LAB = ":"
 _UNREACHABLE = 255  # ssh(1): its own errors
 
 
@@ -117,11 +117,10 @@ class Remote:
 
     def format_copy(self, source: str, target: str) -> list[str]:
         """The scp command line; whichever of the two begins with ":" is in the lab."""
-        paths = (
-            f"root@127.0.0.1:{path[1:]}" if path.startswith(_SEPARATOR) else f"./{path}"
-            if not path.startswith(("/", ".")) else path
+        paths = [
+            f"root@127.0.0.1:{path[1:]}" if path.startswith(_IN_LAB) else str(Path(path).resolve())
             for path in (source, target)
-        )  # fmt: skip
+        ]
         return ["scp", "-q", "-r", "-p", *self._options, *paths]
 
     def close(self) -> None:
