@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.errors import InvalidValueError
-from virtfabric.model.units import MIB
 from virtfabric.shim.lab.monitor import execute, execute_human
 from virtfabric.shim.lab.place import LabError
 
@@ -190,18 +189,7 @@ def _panic_guest(scene: Scene, guest: str) -> str:
 
 
 def _press_memory(scene: Scene, node: str) -> str:
-    script = (
-        "import mmap, re, signal, sys; "
-        f"text = open('/sys/devices/system/node/node{node}/meminfo').read(); "
-        "free = int(re.search(r'MemFree:\\s+(\\d+)', text)[1]) << 10; "
-        f"held = mmap.mmap(-1, max(free - {64 * MIB}, {MIB})); "
-        "[held.__setitem__(at, 1) for at in range(0, len(held), 4096)]; "
-        "print(f'{len(held) >> 20} MiB of node held', flush=True); signal.pause()"
-    )
-    return scene.run(
-        f"exec 3< <(setsid numactl --membind={node} python3 -c {shlex.quote(script)}); "
-        'read -r said <&3; echo "${said:?nothing could be held} by pid $!; kill it to let go"'
-    )
+    return scene.run(f"/opt/virtfabric/lab/press-memory {int(node)} 64")
 
 
 def _jump_clock(scene: Scene, seconds: str) -> str:

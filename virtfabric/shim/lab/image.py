@@ -98,9 +98,6 @@ def _initrd_members(busybox: bytes, modules: Mapping[str, bytes]) -> Iterator[Me
 
 
 def _finish_root(root: Path) -> None:
-    for name, (place, mode) in recipe.PLACES.items():
-        (root / place).write_text(recipe.read_file(name))
-        (root / place).chmod(mode)
     (root / "opt" / "virtfabric").mkdir()
     for useless in (*root.glob("boot/initrd.img-*"), *root.glob("etc/ssh/ssh_host_*")):
         useless.unlink()

@@ -25,6 +25,12 @@ _CHECKOUT: Final = (
     *("hooks", "xml_templates", "vagrant", "tests", "demo", "benchmarks", "pyproject.toml"),
 )
 """What lies beside the package in a checkout; an installed package carries what it needs itself."""
+_FILES: Final = (
+    *(("run-module", f"bin/{name}", 0o755) for name in ("virtfabric", "virtfabricd")),
+    *((name, f"lab/{name}", 0o755) for name in ("init", "press-memory")),
+    *((name, f"lab/{name}", 0o644) for name in ("qemu.conf", "libvirtd.conf", "sshd_config")),
+)
+"""File of the recipe, where it goes, and its mode."""
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
 
 
@@ -68,10 +74,6 @@ def _copy_guest(target: Path, guest: GuestImage) -> None:
 def _write_programs(tree: Path) -> None:
     (tree / "bin").mkdir()
     (tree / "lab").mkdir()
-    for name, place in (
-        ("run-module", "bin/virtfabric"),
-        ("run-module", "bin/virtfabricd"),
-        ("prepare", "lab/prepare"),
-    ):
+    for name, place, mode in _FILES:
         (tree / place).write_text(read_file(name))
-        (tree / place).chmod(0o755)
+        (tree / place).chmod(mode)

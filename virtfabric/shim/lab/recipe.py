@@ -1,4 +1,7 @@
-"""What goes into the lab's image: suite, packages, files. Pure data; its key names the image.
+"""What goes into the lab's image: suite, packages, modules. Pure data; its key names the image.
+
+How a lab boots and what is configured in it is not in the image but in the payload, which is made
+anew for each lab.
 
 The same root serves the quick boot (an own initrd and PID 1, no systemd) and the Vagrant box, which
 boots it with systemd.
@@ -41,14 +44,6 @@ CMDLINE: Final = (
 )
 """online_movable: CXL memory can be given back (else it lands in ZONE_NORMAL for good)."""
 
-PLACES: Final = {
-    "lab-init": ("usr/sbin/vflab-init", 0o755),
-    "qemu.conf": ("etc/libvirt/qemu.conf", 0o644),
-    "libvirtd.conf": ("etc/libvirt/libvirtd.conf", 0o644),
-    "sshd_config": ("etc/ssh/sshd_config", 0o644),
-}
-"""File of this package -> where it goes in the root, and its mode."""
-
 
 def read_file(name: str) -> str:
     """A file of the recipe."""
@@ -57,6 +52,5 @@ def read_file(name: str) -> str:
 
 def format_recipe_key() -> str:
     """Names the image: changes whenever what goes into it does."""
-    texts = (read_file(name) for name in ("initrd-init", *PLACES))
-    parts = (SUITE, *PACKAGES, *EXCLUDED, *INITRD_MODULES, DISK_SIZE, *texts)
+    parts = (SUITE, *PACKAGES, *EXCLUDED, *INITRD_MODULES, DISK_SIZE, read_file("initrd-init"))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
