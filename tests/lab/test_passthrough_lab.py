@@ -1,0 +1,84 @@
+"""The passthrough lab: VFs in IOMMU groups of their own, shared groups, and PCIe's faults."""
+
+from __future__ import annotations
+
+from conftest import RunningLab
+
+IGB = "/sys/bus/pci/devices/0000:01:00.0"
+
+
+def groups(lab: RunningLab) -> dict[str, set[str]]:
+    """IOMMU group -> addresses of its functions."""
+    listed = lab.run(
+        "for f in /sys/kernel/iommu_groups/*/devices/*; do "
+        'g=${f%/devices/*}; echo "${g##*/} ${f##*/}"; done'
+    )
+    found: dict[str, set[str]] = {}
+    for line in listed.splitlines():
+        group, address = line.split()
+        found.setdefault(group, set()).add(address)
+    return found
+
+
+def test_vfs_are_in_groups_of_their_own(passthrough: RunningLab) -> None:
+    before = {address for members in groups(passthrough).values() for address in members}
+    passthrough.run(f"echo 3 > {IGB}/sriov_numvfs")
+    after = groups(passthrough)
+    vfs = {address for members in after.values() for address in members} - before
+    assert len(vfs) == 3
+    for members in after.values():
+        if members & vfs:
+            assert len(members) == 1
+    assert passthrough.run(f"ls -d {IGB}/virtfn* | wc -l") == "3"
+    passthrough.run(f"echo 0 > {IGB}/sriov_numvfs")
+
+
+def test_plain_functions_share_groups_where_the_topology_says_so(passthrough: RunningLab) -> None:
+    sizes = sorted(
+        len([a for a in members if passthrough_class(passthrough, a) == "0x00ff00"])
+        for members in groups(passthrough).values()
+    )
+    assert [size for size in sizes if size > 1] == [2, 2]
+
+
+def passthrough_class(lab: RunningLab, address: str) -> str:
+    """The PCI class of a function."""
+    return lab.run(f"cat /sys/bus/pci/devices/{address}/class")
+
+
+def test_functions_know_their_node(passthrough: RunningLab) -> None:
+    nodes = passthrough.run("cat /sys/bus/pci/devices/0000:51:00.0/numa_node")
+    assert nodes == "1"
+
+
+def test_nvme_gives_its_vfs(passthrough: RunningLab) -> None:
+    assert passthrough.run("cat /sys/class/nvme/nvme0/device/sriov_totalvfs") == "4"
+
+
+def test_a_correctable_error_is_counted(passthrough: RunningLab) -> None:
+    port = "/sys/bus/pci/devices/0000:00:10.0"
+    before = passthrough.run(f"cat {port}/aer_dev_correctable")
+    passthrough.fault("aer-correctable", "rp0")
+    passthrough.wait(f'[ "$(cat {port}/aer_dev_correctable)" != "{before}" ]')
+
+
+def test_a_fatal_error_is_told(passthrough: RunningLab) -> None:
+    passthrough.fault("aer-fatal", "rp1")
+    passthrough.wait("dmesg | grep -qiE 'AER.*(fatal|uncorrect)'")
+
+
+def test_an_nvme_that_hangs_does_not_answer(passthrough: RunningLab) -> None:
+    passthrough.fault("device-hang")
+    done = passthrough.run(
+        "timeout 5 dd if=/dev/nvme0n1 of=/dev/null bs=4k count=16 iflag=direct 2> /dev/null",
+        code=None,
+    )
+    assert done == ""
+    passthrough.run("timeout 1 true")
+
+
+def test_a_function_is_taken_out(passthrough: RunningLab) -> None:
+    there = "/sys/bus/pci/devices/0000:02:00.0"
+    passthrough.run(f"[ -e {there} ]")
+    passthrough.fault("removal", "edu0")
+    passthrough.wait(f"[ ! -e {there} ]")
