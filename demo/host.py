@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Self
 from demo import checker
 from virtfabric.shim.guestimage import ensure_guest_image
 from virtfabric.shim.guestxml import GuestSpec, format_guest_xml
+from virtfabric.shim.kvmprobe import choose_domain_type
 from virtfabric.shim.sandbox import Sandbox
 
 if TYPE_CHECKING:
@@ -278,6 +279,7 @@ class Host:
         image = ensure_guest_image()
         spec = GuestSpec(
             name=guest.name,
+            domain_type=choose_domain_type(image),
             kernel=image.kernel,
             initrd=image.initrd,
             vcpus=guest.vcpus,

@@ -52,6 +52,7 @@ from virtfabric.model.units import MIB, CpuSet
 from virtfabric.ports import Event, EventKind
 from virtfabric.shim.guestimage import ensure_guest_image
 from virtfabric.shim.guestxml import GuestSpec, format_guest_xml
+from virtfabric.shim.kvmprobe import choose_domain_type
 from virtfabric.shim.sandbox import Sandbox
 from virtfabric.shim.sandbox_process import wait_until
 
@@ -167,7 +168,7 @@ def spec_of(guest: GuestId, **more: object) -> GuestSpec:
     name = SPEC[guest]
     spec = GuestSpec(
         name=name, uuid=guest, kernel=image.kernel, initrd=image.initrd, vcpus=1, max_vcpus=4,
-        memory_mib=160, console_log=f"/var/log/libvirt/{name}.log",
+        memory_mib=160, domain_type=choose_domain_type(image), console_log=f"/var/log/libvirt/{name}.log",
     )  # fmt: skip
     return replace(spec, **more)  # type: ignore[arg-type]
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from conftest import RunningLab
+if TYPE_CHECKING:
+    from conftest import RunningLab
 
 SERIALS = {"0x100", "0x101", "0x102", "0x103", "0x200"}
 
@@ -44,6 +45,6 @@ def test_poison_shows_in_the_media_errors(cxl: RunningLab) -> None:
 
 def test_a_device_is_taken_out(cxl: RunningLab) -> None:
     name = memdev(cxl, "0x101")
-    cxl.fault("removal", REMOVED)
+    cxl.fault("removal", "mem1")
     cxl.wait(f"[ ! -e /sys/bus/cxl/devices/{name} ]")
     assert {hex(device["serial"]) for device in cxl.json("cxl list -M")} == SERIALS - {"0x101"}

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from conftest import RunningLab
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from conftest import RunningLab
 
 IGB = "/sys/bus/pci/devices/0000:01:00.0"
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from conftest import RunningLab
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from conftest import RunningLab
 
 GUEST = "/opt/virtfabric/cache/guest/*"
 XML = """<domain type='kvm'><name>probe</name><memory unit='MiB'>192</memory><vcpu>2</vcpu>
@@ -83,7 +86,12 @@ def test_the_clock_jumps(small: RunningLab) -> None:
     small.fault("clock-jump", "-7200")
 
 
-def test_a_killed_agent_is_gone(small: RunningLab) -> None:
-    small.run("mkdir -p /run/agent; cd /run/agent; setsid virtfabricd --help > /dev/null")
-    nobody = small.run("pgrep -f virtfabric.cli.agentd", code=None)
-    assert nobody == ""
+def test_this_checkouts_agent_runs_and_is_killed(small: RunningLab) -> None:
+    small.run("virtfabric install > /dev/null 2>&1; kill -HUP $(cat /run/dbus/pid)")
+    small.run("setsid virtfabricd > /var/log/virtfabricd.log 2>&1 < /dev/null & disown")
+    small.wait("virtfabric status > /dev/null 2>&1", timeout_s=120)
+    host = small.json("virtfabric host --json")
+    assert len(host["nodes"]) == 2
+    small.fault("agent-kill")
+    small.wait("! pgrep -f virtfabric.cli.agentd > /dev/null")
+    assert small.run("virtfabric status > /dev/null 2>&1; echo $?") == "4"

@@ -18,7 +18,8 @@ from virtfabric.shim.guestimage import CMDLINE
 if TYPE_CHECKING:
     from pathlib import Path
 
-_CPU_MODE = {"qemu": "maximum", "kvm": "host-passthrough"}
+DomainType = Literal["qemu", "kvm"]
+_CPU_MODE: dict[DomainType, str] = {"qemu": "maximum", "kvm": "host-passthrough"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,7 +47,7 @@ class GuestSpec:
     initrd: Path
     console_log: str
     uuid: str | None = None
-    domain_type: Literal["qemu", "kvm"] = "qemu"
+    domain_type: DomainType = "qemu"
     vcpus: int = 1
     max_vcpus: int = 2
     memory_mib: int = 192

@@ -3,7 +3,8 @@
 Owns the answer, measured by booting the guest image and kept until the next boot of the host.
 A /dev/kvm that opens, answers and is listed by `virsh capabilities` may still never run a guest
 (seen in nested VMs whose outer hypervisor hides the processor's virtualization: QEMU starts, the
-vCPU makes no progress, nothing is printed), so nothing less than output counts.
+vCPU makes no progress, nothing is printed), so nothing less than a booted guest counts. A ROM of
+nine bytes is not enough: it prints there, while a kernel does not get anywhere.
 """
 
 from __future__ import annotations
@@ -19,22 +20,36 @@ from virtfabric.shim.guestimage import READY_LINE, guest_cache
 
 if TYPE_CHECKING:
     from virtfabric.shim.guestimage import GuestImage
+    from virtfabric.shim.guestxml import DomainType
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 _MEMORY_MIB = 160
 
 
 def probe_kvm(
-    image: GuestImage, *, timeout_s: float = 8.0, cache: Path | None = None, fresh: bool = False
+    image: GuestImage,
+    *,
+    first_s: float = 10.0,
+    timeout_s: float = 90.0,
+    cache: Path | None = None,
+    fresh: bool = False,
 ) -> bool:
-    """Whether a KVM guest of `image` reaches its userland within `timeout_s`.
+    """Whether a KVM guest of `image` reaches its userland.
 
-    The answer is cached for this boot of the host; `fresh` measures again.
+    The answer is cached for this boot of the host.
+
+    Args:
+        image: what is booted.
+        first_s: how long its kernel may take to say the first word.
+        timeout_s: how long it may take to its userland; a nested host that is itself emulated
+            needs 15 s.
+        cache: where the answer is kept; None for the guest images' own.
+        fresh: measure again.
     """
     answer = (cache or guest_cache()) / f"kvm-{_BOOT_ID.read_text().strip()}"
     if answer.exists() and not fresh:
         return answer.read_text() == "yes"
-    works = os.access("/dev/kvm", os.R_OK | os.W_OK) and _boots(image, timeout_s)
+    works = os.access("/dev/kvm", os.R_OK | os.W_OK) and _boots(image, first_s, timeout_s)
     answer.parent.mkdir(parents=True, exist_ok=True)
     for stale in answer.parent.glob("kvm-*"):
         stale.unlink(missing_ok=True)
@@ -42,14 +57,19 @@ def probe_kvm(
     return works
 
 
-def _boots(image: GuestImage, timeout_s: float) -> bool:
+def choose_domain_type(image: GuestImage) -> DomainType:
+    """What a guest of the shim is on this host: KVM where it runs one, else emulated."""
+    return "kvm" if probe_kvm(image) else "qemu"
+
+
+def _boots(image: GuestImage, first_s: float, timeout_s: float) -> bool:
     try:
         qemu = subprocess.Popen(
             [
                 *("qemu-system-x86_64", "-machine", "q35", "-accel", "kvm", "-cpu", "host"),
                 *("-m", str(_MEMORY_MIB), "-nodefaults", "-display", "none", "-no-reboot"),
                 *("-serial", "stdio", "-kernel", str(image.kernel), "-initrd", str(image.initrd)),
-                *("-append", image.cmdline),
+                *("-append", f"{image.cmdline.replace('quiet', '')} earlyprintk=serial"),
             ],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
@@ -58,7 +78,11 @@ def _boots(image: GuestImage, timeout_s: float) -> bool:
     except FileNotFoundError:
         return False
     try:
-        return _prints(cast("IO[bytes]", qemu.stdout), READY_LINE.encode(), timeout_s)
+        output = cast("IO[bytes]", qemu.stdout)
+        # the kernel's first word tells a slow host from one that gets nowhere
+        return _prints(output, b"Linux version", first_s) and _prints(
+            output, READY_LINE.encode(), timeout_s
+        )
     finally:
         qemu.kill()
         qemu.communicate()

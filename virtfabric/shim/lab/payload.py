@@ -17,6 +17,8 @@ from virtfabric.shim.guestimage import format_recipe_key
 from virtfabric.shim.lab.recipe import read_file
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from virtfabric.shim.guestimage import GuestImage
     from virtfabric.shim.lab.remote import Keys
 
@@ -25,12 +27,6 @@ _CHECKOUT: Final = (
     *("hooks", "xml_templates", "vagrant", "tests", "demo", "benchmarks", "pyproject.toml"),
 )
 """What lies beside the package in a checkout; an installed package carries what it needs itself."""
-_FILES: Final = (
-    *(("run-module", f"bin/{name}", 0o755) for name in ("virtfabric", "virtfabricd")),
-    *((name, f"lab/{name}", 0o755) for name in ("init", "press-memory")),
-    *((name, f"lab/{name}", 0o644) for name in ("qemu.conf", "libvirtd.conf", "sshd_config")),
-)
-"""File of the recipe, where it goes, and its mode."""
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
 
 
@@ -44,7 +40,7 @@ def write_payload(disk: Path, guest: GuestImage, keys: Keys) -> None:
         tree = Path(scratch)
         _copy_checkout(tree / "checkout")
         _copy_guest(tree / "cache" / "guest" / format_recipe_key(), guest)
-        _write_programs(tree)
+        _write_files(tree)
         shutil.copy(keys.host, tree / "lab" / "host_key")
         shutil.copy(keys.client.with_suffix(".pub"), tree / "lab" / "authorized_keys")
         tree.chmod(0o755)
@@ -71,9 +67,18 @@ def _copy_guest(target: Path, guest: GuestImage) -> None:
         shutil.copy(part, target / part.name)
 
 
-def _write_programs(tree: Path) -> None:
-    (tree / "bin").mkdir()
-    (tree / "lab").mkdir()
-    for name, place, mode in _FILES:
-        (tree / place).write_text(read_file(name))
+def choose_files() -> Iterator[tuple[str, str, int]]:
+    """Where each file of the recipe goes, its text, its mode."""
+    for name in ("virtfabric", "virtfabricd"):
+        yield f"bin/{name}", read_file("run-module"), 0o755
+    for name in ("init", "press-memory"):
+        yield f"lab/{name}", read_file(name), 0o755
+    for name in ("qemu.conf", "libvirtd.conf", "sshd_config"):
+        yield f"lab/{name}", read_file(name), 0o644
+
+
+def _write_files(tree: Path) -> None:
+    for place, text, mode in choose_files():
+        (tree / place).parent.mkdir(exist_ok=True)
+        (tree / place).write_text(text)
         (tree / place).chmod(mode)

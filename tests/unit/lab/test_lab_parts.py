@@ -1,0 +1,157 @@
+"""The pure parts of labs: command line, recipe, records, consoles, targets of faults."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from virtfabric.model.errors import InvalidValueError
+from virtfabric.shim.cache import BuildError, ensure_built, run_tool
+from virtfabric.shim.lab import faults, recipe
+from virtfabric.shim.lab.boot import is_ready, read_told
+from virtfabric.shim.lab.image import LabImage
+from virtfabric.shim.lab.machine import format_arguments
+from virtfabric.shim.lab.payload import choose_files
+from virtfabric.shim.lab.place import LabError, Place, Record, find_places, place_of
+from virtfabric.shim.lab.remote import Keys, Remote
+from virtfabric.shim.topology.shipped import read_shipped_topology, shipped_topologies
+
+IMAGE = LabImage(Path("/c/vmlinux"), Path("/c/initrd"), Path("/c/root.ext4"))
+RECORD = Record("one", "small", 2222, 0.0, "QEMU 10", "tcg")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    monkeypatch.setenv("VIRTFABRIC_LABS", str(tmp_path))
+    place = place_of("one")
+    place.directory.mkdir()
+    return place
+
+
+@pytest.mark.parametrize("name", shipped_topologies())
+def test_the_command_line_has_the_root_first_and_nothing_twice(place: Place, name: str) -> None:
+    topology = read_shipped_topology(name)
+    words = format_arguments(topology, IMAGE, place, accel="tcg", port=2222, epoch=7)
+    disks = [word for word in words if word.startswith("virtio-blk-pci")]
+    assert "drive=root" in disks[0], "the initrd mounts vda as the root"
+    assert "drive=payload" in disks[1], "and vdb as the payload"
+    assert all("snapshot=on" in word for word in words if word.startswith("file=/c/root"))
+    assert words.count("-machine") == words.count("-smp") == words.count("-append") == 1
+    assert "restrict=on,hostfwd=tcp:127.0.0.1:2222-:22" in " ".join(words)
+    assert "vflab.name=one vflab.epoch=7" in words[words.index("-append") + 1]
+
+
+def test_kvm_needs_a_split_irqchip_for_the_iommu(place: Place) -> None:
+    topology = read_shipped_topology("small")
+    words = format_arguments(topology, IMAGE, place, accel="kvm", port=1, epoch=0)
+    assert words[words.index("-accel") + 1] == "kvm,kernel-irqchip=split"
+    assert words[words.index("-cpu") + 1].startswith("host,")
+
+
+@pytest.mark.parametrize("name", ["", "-x", "Upper", "a/b", "a.b", "x" * 32, "ümlaut"])
+def test_what_cannot_be_a_labs_name(name: str) -> None:
+    with pytest.raises(InvalidValueError, match="name"):
+        place_of(name)
+
+
+def test_a_record_survives_and_a_torn_one_is_none(place: Place) -> None:
+    assert place.read_record() is None
+    place.write_record(RECORD)
+    assert place.read_record() == RECORD
+    (place.directory / "lab.json").write_text('{"name": "o')
+    assert place.read_record() is None
+    assert [found.name for found in find_places()] == ["one"]
+
+
+def test_a_reused_process_number_is_no_lab(place: Place) -> None:
+    assert place.read_pid() is None
+    place.pid_file.write_text("1\n")
+    assert place.read_pid() is None
+
+
+def test_one_command_at_a_time_starts_or_ends_a_lab(place: Place) -> None:
+    with place.locked(), pytest.raises(LabError, match="is at work on it"), place.locked():
+        pass
+
+
+def test_what_a_console_tells(place: Place) -> None:
+    assert read_told(place) == []
+    place.console_log.write_bytes(b"[ 0.7] noise\r\nVFLAB 12.61 mounted\r\nVFLAB failed mount\r\n")
+    assert read_told(place) == ["12.61 s: mounted", "failed mount"]
+    assert not is_ready(place)
+    place.console_log.write_bytes(b"VFLAB 22.10 ready\r\n\xff\x1b[?2004hroot@one:~# ")
+    assert is_ready(place)
+
+
+def test_the_recipes_key_follows_what_goes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = recipe.format_recipe_key()
+    assert before == recipe.format_recipe_key()
+    monkeypatch.setattr(recipe, "PACKAGES", (*recipe.PACKAGES, "cowsay"))
+    assert recipe.format_recipe_key() != before
+
+
+def test_the_payload_carries_programs_and_configuration() -> None:
+    files = {place: (text, mode) for place, text, mode in choose_files()}
+    assert files["lab/init"][1] == files["bin/virtfabricd"][1] == 0o755
+    assert "HostKey /opt/virtfabric/lab/host_key" in files["lab/sshd_config"][0]
+
+
+def test_ssh_trusts_one_key_and_copies_either_way(place: Place, tmp_path: Path) -> None:
+    remote = Remote(place, RECORD, Keys(tmp_path))
+    argv = remote.format_argv(["echo", "a b", "$x"])
+    assert argv[0] == "ssh"
+    assert argv[-1] == "echo 'a b' '$x'"
+    assert "StrictHostKeyChecking=yes" in argv
+    assert remote.format_copy(":/a", "/b")[-2:] == ["root@127.0.0.1:/a", "/b"]
+    assert remote.format_copy("/b", ":/a")[-2:] == ["/b", "root@127.0.0.1:/a"]
+
+
+def test_every_fault_says_what_it_does_and_has_targets_somewhere() -> None:
+    topologies = [read_shipped_topology(name) for name in shipped_topologies()]
+    for name, fault in faults.FAULTS.items():
+        assert fault.name == name
+        assert fault.does
+        assert fault.seen
+        assert any(fault.choose(topology) for topology in topologies), name
+
+
+def test_a_fault_is_refused_where_there_is_nothing_to_break(place: Place, tmp_path: Path) -> None:
+    remote = Remote(place, RECORD, Keys(tmp_path))
+    scene = faults.Scene(place, read_shipped_topology("small"), remote)
+    with pytest.raises(InvalidValueError, match="this topology has none"):
+        faults.inject_fault(faults.find_fault("cxl-poison"), scene, None)
+    with pytest.raises(InvalidValueError, match="is no NUMA node of this lab"):
+        faults.inject_fault(faults.find_fault("memory-pressure"), scene, "7")
+    with pytest.raises(InvalidValueError, match="is not a number of seconds"):
+        faults.inject_fault(faults.find_fault("clock-jump"), scene, "soon")
+    with pytest.raises(InvalidValueError, match="is not one"):
+        faults.find_fault("earthquake")
+
+
+def test_a_build_is_published_whole_or_not_at_all(tmp_path: Path) -> None:
+    final = tmp_path / "things" / "key"
+
+    def fails(scratch: Path) -> Path:
+        (scratch / "half").write_text("")
+        raise BuildError("no luck")
+
+    with pytest.raises(BuildError, match="no luck"):
+        ensure_built(final, fails)
+    assert [path.name for path in final.parent.iterdir()] == ["lock"]
+
+    def works(scratch: Path) -> Path:
+        (scratch / "out").mkdir()
+        (scratch / "out" / "f").write_text("done")
+        return scratch / "out"
+
+    assert (ensure_built(final, works) / "f").read_text() == "done"
+    assert (ensure_built(final, fails) / "f").read_text() == "done", "it is there: nothing is built"
+
+
+def test_a_tool_that_fails_or_is_missing_says_so(tmp_path: Path) -> None:
+    with pytest.raises(BuildError, match="is not installed"):
+        run_tool(["no-such-tool-here"], tmp_path)
+    with pytest.raises(BuildError, match="ended with 3") as caught:
+        run_tool(["sh", "-c", "echo why >&2; exit 3"], tmp_path)
+    assert caught.value.log == ("why",)
