@@ -168,7 +168,8 @@ def spec_of(guest: GuestId, **more: object) -> GuestSpec:
     name = SPEC[guest]
     spec = GuestSpec(
         name=name, uuid=guest, kernel=image.kernel, initrd=image.initrd, vcpus=1, max_vcpus=4,
-        memory_mib=160, domain_type=choose_domain_type(image), console_log=f"/var/log/libvirt/{name}.log",
+        memory_mib=160, domain_type=choose_domain_type(image),
+        console_log=f"/var/log/libvirt/{name}.log",
     )  # fmt: skip
     return replace(spec, **more)  # type: ignore[arg-type]
 
