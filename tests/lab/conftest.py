@@ -2,72 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
 import sys
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from running_lab import RunningLab, bring_up
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
-
-COMMAND = (sys.executable, "-m", "virtfabric.cli.main", "lab")
-UP_S = 900  # with an empty cache; some 30 s with a full one
-
-
-def lab_command(*words: str, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
-    """`virtfabric lab WORDS`."""
-    return subprocess.run(
-        [*COMMAND, *words], capture_output=True, text=True, timeout=timeout_s, check=False,
-        stdin=subprocess.DEVNULL,
-    )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RunningLab:
-    """One lab, as its users see it."""
-
-    name: str
-
-    def run(self, command: str, *, timeout_s: float = 180, code: int | None = 0) -> str:
-        """What a shell command in the lab prints; asserts its exit code unless `code` is None."""
-        done = lab_command("run", self.name, command, timeout_s=timeout_s)
-        assert code is None or done.returncode == code, (done.returncode, done.stdout, done.stderr)
-        return done.stdout.strip()
-
-    def json(self, command: str, **options: Any) -> Any:
-        """The JSON that a command in the lab prints."""
-        return json.loads(self.run(command, **options))
-
-    def wait(self, command: str, *, timeout_s: float = 60) -> str:
-        """Wait in the lab until a shell condition holds (looked at five times a second)."""
-        loop = (
-            f"end=$(( $(date +%s) + {timeout_s:.0f} )); until {command}; do "
-            f'[ "$(date +%s)" -lt $end ] || exit 9; read -rt 0.2 <> <(:) || :; done'
-        )
-        return self.run(loop, timeout_s=timeout_s + 60)
-
-    def fault(self, name: str, target: str | None = None) -> str:
-        """Inject a fault."""
-        aim = ("--target", target) if target else ()
-        done = lab_command("fault", self.name, name, *aim)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
-
-
-def bring_up(topology: str) -> Iterator[RunningLab]:
-    """A lab of this topology, under a name of its own, for as long as the caller holds it."""
-    name = f"t{os.getpid()}-{topology}"
-    done = lab_command("up", topology, "--name", name, timeout_s=UP_S)
-    assert done.returncode == 0, done.stderr
-    try:
-        yield RunningLab(name)
-    finally:
-        gone = lab_command("down", name)
-        assert gone.returncode == 0, gone.stderr
 
 
 @pytest.fixture(scope="module")

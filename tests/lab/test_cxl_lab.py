@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from conftest import RunningLab
+    from running_lab import RunningLab
 
 SERIALS = {"0x100", "0x101", "0x102", "0x103", "0x200"}
 

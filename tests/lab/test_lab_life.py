@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
-from conftest import COMMAND, UP_S, RunningLab, lab_command
+from running_lab import COMMAND, UP_S, RunningLab, lab_command
 
 if TYPE_CHECKING:
     from collections.abc import Iterator

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from conftest import RunningLab
+    from running_lab import RunningLab
 
 IGB = "/sys/bus/pci/devices/0000:01:00.0"
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from conftest import RunningLab
+    from running_lab import RunningLab
 
 GUEST = "/opt/virtfabric/cache/guest/*"
 XML = """<domain type='kvm'><name>probe</name><memory unit='MiB'>192</memory><vcpu>2</vcpu>
