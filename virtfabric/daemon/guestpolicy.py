@@ -148,7 +148,8 @@ class PolicyDesk:
         """
         self._check_free(guest)
         answer = policy_view(guest) | {"policy": None, "xml": "", "managed": False}
-        if not guest.active or guest.uuid not in self._ledger.view().books.holdings:
+        held = guest.uuid in self._ledger.view().books.holdings
+        if not guest.active or not (guest.managed or held):
             self._write_only(guest, None)
             return answer
         job = self._jobs.start(

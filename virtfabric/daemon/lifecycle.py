@@ -233,7 +233,8 @@ class Lifecycle:
             return
         self._notices.settle(f"policy {guest}")
         if held is None:
-            self.admission.adopt(state)
+            if not self.admission.adopt(state):
+                return
             self._notices.publish("guest.started", {"guest": guest, "name": state.name})
         self._place(state)
 

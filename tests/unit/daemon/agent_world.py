@@ -54,6 +54,7 @@ def make_spec(
     vcpus: int = 1,
     vcpus_max: int = 4,
     balloon: bool = False,
+    running: bool = True,
 ) -> GuestSpec:
     return GuestSpec(
         uuid_of(number),
@@ -65,6 +66,7 @@ def make_spec(
         if balloon
         else (MemoryDevice("ua-mem0", 0, Bytes(1 * GIB), Bytes(initial_mib * MIB)),),
         balloon=balloon,
+        running=running,
         policy=GuestPolicy(
             priority=priority,
             cpu=CpuPolicy(MilliCpu(cpu[0]), MilliCpu(cpu[1]), placement=placement),
@@ -277,7 +279,7 @@ class AgentWorld:
         Events make errands, errands make jobs, and jobs make all three: it is over when each was
         found at rest, one after the other, and nothing was added to any meanwhile.
         """
-        eventually(self._is_settled, "everything settles")
+        eventually(self._is_settled, self._describe_unrest)
 
     def _is_settled(self) -> bool:
         before = self._made_so_far()
@@ -286,6 +288,10 @@ class AgentWorld:
         if any(j["state"] == "running" for j in self.agent.jobs(ROOT)):
             return False
         return not self.agent.drift(ROOT) and self._made_so_far() == before
+
+    def _describe_unrest(self) -> str:
+        running = [j["title"] for j in self.agent.jobs(ROOT) if j["state"] == "running"]
+        return f"never settled: running {running}, drift {self.agent.drift(ROOT)}"
 
     def _made_so_far(self) -> tuple[int, int, list[str]]:
         jobs = [j["id"] for j in self.agent.jobs(ROOT)]
@@ -330,12 +336,12 @@ def wait_for_job(agent: Agent, job: str) -> dict[str, Any]:
         stop()
 
 
-def eventually(condition: Callable[[], object], what: str) -> None:
+def eventually(condition: Callable[[], object], what: str | Callable[[], str]) -> None:
     """Poll a condition that no event announces, with a deadline."""
     until = time.monotonic() + DEADLINE_S
     tick = threading.Event()
     while not condition():
-        assert time.monotonic() < until, what
+        assert time.monotonic() < until, what() if callable(what) else what
         tick.wait(0.005)
 
 
