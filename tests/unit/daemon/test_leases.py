@@ -8,6 +8,9 @@ from typing import Any
 
 import agent_world as aw
 
+from virtfabric.adapters.simulated.faults import Effect, Fault
+from virtfabric.model.units import MIB
+
 ROOT = aw.ROOT
 
 
@@ -51,5 +54,35 @@ def test_an_expired_lease_is_ended_once() -> None:
         aw.eventually(lambda: not world.agent.grants(ROOT), "the lease ends")
         titles = [j["title"] for j in world.agent.jobs(ROOT)]
         assert len([t for t in titles if t.startswith("release of")]) == 1
+    finally:
+        world.close()
+
+
+def test_a_grant_that_is_released_twice_at_once_ends_once() -> None:
+    world = aw.AgentWorld().start()
+    try:
+        world.settle()
+        for more in ("+256M", "+128M"):
+            assert world.allocate("database", memory=more)["state"] == "done"
+        before = world.guest("database")["memory"]["grant"]
+        grant = next(
+            g["id"] for g in world.agent.grants(ROOT) if g["amounts"]["memory"] == 256 * MIB
+        )
+        hold = world.host.faults.add(Fault(Effect.HOLD, kind="resize-virtio-mem"))
+        first = world.agent.release(ROOT, grant)["job"]
+        assert hold.reached.wait(aw.DEADLINE_S)
+        second = world.agent.release(ROOT, grant)["job"]
+        aw.eventually(
+            lambda: world.agent.job(ROOT, second)["text"].startswith("waiting"),
+            "the second waits for the first",
+        )
+        hold.gate.set()
+        assert world.finish(first)["state"] == "done"
+        done = world.finish(second)
+        assert done["state"] == "refused"
+        assert done["error"]["reason"] == "unknown-id"
+        assert world.guest("database")["memory"]["grant"] == before - 256 * MIB
+        (left,) = world.agent.grants(ROOT)
+        assert left["amounts"]["memory"] == 128 * MIB
     finally:
         world.close()
