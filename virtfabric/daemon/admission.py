@@ -24,6 +24,7 @@ from virtfabric.policy.placement import plan_decision
 from virtfabric.policy.standing import floor_of
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable
 
     from virtfabric.daemon.conductor import Conductor
@@ -59,9 +60,14 @@ class Admission:
         journal: Journal,
         audit: AuditLog,
         clock: Clock,
+        surveyed: threading.Event,
         settled: Callable[[GuestId, float], bool],
     ) -> None:
-        """`settled` tells whether a guest's last run is settled, after waiting so many seconds."""
+        """Wire it.
+
+        `surveyed` is set when the books count every guest that ran when the agent started;
+        `settled` tells whether a guest's last run is settled, after waiting so many seconds.
+        """
         self._observatory = observatory
         self._ledger = ledger
         self._conductor = conductor
@@ -70,6 +76,7 @@ class Admission:
         self._journal = journal
         self._audit = audit
         self._clock = clock
+        self._surveyed = surveyed
         self._settled = settled
         self._admitted_at: dict[GuestId, float] = {}
         self._admissions: dict[GuestId, Job] = {}
@@ -94,6 +101,10 @@ class Admission:
             return f"virtfabric: {error}"
         if guest.policy is None:
             return self._admit_unmanaged(guest, xml)
+        until = self._clock.monotonic() + wait_s
+        if not self._surveyed.wait(wait_s):
+            return "virtfabric: the agent is starting, retry"
+        wait_s = max(0.0, until - self._clock.monotonic())
         if not self._settled(guest.uuid, wait_s):
             return f"virtfabric: {guest.name}: its last run is still being settled, retry"
         held = self._ledger.view().books.holdings.get(guest.uuid)
