@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import agent_world as aw
+import pytest
 
 from virtfabric.adapters.simulated.faults import Effect, Fault
 from virtfabric.model.units import MIB
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 ROOT = aw.ROOT
 
@@ -27,7 +31,9 @@ class BlockingStats:
         return {}
 
 
-def test_a_lease_ends_while_a_sample_is_held_up() -> None:
+@pytest.fixture
+def held_up() -> Iterator[tuple[aw.AgentWorld, BlockingStats]]:
+    """An agent whose sample libvirt does not answer."""
     world = aw.AgentWorld(sample_interval_s=0.02)
     stats = BlockingStats()
     world.agent.close()
@@ -36,15 +42,30 @@ def test_a_lease_ends_while_a_sample_is_held_up() -> None:
     try:
         world.start()
         assert stats.asked.wait(aw.DEADLINE_S)
-        job = world.allocate("database", **{"memory": "+64M", "for": "1s"})
-        assert job["state"] == "done", job
-        (grant,) = world.agent.grants(ROOT)
-        aw.eventually(lambda: not world.agent.grants(ROOT), "the lease ends")
-        assert grant["expires"] <= time.time() < grant["expires"] + 2
-        assert not stats.hook_ended.is_set()
+        yield world, stats
     finally:
         stats.hook_ended.set()
         world.close()
+
+
+def test_a_lease_ends_while_a_sample_is_held_up(held_up: Any) -> None:
+    world, stats = held_up
+    job = world.allocate("database", **{"memory": "+64M", "for": "1s"})
+    assert job["state"] == "done", job
+    (grant,) = world.agent.grants(ROOT)
+    aw.eventually(lambda: not world.agent.grants(ROOT), "the lease ends")
+    assert grant["expires"] <= time.time() < grant["expires"] + 2
+    assert not stats.hook_ended.is_set()
+
+
+def test_the_agent_stops_while_a_sample_is_held_up(held_up: Any) -> None:
+    world, stats = held_up
+    stopping = threading.Thread(target=world.close)
+    stopping.start()
+    stopping.join(aw.DEADLINE_S)
+    assert not stopping.is_alive()
+    assert not stats.hook_ended.is_set()
+    assert world.audit.read()[-1].kind == "agent.stopped"
 
 
 def test_an_expired_lease_is_ended_once() -> None:
