@@ -94,7 +94,6 @@ def test_a_guest_cleared_before_its_adoption_is_not_adopted() -> None:
         answer = SlowAnswer(world)
         world.host.start_guest(UUID)
         assert answer.given.wait(aw.DEADLINE_S)
-        world.agent._observatory.refresh([UUID])
         job = world.finish(world.agent.policy_clear(ROOT, "database")["job"])
         assert job["state"] == "done", job
         answer.arrives.set()
