@@ -191,8 +191,8 @@ class Conductor:
         snapshot, decision, plan = answer
         incoming = {work.incoming.uuid} if work.incoming else set()
         with outside:
-            changed = self._observatory.refresh(touched - incoming)
-        if changed:
+            confirmed = self._observatory.confirm(snapshot, touched - incoming)
+        if not confirmed:
             return False
         free_part = decision.from_free.positive() if decision else Amounts()
         return self._ledger.reserve(txn, snapshot.generation, free_part, touched, plan.layout_use)

@@ -79,8 +79,8 @@ class Ledger:
         """Take hold of capacity, guests and layout, if nothing has changed since `generation`.
 
         Repeating for the same transaction replaces its reservation, but for the layout, by which
-        something may have been pinned since. Returns False for a stale
-        generation, or a guest or layout that another plan holds; the caller decides anew.
+        something may have been pinned since. Returns False for a stale generation, or a guest or
+        layout that another plan holds; the caller decides anew.
         """
         with self._changed:
             if generation != self._generation:
