@@ -14,7 +14,7 @@ from virtfabric.daemon.api import JobState
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.model.amounts import Amounts
-from virtfabric.model.errors import InvalidValueError, Refusal, RefusedError
+from virtfabric.model.errors import InvalidValueError, Reason, Refusal, RefusedError
 from virtfabric.model.guest import RunState
 from virtfabric.model.ledger import Books, Holding
 from virtfabric.model.plan import Plan, ResizeVirtioMem, SetBalloon, SetQuota
@@ -24,6 +24,7 @@ from virtfabric.policy.placement import plan_decision
 from virtfabric.policy.standing import floor_of
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable
 
     from virtfabric.daemon.conductor import Conductor
@@ -59,9 +60,14 @@ class Admission:
         journal: Journal,
         audit: AuditLog,
         clock: Clock,
+        surveyed: threading.Event,
         settled: Callable[[GuestId, float], bool],
     ) -> None:
-        """`settled` tells whether a guest's last run is settled, after waiting so many seconds."""
+        """Wire it.
+
+        `surveyed` is set when the books count every guest that ran when the agent started;
+        `settled` tells whether a guest's last run is settled, after waiting so many seconds.
+        """
         self._observatory = observatory
         self._ledger = ledger
         self._conductor = conductor
@@ -70,6 +76,7 @@ class Admission:
         self._journal = journal
         self._audit = audit
         self._clock = clock
+        self._surveyed = surveyed
         self._settled = settled
         self._admitted_at: dict[GuestId, float] = {}
         self._admissions: dict[GuestId, Job] = {}
@@ -94,6 +101,10 @@ class Admission:
             return f"virtfabric: {error}"
         if guest.policy is None:
             return self._admit_unmanaged(guest, xml)
+        until = self._clock.monotonic() + wait_s
+        if not self._surveyed.wait(wait_s):
+            return "virtfabric: the agent is starting, retry"
+        wait_s = max(0.0, until - self._clock.monotonic())
         if not self._settled(guest.uuid, wait_s):
             return f"virtfabric: {guest.name}: its last run is still being settled, retry"
         held = self._ledger.view().books.holdings.get(guest.uuid)
@@ -174,14 +185,25 @@ class Admission:
 
     # -- it runs already --------------------------------------------------------------------
 
-    def adopt(self, state: GuestState) -> None:
-        """It runs already (started while we were down, or without hooks): it must be counted."""
+    def adopt(self, state: GuestState) -> bool:
+        """It runs already (started while we were down, or without hooks): it must be counted.
+
+        Returns:
+            Whether it is; not where it stopped or lost its policy since `state` was read.
+        """
         request = new_request()
+
+        def decide(snapshot: HostSnapshot, _: Any) -> Decision | Refusal:
+            now = snapshot.guests.get(state.uuid)
+            if now is None or not _is_managed(now):
+                return Refusal(Reason.STALE, f"{state.name} stopped or became unmanaged meanwhile")
+            return choose_admission(snapshot, now, request)
+
         work = Undertaking(
             request,
             f"adoption of {state.name}",
             self._conductor.place_decision(10.0),
-            lambda snapshot, _: choose_admission(snapshot, state, request),
+            decide,
             deadline_s=10.0,
             body={"guest": state.uuid, "name": state.name, "origin": "agent"},
         )
@@ -191,16 +213,21 @@ class Admission:
         job.ended.wait()
         if job.state is JobState.DONE:
             self._notices.settle(f"overcommit {state.uuid}")
-            return
+            return True
+        self._observatory.refresh([state.uuid])
+        now = self._observatory.guest(state.uuid)
+        if now is None or not _is_managed(now):
+            return False
         self._notices.alert(
             f"overcommit {state.uuid}",
             f"guest {state.name} runs although it does not fit "
             f"({(job.error or {}).get('detail', '')}); it holds its floor",
         )
-        amounts = self._floor(state)
+        amounts = self._floor(now)
         self._ledger.commit(
             None, lambda books: _with_holding(books, state.uuid, amounts), self._journal.store_books
         )
+        return True
 
     def _floor(self, state: GuestState) -> Amounts:
         floor = floor_of(state, self._observatory.snapshot())
@@ -226,6 +253,10 @@ def _starting(guest: GuestState) -> GuestState:
     requested = sum(d.requested for d in guest.virtio_mem)
     memory = Bytes(guest.boot_memory + requested) if guest.virtio_mem else guest.memory_current
     return replace(guest, state=RunState.SHUTOFF, memory_current=memory)
+
+
+def _is_managed(guest: GuestState) -> bool:
+    return guest.active and guest.managed
 
 
 def _with_holding(books: Books, guest: GuestId, amounts: Amounts) -> Books:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric import __version__
 from virtfabric.daemon.allocation import Allocation
@@ -46,6 +46,9 @@ if TYPE_CHECKING:
     Json = dict[str, Any]
 
 log = logging.getLogger(__name__)
+
+TICK_END_S: Final = 2.0
+"""Longest wait at the stop for a tick: libvirt may hold its sample up while any hook runs."""
 
 
 class Agent:
@@ -135,7 +138,9 @@ class Agent:
         self._world.events.close()
         self._lifecycle.close()
         if self._ticker.is_alive():
-            self._ticker.join()
+            self._ticker.join(TICK_END_S)
+            if self._ticker.is_alive():
+                log.warning("stopping without the last sample: libvirt does not answer")
         try:
             self._world.audit.append("agent.stopped", [], {"version": __version__})
         except VirtfabricError as error:

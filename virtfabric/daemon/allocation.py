@@ -197,11 +197,18 @@ class Allocation:
 
     def _release(self, grant: Grant, by: str) -> Undertaking:
         request = new_request()
+
+        def decide(snapshot: HostSnapshot, _: Caps) -> Decision | Refusal:
+            if grant.id not in snapshot.books.grants:
+                # released twice at once, or its lease ended: what the guest has left is not of it
+                return Refusal(Reason.UNKNOWN_ID, f"grant {grant.id} has ended meanwhile")
+            return choose_release(snapshot, request, grant)
+
         return Undertaking(
             request,
             f"release of {grant.id}",
             self._conductor.place_decision(self._deadline_s),
-            lambda snapshot, _: choose_release(snapshot, request, grant),
+            decide,
             ends=grant,
             deadline_s=self._deadline_s * 2,
             body={"grant": grant.id, "guest": grant.guest, "by": by},

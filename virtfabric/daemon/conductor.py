@@ -27,7 +27,7 @@ from virtfabric.policy.placement import plan_convergence, plan_decision
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from virtfabric.daemon.ledger import Ledger
+    from virtfabric.daemon.ledger import Ledger, LedgerView
     from virtfabric.daemon.observatory import Observatory
     from virtfabric.daemon.undertaking import Caps, Outcome, Place, Undertaking
     from virtfabric.model.decision import Decision
@@ -159,7 +159,7 @@ class Conductor:
                 raise StepCancelledError("cancelled before anything was changed")
             with outside:
                 self._observatory.refresh_jobs()
-            since, waits = self._ledger.view().generation, "waiting for another plan"
+            view, waits = self._ledger.view(), "waiting for another plan"
             answer = self.consider(work)
             if isinstance(answer, Refusal):
                 if not self._worth_waiting(answer, until):
@@ -168,7 +168,7 @@ class Conductor:
             else:
                 snapshot, decision, plan = answer
                 touched = _guests_of(work, decision, plan)
-                obstacle = _obstacle(snapshot, touched, plan)
+                obstacle = _obstacle(snapshot, view, touched, plan)
                 if not obstacle:
                     if self._take_hold(work, txn, answer, touched, outside):
                         return decision, plan
@@ -177,7 +177,7 @@ class Conductor:
                     raise RefusedError(Refusal(Reason.BUSY, f"{obstacle}; try again"))
                 waits = f"waiting: {obstacle}"
             progress.progress(0.0, waits)
-            self._ledger.wait_change(since, WAIT_SLICE_S)
+            self._ledger.wait_change(view.generation, WAIT_SLICE_S)
 
     def _take_hold(
         self,
@@ -188,14 +188,14 @@ class Conductor:
         outside: Stopwatch,
     ) -> bool:
         """Reserve what was planned, unless guests or ledger are no longer as they were then."""
-        snapshot, decision, _ = answer
+        snapshot, decision, plan = answer
         incoming = {work.incoming.uuid} if work.incoming else set()
         with outside:
-            changed = self._observatory.refresh(touched - incoming)
-        if changed:
+            confirmed = self._observatory.confirm(snapshot, touched - incoming)
+        if not confirmed:
             return False
         free_part = decision.from_free.positive() if decision else Amounts()
-        return self._ledger.reserve(txn, snapshot.generation, free_part, touched)
+        return self._ledger.reserve(txn, snapshot.generation, free_part, touched, plan.layout_use)
 
     def _worth_waiting(self, refusal: Refusal, until: float) -> bool:
         return (
@@ -277,7 +277,7 @@ class Conductor:
             snapshot, decision, plan = answer
             touched = _guests_of(work, decision, plan) | {short.step.guest}
             free_part = decision.from_free.positive() if decision else Amounts()
-            if self._ledger.reserve(txn, snapshot.generation, free_part, touched):
+            if self._ledger.reserve(txn, snapshot.generation, free_part, touched, plan.layout_use):
                 return decision, plan
         raise RefusedError(_uncooperative(short))
 
@@ -288,10 +288,14 @@ def _guests_of(work: Undertaking, decision: Decision | None, plan: Plan) -> froz
     return plan.guests | frozenset(held) | own
 
 
-def _obstacle(snapshot: HostSnapshot, touched: frozenset[GuestId], plan: Plan) -> str:
+def _obstacle(
+    snapshot: HostSnapshot, view: LedgerView, touched: frozenset[GuestId], plan: Plan
+) -> str:
     """Why the plan cannot be carried out yet; "" when it can."""
     if touched & snapshot.busy:
         return "another plan works on the same guests"
+    if view.keeps_layout_from(plan.layout_use):
+        return "another plan decides which pCPUs are whose"
     for guest in sorted(plan.guests & _detained(snapshot)):
         state = snapshot.guests[guest]
         return f"{state.name} has a job running: {state.job}"

@@ -32,6 +32,12 @@ class Errands:
         self._queues: dict[Hashable, deque[tuple[Work, threading.Event]]] = {}
         self._pool = ThreadPoolExecutor(workers, thread_name_prefix="lifecycle")
         self._closed = False
+        self._count = 0
+
+    @property
+    def count(self) -> int:
+        """Errands put so far: where it is the same twice, none was put in between."""
+        return self._count
 
     def put(self, key: Hashable, work: Work) -> threading.Event:
         """Do this after everything with the same key; what is answered is set when it is done.
@@ -43,6 +49,7 @@ class Errands:
             if self._closed:
                 done.set()
                 return done
+            self._count += 1
             queue = self._queues.setdefault(key, deque())
             queue.append((work, done))
             if len(queue) == 1:

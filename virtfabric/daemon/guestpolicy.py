@@ -93,8 +93,8 @@ class PolicyDesk:
         Raises:
             RefusedError: BUSY.
         """
-        self._check_free(guest)
-        if not guest.active:
+        now = self._check_free(guest)
+        if not now.active:
             self._write_only(guest, policy)
             return policy_view(self._observatory.guest(guest.uuid) or guest)
         job = self._jobs.start(
@@ -108,17 +108,23 @@ class PolicyDesk:
         """Nothing of it concerns anybody who runs: one call of libvirt does it all."""
         self._writer.write_policy(guest.uuid, policy)
         self._observatory.refresh([guest.uuid])
+        # it may have started meanwhile, and be settled in by its former policy
+        self._lifecycle.enqueue(partial(self._lifecycle.settle_in, guest.uuid), guest.uuid)
 
-    def _check_free(self, guest: GuestState) -> None:
+    def _check_free(self, guest: GuestState) -> GuestState:
         """Metadata is a change like any other.
+
+        Returns:
+            The guest as it is now: it may have started or stopped since `guest` was read.
 
         Raises:
             RefusedError: BUSY, a job of libvirt is in the way.
         """
         self._observatory.refresh([guest.uuid])
-        now = self._observatory.guest(guest.uuid)
-        if now is not None and now.detained:
+        now = self._observatory.guest(guest.uuid) or guest
+        if now.detained:
             raise RefusedError(Refusal(Reason.BUSY, f"{now.name} has a job running: {now.job}"))
+        return now
 
     def _change(self, guest: GuestState, policy: GuestPolicy, progress: Progress) -> Json:
         request = new_request()
@@ -146,9 +152,10 @@ class PolicyDesk:
         Raises:
             RefusedError: BUSY.
         """
-        self._check_free(guest)
+        guest = self._check_free(guest)
         answer = policy_view(guest) | {"policy": None, "xml": "", "managed": False}
-        if not guest.active or guest.uuid not in self._ledger.view().books.holdings:
+        held = guest.uuid in self._ledger.view().books.holdings
+        if not guest.active or not (guest.managed or held):
             self._write_only(guest, None)
             return answer
         job = self._jobs.start(

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from virtfabric.model.amounts import Amounts
+from virtfabric.model.plan import LayoutUse
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -21,10 +22,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one running plan has taken hold of: amounts of free capacity, and guests."""
+    """What one running plan has taken hold of: amounts of free capacity, guests, the layout."""
 
     amounts: Amounts
     guests: frozenset[GuestId]
+    layout: LayoutUse
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,6 +37,11 @@ class LedgerView:
     books: Books
     pending: Amounts
     busy: frozenset[GuestId]
+    layout: frozenset[LayoutUse]
+
+    def keeps_layout_from(self, use: LayoutUse) -> bool:
+        """Whether a plan that runs bars such a use of the layout."""
+        return any(use.clashes(other) for other in self.layout)
 
 
 class Ledger:
@@ -58,7 +65,8 @@ class Ledger:
         for reservation in reserved:
             pending = pending + reservation.amounts
             busy |= reservation.guests
-        return LedgerView(generation, books, pending, frozenset(busy))
+        layout = frozenset(r.layout for r in reserved)
+        return LedgerView(generation, books, pending, frozenset(busy), layout)
 
     def reserve(
         self,
@@ -66,19 +74,23 @@ class Ledger:
         generation: int,
         amounts: Amounts,
         guests: frozenset[GuestId],
+        layout: LayoutUse = LayoutUse.NONE,
     ) -> bool:
-        """Take hold of capacity and guests, if nothing has changed since `generation`.
+        """Take hold of capacity, guests and layout, if nothing has changed since `generation`.
 
-        Repeating for the same transaction replaces its reservation. Returns False for a stale
-        generation or a guest that another plan holds; the caller decides anew.
+        Repeating for the same transaction replaces its reservation, but for the layout, by which
+        something may have been pinned since. Returns False for a stale generation, or a guest or
+        layout that another plan holds; the caller decides anew.
         """
         with self._changed:
             if generation != self._generation:
                 return False
+            if txn in self._reserved:
+                layout = layout.joined(self._reserved[txn].layout)
             others = (r for t, r in self._reserved.items() if t != txn)
-            if any(guests & r.guests for r in others):
+            if any(guests & r.guests or layout.clashes(r.layout) for r in others):
                 return False
-            self._reserved[txn] = Reservation(amounts, guests)
+            self._reserved[txn] = Reservation(amounts, guests, layout)
             self._generation += 1
             return True
 

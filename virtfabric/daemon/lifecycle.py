@@ -7,6 +7,7 @@ errand, in order for each guest.
 from __future__ import annotations
 
 import logging
+import threading
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
@@ -26,7 +27,6 @@ from virtfabric.policy.layout import choose_layout
 from virtfabric.policy.loans import depart
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable
 
     from virtfabric.daemon.conductor import Conductor
@@ -71,10 +71,11 @@ class Lifecycle:
         self._audit = audit
         self._clock = clock
         self._drift = drift
+        self._surveyed = threading.Event()
         self.admission = Admission(
             observatory=observatory, ledger=ledger, conductor=conductor, jobs=jobs,
             notices=notices, journal=journal, audit=audit, clock=clock,
-            settled=self._last_run_settled,
+            surveyed=self._surveyed, settled=self._last_run_settled,
         )  # fmt: skip
         self._errands = Errands()
         self._leaving: set[GuestId] = set()
@@ -204,6 +205,7 @@ class Lifecycle:
         ]
         for done in settling:
             done.wait()
+        self._surveyed.set()
 
     def _is_settled(self, before: GuestState | None, now: GuestState) -> bool:
         """Whether it is the same run of the guest, under the same policy, and was placed."""
@@ -233,7 +235,8 @@ class Lifecycle:
             return
         self._notices.settle(f"policy {guest}")
         if held is None:
-            self.admission.adopt(state)
+            if not self.admission.adopt(state):
+                return
             self._notices.publish("guest.started", {"guest": guest, "name": state.name})
         self._place(state)
 

@@ -14,7 +14,7 @@ from virtfabric.model.guest import RunState
 from virtfabric.model.ledger import HostSnapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Collection, Iterable
 
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.model.guest import GuestState
@@ -108,20 +108,32 @@ class Observatory:
             HypervisorGoneError, HypervisorError
         """
         changed = False
-        structural = False
         for guest in guests:
-            state = self._reader.read_guest(guest)
-            with self._lock:
-                known = self._guests.get(guest)
-                if state is None:
-                    self._guests.pop(guest, None)
-                else:
-                    self._guests[guest] = state
-            changed |= known != state
-            structural |= (known and _structure(known)) != (state and _structure(state))
-        if structural:
-            self._ledger.touch()
+            changed |= self._read(guest)[0]
         return changed
+
+    def confirm(self, snapshot: HostSnapshot, guests: Collection[GuestId]) -> bool:
+        """Read some guests again; returns whether all are as the snapshot has them.
+
+        What is compared is what this call reads: others read and store side by side with it.
+
+        Raises:
+            HypervisorGoneError, HypervisorError
+        """
+        return {g: self._read(g)[1] for g in guests} == {g: snapshot.guests.get(g) for g in guests}
+
+    def _read(self, guest: GuestId) -> tuple[bool, GuestState | None]:
+        """Whether it was not as we thought, and how it is."""
+        state = self._reader.read_guest(guest)
+        with self._lock:
+            known = self._guests.get(guest)
+            if state is None:
+                self._guests.pop(guest, None)
+            else:
+                self._guests[guest] = state
+        if (known and _structure(known)) != (state and _structure(state)):
+            self._ledger.touch()
+        return known != state, state
 
     def refresh_jobs(self) -> None:
         """Read the guests again that had a job when they were last read.

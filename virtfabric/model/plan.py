@@ -294,6 +294,26 @@ class Offer:
         }  # fmt: skip
 
 
+class LayoutUse(StrEnum):
+    """What a plan does with the layout: which pCPUs are whose, and which are the pool."""
+
+    NONE = "none"
+    RELIES = "relies"
+    """It pins somebody by it."""
+    CHANGES = "changes"
+
+    def clashes(self, other: LayoutUse) -> bool:
+        """Whether two such plans must not run side by side."""
+        both = {self, other}
+        return LayoutUse.CHANGES in both and LayoutUse.NONE not in both
+
+    def joined(self, other: LayoutUse) -> LayoutUse:
+        """The use of a plan that does both."""
+        both = {self, other}
+        strictest_first = (LayoutUse.CHANGES, LayoutUse.RELIES, LayoutUse.NONE)
+        return next(use for use in strictest_first if use in both)
+
+
 @dataclass(frozen=True, slots=True)
 class Plan:
     """Exact ordered steps for one snapshot of the host.
@@ -301,7 +321,7 @@ class Plan:
     Attributes:
         generation: of the snapshot it was made from; a stale plan cannot be committed.
         steps: in order of application, those that need a guest first.
-        orders: pCPU order of each dedicated guest afterwards.
+        orders: pCPU order afterwards of each guest whose order changes.
         offers: what was compared.
     """
 
@@ -315,6 +335,14 @@ class Plan:
     def guests(self) -> frozenset[GuestId]:
         """Every guest that a step touches."""
         return frozenset(step.guest for step in self.steps)
+
+    @property
+    def layout_use(self) -> LayoutUse:
+        """What it does with the layout of the host's pCPUs."""
+        if self.orders:
+            return LayoutUse.CHANGES
+        pins = any(isinstance(step, PinVcpu | PinEmulator) for step in self.steps)
+        return LayoutUse.RELIES if pins else LayoutUse.NONE
 
     def without(self, guests: Collection[GuestId]) -> Plan:
         """The same plan, with no step that touches one of these guests."""

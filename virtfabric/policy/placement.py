@@ -230,10 +230,12 @@ class _Draft:
         orders: dict[GuestId, tuple[int, ...]] = {
             g: () for g, h in self.snapshot.books.holdings.items() if h.order
         }
-        return Plan(
-            request, self.snapshot.generation, steps, orders | self.layout.orders,
-            self.layout.offers,
-        )  # fmt: skip
+        changed = {
+            g: order
+            for g, order in (orders | self.layout.orders).items()
+            if order != held_order(self.snapshot, g)
+        }
+        return Plan(request, self.snapshot.generation, steps, changed, self.layout.offers)
 
 
 def order_pins(pins: list[PinVcpu], dedicated: Collection[GuestId]) -> list[PinVcpu]:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from virtfabric.adapters.clock import SystemClock
 from virtfabric.adapters.simulated.guest import GuestSpec, MemoryDevice
@@ -17,6 +18,7 @@ from virtfabric.daemon.api import Caller
 from virtfabric.daemon.wiring import Settings, World
 from virtfabric.domxml.policy import format_policy
 from virtfabric.model.amounts import Amounts
+from virtfabric.model.errors import HypervisorGoneError, JournalError, VirtfabricError
 from virtfabric.model.host import Capacity
 from virtfabric.model.ids import GuestId, JobId
 from virtfabric.model.policy import CpuPolicy, GuestPolicy, MemoryPolicy, Placement
@@ -25,6 +27,9 @@ from virtfabric.model.units import GIB, MIB, Bytes, CpuSet, MilliCpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+    from virtfabric.model.plan import Step
+    from virtfabric.ports import Handlers, StepHandler
 
 ROOT = Caller(Principal("root", 0), 0, frozenset({0}))
 NOBODY = Caller(Principal("nobody", 65534), 65534, frozenset({65534}))
@@ -49,6 +54,7 @@ def make_spec(
     vcpus: int = 1,
     vcpus_max: int = 4,
     balloon: bool = False,
+    running: bool = True,
 ) -> GuestSpec:
     return GuestSpec(
         uuid_of(number),
@@ -60,6 +66,7 @@ def make_spec(
         if balloon
         else (MemoryDevice("ua-mem0", 0, Bytes(1 * GIB), Bytes(initial_mib * MIB)),),
         balloon=balloon,
+        running=running,
         policy=GuestPolicy(
             priority=priority,
             cpu=CpuPolicy(MilliCpu(cpu[0]), MilliCpu(cpu[1]), placement=placement),
@@ -122,6 +129,71 @@ def format_prepare(spec: GuestSpec) -> str:
     )  # fmt: skip
 
 
+class Process:
+    """What an agent reaches the world through, until it is killed.
+
+    The threads of a killed one are still there in this process; whatever they call fails.
+    """
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._calls = 0
+        self._killed = False
+
+    def wrap(self, port: Any, failure: VirtfabricError) -> Any:
+        """The port as this agent sees it; `failure` is what calls raise when it is dead."""
+        return _Port(self, port, failure)
+
+    def kill(self) -> None:
+        """What is being called now still happens, nothing after it."""
+        with self._changed:
+            self._killed = True
+            assert self._changed.wait_for(lambda: not self._calls, DEADLINE_S)
+
+    @contextlib.contextmanager
+    def call(self, failure: VirtfabricError) -> Iterator[None]:
+        with self._changed:
+            if self._killed:
+                raise failure
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._calls -= 1
+                self._changed.notify_all()
+
+
+class _Port:
+    def __init__(self, process: Process, port: Any, failure: VirtfabricError) -> None:
+        self._process, self._port, self._failure = process, port, failure
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._port, name)
+        if not callable(found):
+            return found
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            with self._process.call(self._failure):
+                return found(*args, **kwargs)
+
+        return call
+
+
+class _Handlers:
+    """Implements `ports.Handlers`."""
+
+    def __init__(self, process: Process, handlers: Handlers) -> None:
+        self._process, self._handlers = process, handlers
+
+    def for_step(self, step: Step) -> StepHandler:
+        return cast("StepHandler", self._process.wrap(self._handlers.for_step(step), GONE))
+
+
+GONE = HypervisorGoneError("this agent was killed")
+CUT_OFF = JournalError("this agent was killed")
+
+
 @dataclass
 class AgentWorld:
     """Everything a test looks at. `memory_mib` is what may be granted in all."""
@@ -157,9 +229,13 @@ class AgentWorld:
             deadline_s=5.0, sample_interval_s=self.sample_interval_s, drift_interval_s=3600.0,
             group=GROUP, ceiling_for=_no_ceiling, **self.settings,
         )  # fmt: skip
+        self._process = Process()
+        host = self._process.wrap(self.host, GONE)
         world = World(
-            guests=self.host, policies=self.host, events=self.host.events,
-            handlers=self.host.handlers, journal=self.journal, audit=self.audit,
+            guests=host, policies=host, events=self.host.events,
+            handlers=_Handlers(self._process, self.host.handlers),
+            journal=self._process.wrap(self.journal, CUT_OFF),
+            audit=self._process.wrap(self.audit, CUT_OFF),
             clock=self.clock, load=self.host.load, stats=self.host.stats,
         )  # fmt: skip
         return Agent(world, settings, self.topology, self.capacity)
@@ -175,10 +251,10 @@ class AgentWorld:
     def kill_agent(self) -> None:
         """As SIGKILL: it gets no event and does nothing more; its journal stays as it is."""
         self.host.faults.clear()
+        self._process.kill()
         self.host.events.close()
         self.agent._stop.set()
         self.agent._leases._stop.set()
-        self.agent._lifecycle._errands._closed = True
 
     def restart_agent(self) -> None:
         """A new process on the same journal."""
@@ -200,21 +276,26 @@ class AgentWorld:
     def settle(self) -> None:
         """Wait until the agent has worked off all that it knows of, and differs from nothing.
 
-        That no job runs is not enough: between two jobs of one event, and before an event has
-        arrived, none does either.
+        Events make errands, errands make jobs, and jobs make all three: it is over when each was
+        found at rest, one after the other, and nothing was added to any meanwhile.
         """
-        eventually(self._is_settled, "everything settles")
+        eventually(self._is_settled, self._describe_unrest)
 
     def _is_settled(self) -> bool:
-        errands = self.agent._lifecycle._errands
+        before = self._made_so_far()
         self.host.events.drain()
-        assert errands.drain(DEADLINE_S), "the lifecycle is stuck"
+        assert self.agent._lifecycle._errands.drain(DEADLINE_S), "the lifecycle is stuck"
         if any(j["state"] == "running" for j in self.agent.jobs(ROOT)):
             return False
-        self.host.events.drain()  # what came of it is an errand again
-        if not errands.drain(0.0):
-            return False
-        return not self.agent.drift(ROOT)
+        return not self.agent.drift(ROOT) and self._made_so_far() == before
+
+    def _describe_unrest(self) -> str:
+        running = [j["title"] for j in self.agent.jobs(ROOT) if j["state"] == "running"]
+        return f"never settled: running {running}, drift {self.agent.drift(ROOT)}"
+
+    def _made_so_far(self) -> tuple[int, int, list[str]]:
+        jobs = [j["id"] for j in self.agent.jobs(ROOT)]
+        return self.host.events.count, self.agent._lifecycle._errands.count, jobs
 
     def finish(self, job: str) -> dict[str, Any]:
         return wait_for_job(self.agent, job)
@@ -255,12 +336,12 @@ def wait_for_job(agent: Agent, job: str) -> dict[str, Any]:
         stop()
 
 
-def eventually(condition: Callable[[], object], what: str) -> None:
+def eventually(condition: Callable[[], object], what: str | Callable[[], str]) -> None:
     """Poll a condition that no event announces, with a deadline."""
     until = time.monotonic() + DEADLINE_S
     tick = threading.Event()
     while not condition():
-        assert time.monotonic() < until, what
+        assert time.monotonic() < until, what() if callable(what) else what
         tick.wait(0.005)
 
 

@@ -113,11 +113,9 @@ def test_a_crash_in_mid_plan_is_undone_at_the_next_start(phase: Phase, skip: int
             return
     finally:
         threading.excepthook = hook
-    world.host.faults.clear()
     aw.eventually(lambda: world.journal.open_transactions(), "the journal shows the cut-off plan")
-    world.host.events.close()
-    world.agent = world.make_agent()
-    world.agent.start()
+    world.kill_agent()
+    world.restart_agent()
     assert world.journal.open_transactions() == ()
     assert world.frozen() == before
     assert any(r.kind == "plan.recovered" for r in world.audit.read())

@@ -285,7 +285,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def nobody_is_wronged(self) -> None:
-        self.world.settle()
+        self.world.settle()  # each does: hypothesis calls them in the order of their names
         guests = [g for g in self.world.agent.guests(aw.ROOT) if g["cpu"]["grant"] is not None]
         assert {g["name"] for g in guests} == {n for n in NAMES if self._running(n)}
         for guest in guests:
@@ -301,6 +301,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def no_pcpu_in_two_dedicated_sets(self) -> None:
+        self.world.settle()
         states = [g for g in self.world.host.read_guests().values() if g.active]
         own = [g for g in states if g.policy.cpu.placement is Placement.DEDICATED]
         taken = [c for g in own for c in frozenset().union(*g.vcpu_affinity.values())]
@@ -312,6 +313,7 @@ class Life(RuleBasedStateMachine):
 
     @invariant()
     def journal_and_audit_are_whole(self) -> None:
+        self.world.settle()
         assert self.world.journal.open_transactions() == ()
         assert self.world.agent._ledger.view().busy == frozenset()
         assert self.world.agent.audit_verify(aw.ROOT, "")["whole"]

@@ -103,7 +103,7 @@ def test_more_policies_at_once_than_threads_do_not_stop_the_agent(world: Any) ->
     """Each may follow its policy with a second job, and wait for it."""
     with every_thread_taken(world):
         jobs = [
-            world.agent.policy_set(aw.ROOT, "batch", {"shares": str(100 + n)})["job"]
+            world.agent.policy_set(aw.ROOT, "batch", {"shares": str(200 + n)})["job"]
             for n in range(2 * WORKERS)
         ]
     ended = [world.finish(job) for job in jobs]

@@ -89,10 +89,8 @@ def test_a_crash_takes_the_policy_back_at_the_next_start(
             return
     finally:
         threading.excepthook = hook
-    world.host.faults.clear()
-    world.host.events.close()
-    world.agent = world.make_agent()
-    world.agent.start()
+    world.kill_agent()
+    world.restart_agent()
     try:
         assert world.journal.open_transactions() == ()
         assert everything(world) == before

@@ -306,10 +306,10 @@ def test_steps_lead_exactly_to_the_intended_state_and_back_from_any_prefix(case)
         trail.append(seen(sims))
     held = {g: a for g, a in (amounts_of(snapshot) | decision.holdings).items() if a}
     layout = choose_layout(snapshot, held)
-    assert (
-        plan.orders
-        == {g: () for g, h in snapshot.books.holdings.items() if h.order} | layout.orders
-    )
+    former = {g: h.order for g, h in snapshot.books.holdings.items() if h.order}
+    afterwards = dict.fromkeys(former, ()) | layout.orders
+    assert former | plan.orders == afterwards
+    assert all(order != former.get(g, ()) for g, order in plan.orders.items())
     for guest in held:
         intended = intended_state(snapshot, held, layout, guest)
         sim, state = sims[guest], snapshot.guests[guest]

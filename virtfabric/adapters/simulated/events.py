@@ -13,9 +13,14 @@ if TYPE_CHECKING:
 
 
 class SimulatedEvents:
-    """Implements `ports.EventSource`."""
+    """Implements `ports.EventSource`.
+
+    Attributes:
+        count: events queued so far.
+    """
 
     def __init__(self) -> None:
+        self.count = 0
         self._queue: queue.Queue[Event | None] = queue.Queue()
         self._thread: threading.Thread | None = None
 
@@ -39,6 +44,7 @@ class SimulatedEvents:
     def emit(self, event: Event) -> None:
         """Queue an event; dropped when nobody listens."""
         if self._thread is not None:
+            self.count += 1
             self._queue.put(event)
 
     def drain(self) -> None:
