@@ -1,15 +1,19 @@
 # virtfabric: `make demo` and `make test` do everything on a fresh Debian 12 machine, as root.
 SHELL := /bin/bash
 VENV := .venv/bin
-LAB_TESTS := tests/lab
+# the labs that fit CI's time; `make lab` runs all
+CI_LABS := tests/lab/test_lab_life.py tests/lab/test_cxl_lab.py tests/lab/test_passthrough_lab.py tests/lab/test_small_lab.py
 
-.PHONY: help demo test check lab bench clean setup setup-checks
+.PHONY: help demo test check lab bench clean setup setup-checks setup-lab
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
 
 setup:  ## install packages, virtual environment, guest image
 	@tools/setup all
+
+setup-lab:  ## the same, and what nested labs need
+	@tools/setup lab
 
 setup-checks:  ## install what the checks need
 	@tools/setup checks
@@ -24,10 +28,11 @@ check: setup-checks  ## lint, types, layers, unit and contract tests (under a mi
 	$(VENV)/lint-imports
 	$(VENV)/pytest -q -n 2 tests/unit tests/contract
 
-test: setup check  ## checks, then integration tests on real guests
+test: setup-lab check  ## checks, integration tests on real guests, the labs that fit CI
 	$(VENV)/pytest -q tests/integration
+	$(VENV)/pytest -q $(CI_LABS)
 
-lab: setup  ## all lab tests
+lab: setup-lab  ## all lab tests
 	$(VENV)/pytest -q tests/lab
 
 bench: setup  ## benchmarks: prints a table, writes benchmarks/results.json
