@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 import virtfabric
 from virtfabric.shim.cache import run_tool
 from virtfabric.shim.guestimage import format_recipe_key
+from virtfabric.shim.guestxml import GuestSpec, format_guest_xml
 from virtfabric.shim.lab.recipe import read_file
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ _CHECKOUT: Final = (
     *("hooks", "xml_templates", "vagrant", "tests", "demo", "benchmarks", "pyproject.toml"),
 )
 """What lies beside the package in a checkout; an installed package carries what it needs itself."""
+_HOME: Final = Path("/opt/virtfabric")
+_GUEST_IMAGE: Final = Path("cache", "guest", format_recipe_key())
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
 
 
@@ -39,7 +42,7 @@ def write_payload(disk: Path, guest: GuestImage, keys: Keys) -> None:
     with tempfile.TemporaryDirectory(prefix="virtfabric-payload-") as scratch:
         tree = Path(scratch)
         _copy_checkout(tree / "checkout")
-        _copy_guest(tree / "cache" / "guest" / format_recipe_key(), guest)
+        _copy_guest(tree / _GUEST_IMAGE, guest)
         _write_files(tree)
         shutil.copy(keys.host, tree / "lab" / "host_key")
         shutil.copy(keys.client.with_suffix(".pub"), tree / "lab" / "authorized_keys")
@@ -75,6 +78,18 @@ def choose_files() -> Iterator[tuple[str, str, int]]:
         yield f"lab/{name}", read_file(name), 0o755
     for name in ("qemu.conf", "libvirtd.conf", "sshd_config"):
         yield f"lab/{name}", read_file(name), 0o644
+    yield "lab/guest.xml", format_sample_guest(), 0o644
+
+
+def format_sample_guest() -> str:
+    """The domain of `lab/guest.xml`: a KVM guest with virtio-mem and ports for hot-plug."""
+    kernel, initrd = (_HOME / _GUEST_IMAGE / name for name in ("vmlinux", "initrd"))
+    return format_guest_xml(
+        GuestSpec(
+            name="guest", kernel=kernel, initrd=initrd, domain_type="kvm", max_vcpus=4,
+            virtio_mem_mib=256, console_log="/var/log/libvirt/qemu/guest-console.log",
+        )
+    )  # fmt: skip
 
 
 def _write_files(tree: Path) -> None:
