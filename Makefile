@@ -30,10 +30,10 @@ check: setup-checks  ## lint, types, layers, unit and contract tests (under a mi
 
 test: setup-lab check  ## checks, integration tests on real guests, the labs that fit CI
 	$(VENV)/pytest -q tests/integration
-	$(VENV)/pytest -q $(CI_LABS)
+	$(VENV)/pytest -q --timeout 1200 $(CI_LABS)
 
 lab: setup-lab  ## all lab tests
-	$(VENV)/pytest -q tests/lab
+	$(VENV)/pytest -q --timeout 7200 tests/lab
 
 bench: setup  ## benchmarks: prints a table, writes benchmarks/results.json
 	@$(VENV)/python benchmarks/run.py

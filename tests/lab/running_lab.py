@@ -59,9 +59,9 @@ class RunningLab:
 def bring_up(topology: str) -> Iterator[RunningLab]:
     """A lab of this topology, under a name of its own, for as long as the caller holds it."""
     name = f"t{os.getpid()}-{topology}"
-    done = lab_command("up", topology, "--name", name, timeout_s=UP_S)
-    assert done.returncode == 0, done.stderr
     try:
+        done = lab_command("up", topology, "--name", name, timeout_s=UP_S)
+        assert done.returncode == 0, done.stderr
         yield RunningLab(name)
     finally:
         gone = lab_command("down", name)
