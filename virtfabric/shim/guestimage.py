@@ -46,8 +46,8 @@ MODULES = ("virtio_pci", "virtio_mem", "virtio_balloon", "virtio_console", "virt
 # the guest panics with "IO-APIC + timer doesn't work" (seen once in some 20 boots at load 5).
 # unknown_nmi_panic: a fault to inject, `virsh inject-nmi`.
 CMDLINE = (
-    "console=ttyS0 quiet panic=-1 memhp_default_state=online_movable swiotlb=noforce no_timer_check "
-    "unknown_nmi_panic"
+    "console=ttyS0 quiet panic=-1 memhp_default_state=online_movable swiotlb=noforce "
+    "no_timer_check unknown_nmi_panic"
 )
 READY_LINE = "VFREADY"
 STAT_PREFIX = "VFSTAT "

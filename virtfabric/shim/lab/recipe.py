@@ -46,8 +46,8 @@ CMDLINE: Final = (
 
 online_movable: CXL memory can be given back (else it lands in ZONE_NORMAL for good).
 nohz=off highres=off: the local APIC's timer ticks by itself. As a one-shot it was lost for good on
-one CPU in two of nine boots with eight vCPUs on a busy machine (QEMU 10.0, TCG: "rcu_preempt kthread
-timer wakeup didn't happen", tasks blocked for ever).
+one CPU in two of nine boots with eight vCPUs on a busy machine (QEMU 10.0, TCG: "rcu_preempt
+kthread timer wakeup didn't happen", tasks blocked for ever).
 """
 
 
