@@ -40,15 +40,9 @@ INITRD_MODULES: Final = (
 DISK_SIZE: Final = "4G"
 CMDLINE: Final = (
     "root=/dev/vda rw console=ttyS0 net.ifnames=0 quiet audit=0 mitigations=off no_timer_check "
-    "intel_iommu=on iommu=pt memhp_default_state=online_movable nohz=off highres=off"
+    "intel_iommu=on iommu=pt memhp_default_state=online_movable"
 )
-"""The kernel's arguments.
-
-online_movable: CXL memory can be given back (else it lands in ZONE_NORMAL for good).
-nohz=off highres=off: the local APIC's timer ticks by itself. As a one-shot it was lost for good on
-one CPU in two of nine boots with eight vCPUs on a busy machine (QEMU 10.0, TCG: "rcu_preempt
-kthread timer wakeup didn't happen", tasks blocked for ever).
-"""
+"""online_movable: CXL memory can be given back (else it lands in ZONE_NORMAL for good)."""
 
 
 def read_file(name: str) -> str:
