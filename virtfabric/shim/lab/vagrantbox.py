@@ -36,11 +36,18 @@ if TYPE_CHECKING:
     from virtfabric.shim.topology.model import Topology
 
 DRIVERS: Final[dict[DomainType, dict[str, Any]]] = {
-    "qemu": {"cpu_mode": "maximum", "qemuargs": []},
-    # an IOMMU that remaps interrupts needs the split irqchip
-    "kvm": {"cpu_mode": "host-passthrough", "qemuargs": ["-machine", "kernel-irqchip=split"]},
+    "qemu": {"cpu_mode": "maximum", "qemuargs": ["-cpu", "max,hypervisor=off"]},
+    "kvm": {
+        "cpu_mode": "host-passthrough",
+        # an IOMMU that remaps interrupts needs the split irqchip
+        "qemuargs": ["-cpu", "host,hypervisor=off", "-machine", "kernel-irqchip=split"],
+    },
 }
-"""What the Vagrantfile sets for each driver."""
+"""What the Vagrantfile sets for each driver.
+
+hypervisor=off: the CXL driver commits no region in a guest that sees a hypervisor. vagrant-libvirt
+(0.11) takes CPU features only with a named model; of several `-cpu` QEMU takes the last.
+"""
 
 
 def format_settings(
