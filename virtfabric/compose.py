@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-LOCK_DIR = Path("/run")
+LOCK_DIR = Path("/run/virtfabric")
 
 
 def _group_id(name: str) -> int | None:
@@ -158,9 +158,9 @@ class Composition:
     def _lock_libvirt(self, uri: str) -> None:
         """One agent for one libvirtd: in a place that no option moves, before anything is done."""
         digest = hashlib.sha256(uri.encode()).hexdigest()[:12]
-        self._stack.enter_context(
-            StateLock(LOCK_DIR / f"virtfabric-{digest}.lock", f"libvirt {uri}")
-        )
+        # the only directory of /run that the shipped unit lets it write to
+        lock = _private_dir(LOCK_DIR, 0o755) / f"libvirt-{digest}.lock"
+        self._stack.enter_context(StateLock(lock, f"libvirt {uri}"))
 
     def _open_libvirt(self) -> _Outside:
         opened = open_libvirt(self.config.agent.uri)

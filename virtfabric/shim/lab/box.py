@@ -27,7 +27,10 @@ if TYPE_CHECKING:
 
 NAME: Final = "virtfabric-lab"
 _INITRD_INIT: Final = "box/initrd-init"
-_FILES: Final = ("setup", "insecure.pub", "sshd.conf", "lab.network", f"{NAME}-guests.service")
+_FILES: Final = (
+    *("setup", "insecure.pub", "sshd.conf", "lab.network"),
+    *("virtfabricd.conf", f"{NAME}-guests.service"),
+)
 _FORMAT: Final = ("-c", "-O", "qcow2", "-o", "compression_type=zstd")
 _SIZE_GIB: Final = int(recipe.DISK_SIZE.removesuffix("G"))
 
