@@ -4,7 +4,7 @@ VENV := .venv/bin
 # what fits CI of the lab tests; `make lab` runs all
 CI_LABS := tests/lab/test_lab_life.py
 
-.PHONY: help demo test check lab bench clean setup setup-checks setup-lab
+.PHONY: help demo test check lab vagrant-box bench clean setup setup-checks setup-lab setup-vagrant
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -17,6 +17,9 @@ setup-lab:  ## the same, and what nested labs need
 
 setup-checks:  ## install what the checks need
 	@tools/setup checks
+
+setup-vagrant:  ## install all that, vagrant and vagrant-libvirt
+	@tools/setup vagrant
 
 demo: setup  ## the main job on real guests, with a readable account of what happened
 	@$(VENV)/python demo/run.py
@@ -32,8 +35,11 @@ test: setup-lab check  ## checks, integration tests on real guests, the labs tha
 	$(VENV)/pytest -q tests/integration
 	$(VENV)/pytest -q --timeout 1200 $(CI_LABS)
 
-lab: setup-lab  ## all lab tests
+lab: setup-vagrant  ## all lab tests
 	$(VENV)/pytest -q --timeout 7200 tests/lab
+
+vagrant-box: setup-vagrant  ## build the Vagrant box of this checkout into the cache
+	@vagrant/build-box
 
 bench: setup  ## benchmarks: prints a table, writes benchmarks/results.json
 	@$(VENV)/python benchmarks/run.py

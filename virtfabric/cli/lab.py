@@ -8,7 +8,6 @@ import sys
 import time
 from importlib import import_module
 from importlib.util import find_spec
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.cli.screen import Table, note, print_json, print_lines, print_tables
@@ -58,13 +57,8 @@ def _read_topology(text: str) -> tuple[str, Topology]:
         InvalidValueError: there is none, or it is wrong; names the path in the JSON.
     """
     shipped = import_module("virtfabric.shim.topology.shipped")
-    if "/" not in text and not text.endswith(".json"):
-        return text, shipped.read_shipped_topology(text)
-    parse = import_module("virtfabric.shim.topology.text").parse_topology
-    try:
-        return Path(text).stem, parse(Path(text).read_text())
-    except OSError as error:
-        raise InvalidValueError("topology", text, f"cannot be read: {error.strerror}") from error
+    found: tuple[str, Topology] = shipped.read_topology(text)
+    return found
 
 
 def _build(args: argparse.Namespace) -> int:

@@ -71,13 +71,8 @@ def _build(scratch: Path, report: Callable[[str], None]) -> Path:
     unpack_debian(
         recipe.SUITE, recipe.PACKAGES, root, report=report, excluded=recipe.EXCLUDED
     )  # fmt: skip
-    release, kernel = find_kernel(root)
-    report(f"packing Linux {release} and an initrd of {len(recipe.INITRD_MODULES)} modules")
-    (image / "vmlinux").write_bytes(unpack_kernel(kernel.read_bytes()))
-    modules = read_modules(root, release, recipe.INITRD_MODULES)
-    archive = format_cpio(_initrd_members(read_busybox(), modules))
-    (image / "initrd").write_bytes(gzip.compress(archive, 1, mtime=0))
-    _finish_root(root)
+    release = write_boot_files(root, image, recipe.read_file("initrd-init"), report)
+    finish_root(root)
     report("writing the root disk")
     run_tool(
         ["mke2fs", "-q", "-t", "ext4", "-d", str(root), str(image / "root.ext4"), recipe.DISK_SIZE],
@@ -88,16 +83,32 @@ def _build(scratch: Path, report: Callable[[str], None]) -> Path:
     return image
 
 
-def _initrd_members(busybox: bytes, modules: Mapping[str, bytes]) -> Iterator[Member]:
-    yield from format_directories("bin", "dev", "proc", "sys", "modules", "new")
-    yield "bin/busybox", PROGRAM, busybox
-    yield "init", PROGRAM, recipe.read_file("initrd-init").encode()
-    yield "modules/order", FILE, "".join(f"{name}\n" for name in modules).encode()
-    for name, content in modules.items():
-        yield f"modules/{name}", FILE, content
+def write_boot_files(root: Path, target: Path, init: str, report: Callable[[str], None]) -> str:
+    """Write `vmlinux` and `initrd` for the system in `root`; `init` is the initrd's PID 1.
+
+    Returns:
+        The kernel's release.
+    """
+    release, kernel = find_kernel(root)
+    report(f"packing Linux {release} and an initrd of {len(recipe.INITRD_MODULES)} modules")
+    (target / "vmlinux").write_bytes(unpack_kernel(kernel.read_bytes()))
+    modules = read_modules(root, release, recipe.INITRD_MODULES)
+    archive = format_cpio(_initrd_members(init, read_busybox(), modules))
+    (target / "initrd").write_bytes(gzip.compress(archive, 1, mtime=0))
+    return release
 
 
-def _finish_root(root: Path) -> None:
+def finish_root(root: Path) -> None:
+    """Make room for this checkout, and remove what no lab uses."""
     (root / "opt" / "virtfabric").mkdir()
     for useless in (*root.glob("boot/initrd.img-*"), *root.glob("etc/ssh/ssh_host_*")):
         useless.unlink()
+
+
+def _initrd_members(init: str, busybox: bytes, modules: Mapping[str, bytes]) -> Iterator[Member]:
+    yield from format_directories("bin", "dev", "proc", "sys", "modules", "new")
+    yield "bin/busybox", PROGRAM, busybox
+    yield "init", PROGRAM, init.encode()
+    yield "modules/order", FILE, "".join(f"{name}\n" for name in modules).encode()
+    for name, content in modules.items():
+        yield f"modules/{name}", FILE, content

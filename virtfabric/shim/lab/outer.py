@@ -6,10 +6,13 @@ the cache, run through its own loader: nothing on this machine is replaced.
 
 from __future__ import annotations
 
+import os
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
@@ -63,6 +66,27 @@ class OuterQemu:
     def _ask(self, *arguments: str) -> str:
         done = subprocess.run([*self.argv, *arguments], check=False, capture_output=True, text=True)
         return done.stdout
+
+    def ensure_emulator(self) -> Path:
+        """One program that runs it, for libvirt, which takes a path and no arguments.
+
+        libvirt starts an emulator without capabilities, root's or not: the mount needs a user
+        namespace.
+        """
+        if len(self.argv) == 1:
+            return Path(self.argv[0])
+        unshare, *rest = self.argv
+        argv = shlex.join([unshare, "--user", "--map-root-user", *rest])
+        script = f'#!/bin/sh\nexec {argv} "$@"\n'
+        path = (
+            cache_root() / "lab" / "qemu" / f"emulator-{sha256(script.encode()).hexdigest()[:16]}"
+        )
+        if not path.exists():
+            fresh = path.with_suffix(f".{os.getpid()}")
+            fresh.write_text(script)
+            fresh.chmod(0o755)
+            fresh.rename(path)
+        return path
 
 
 def choose_outer(needs: Collection[DeviceNeed], report: Callable[[str], None]) -> OuterQemu:

@@ -41,14 +41,19 @@ def write_payload(disk: Path, guest: GuestImage, keys: Keys) -> None:
     """
     with tempfile.TemporaryDirectory(prefix="virtfabric-payload-") as scratch:
         tree = Path(scratch)
-        _copy_checkout(tree / "checkout")
-        _copy_guest(tree / _GUEST_IMAGE, guest)
-        _write_files(tree)
+        write_payload_tree(tree, guest)
         shutil.copy(keys.host, tree / "lab" / "host_key")
         shutil.copy(keys.client.with_suffix(".pub"), tree / "lab" / "authorized_keys")
         tree.chmod(0o755)
         argv = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-L", "virtfabric"]
         run_tool([*argv, "-d", str(tree), str(disk), _SIZE], tree)
+
+
+def write_payload_tree(tree: Path, guest: GuestImage) -> None:
+    """Fill a directory with what a lab finds in /opt/virtfabric, but for keys."""
+    _copy_checkout(tree / "checkout")
+    _copy_guest(tree / _GUEST_IMAGE, guest)
+    _write_files(tree)
 
 
 def _copy_checkout(target: Path) -> None:

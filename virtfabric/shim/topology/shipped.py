@@ -1,7 +1,8 @@
-"""The topologies that come with virtfabric, by name."""
+"""The topologies that come with virtfabric, by name; or a file of one's own."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from virtfabric.model.errors import InvalidValueError
@@ -33,3 +34,17 @@ def read_shipped_topology(name: str) -> Topology:
         known = ", ".join(shipped_topologies())
         raise InvalidValueError("topology", name, "is not shipped", advice=f"there are {known}")
     return parse_topology((topologies_dir() / f"{name}.json").read_text())
+
+
+def read_topology(text: str) -> tuple[str, Topology]:
+    """A shipped topology's name, or the path of a file: its title, and the topology.
+
+    Raises:
+        InvalidValueError: there is none, or it is wrong; names the path in the JSON.
+    """
+    if "/" not in text and not text.endswith(".json"):
+        return text, read_shipped_topology(text)
+    try:
+        return Path(text).stem, parse_topology(Path(text).read_text())
+    except OSError as error:
+        raise InvalidValueError("topology", text, f"cannot be read: {error.strerror}") from error

@@ -21,6 +21,7 @@ from virtfabric.shim.topology.arguments import (
 if TYPE_CHECKING:
     from pathlib import Path
 
+    from virtfabric.model.units import CpuSet
     from virtfabric.shim.topology.model import Topology
 
 
@@ -59,7 +60,7 @@ def format_vagrant_settings(topology: Topology, state: Path) -> str:
             "threads": str(cpu.threads),
         },
         "numa_nodes": [
-            {"cpus": str(node.cpus), "memory": str(node.memory // MIB)} | access
+            {"cpus": _format_run(node.cpus), "memory": str(node.memory // MIB)} | access
             for node in with_cpus
         ],
         "memory_backing": [["source", {"type": "memfd"}], ["access", {"mode": "shared"}]]
@@ -68,3 +69,8 @@ def format_vagrant_settings(topology: Topology, state: Path) -> str:
         "qemuargs": list(vagrant_qemuargs(topology, state)),
     }
     return json.dumps(settings, indent=2) + "\n"
+
+
+def _format_run(cpus: CpuSet) -> str:
+    """vagrant-libvirt wants "0-0" for one CPU, and refuses a set with gaps by itself."""
+    return f"{cpus}-{cpus}" if len(cpus) == 1 else str(cpus)
