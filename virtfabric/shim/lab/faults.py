@@ -49,7 +49,7 @@ class Fault:
 
     Attributes:
         does: what breaks.
-        seen: what the host in the lab sees of it, measured with Linux 6.12 and QEMU 10.0.
+        seen: what the host in the lab sees of it.
         target: what it may be aimed at, for people; "" for nothing.
         choose: the targets a topology has for it, by their ids, the default first.
         inject: does it and returns a line that says what was done.
