@@ -137,7 +137,7 @@ def test_backing_files_are_those_of_the_arguments() -> None:
     [
         ("small", {"igb"}, False),
         ("cxl", {"igb", "pxb-cxl", "cxl-upstream", "cxl-type3"}, True),
-        ("passthrough", {"igb", "nvme", "edu"}, False),
+        ("passthrough", {"pcie-root-port", "igb", "nvme", "edu"}, False),
         ("card", {"vfio-user-pci"}, False),
         ("big", set(), False),
     ],
