@@ -13,12 +13,13 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from virtfabric.model.device import PciAddress, PciFunction
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import HostTopology
     from virtfabric.model.ids import GuestId, TransactionId
     from virtfabric.model.ledger import Books
-    from virtfabric.model.plan import Step
     from virtfabric.model.policy import GuestPolicy
+    from virtfabric.model.step import Step
 
 
 class Clock(Protocol):
@@ -40,6 +41,22 @@ class HostReader(Protocol):
         Raises:
             HypervisorGoneError, HypervisorError
         """
+
+
+class DeviceTree(Protocol):
+    """The host's PCIe functions; repeating is safe."""
+
+    def read_functions(self) -> dict[PciAddress, PciFunction]:
+        """All functions, bridges and ports included, with how the host uses them now.
+
+        A function that vanishes while it is read is left out.
+        """
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` from a thread of its own whenever a function comes, goes or is bound."""
+
+    def close(self) -> None:
+        """Stop watching; safe to repeat."""
 
 
 class GuestReader(Protocol):
@@ -76,6 +93,7 @@ class EventKind(StrEnum):
     METADATA = "metadata"
     MEMORY = "memory"
     VCPUS = "vcpus"
+    DEVICE_REMOVED = "device-removed"
     JOB = "job"
     CONNECTED = "connected"
     DISCONNECTED = "disconnected"

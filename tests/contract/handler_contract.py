@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import pytest
 
 from virtfabric.model.errors import GuestGoneError, VerificationError
-from virtfabric.model.plan import STEP_TYPES, Step, parse_step
+from virtfabric.model.plan import STEP_TYPES, parse_step
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from virtfabric.model.step import Step
     from virtfabric.ports import Handlers
 
 

@@ -27,7 +27,7 @@ from virtfabric.cli import agentd
 from virtfabric.daemon.agent import Agent
 
 if TYPE_CHECKING:
-    from virtfabric.model.plan import Step
+    from virtfabric.model.step import Step
     from virtfabric.ports import StepContext, StepHandler
 
 PHASES = ("before-apply", "after-apply", "after-verify")

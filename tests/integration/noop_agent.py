@@ -13,7 +13,7 @@ from virtfabric.cli import agentd
 from virtfabric.model.plan import STEP_TYPES
 
 if TYPE_CHECKING:
-    from virtfabric.model.plan import Step
+    from virtfabric.model.step import Step
     from virtfabric.ports import StepContext
 
 

@@ -45,7 +45,6 @@ from virtfabric.model.plan import (
     SetQuota,
     SetShares,
     SetVcpuCount,
-    Step,
 )
 from virtfabric.model.policy import POLICY_NAMESPACE, GuestPolicy
 from virtfabric.model.units import MIB, CpuSet
@@ -58,6 +57,8 @@ from virtfabric.shim.sandbox_process import wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+
+    from virtfabric.model.step import Step
 
 pytestmark = pytest.mark.skipif(
     os.geteuid() != 0 or shutil.which("libvirtd") is None, reason="needs root and libvirtd"

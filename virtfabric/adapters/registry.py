@@ -9,7 +9,7 @@ from virtfabric.model.errors import InvalidValueError
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from virtfabric.model.plan import Step
+    from virtfabric.model.step import Step
     from virtfabric.ports import StepHandler
 
 

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from virtfabric.model.ids import TransactionId
-    from virtfabric.model.plan import Step
+    from virtfabric.model.step import Step
     from virtfabric.ports import Clock, Handlers, Journal
 
 log = logging.getLogger(__name__)

@@ -31,6 +31,12 @@ class Reason(StrEnum):
     GUEST_UNCOOPERATIVE = "guest-uncooperative"
     CANCELLED = "cancelled"
     STALE = "stale"
+    UNKNOWN_CAPABILITY = "unknown-capability"
+    NO_FREE_PORT = "no-free-port"
+    DEVICE_IN_USE = "device-in-use"
+    GROUP_NOT_VIABLE = "group-not-viable"
+    MEMORY_LOCK_LIMIT = "memory-lock-limit"
+    STRANDS_MEMORY = "strands-memory"
     SHUTTING_DOWN = "shutting-down"
 
 

@@ -10,6 +10,7 @@ from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.units import Bytes, CpuSet
 
 if TYPE_CHECKING:
+    from virtfabric.model.device import GuestDevice
     from virtfabric.model.ids import GuestId
     from virtfabric.model.policy import GuestPolicy
 
@@ -87,6 +88,11 @@ class GuestState:
         vcpu_unplug: whether a vCPU may be taken away. False under TCG: with QEMU 7.2 any plug
             after an unplug corrupts QEMU's heap and kills the guest (measured, 5 of 5), so surplus
             vCPUs stay and share what the guest holds.
+        devices, config_devices: `<hostdev>` PCI functions of the live and of the persistent
+            definition.
+        free_ports: PCIe root ports (or switch ports) of the live machine with nothing behind them:
+            how many functions can still be attached.
+        locked_memory: whether `<memoryBacking><locked/>` pins all of it.
         marked_pins: which of the live pins this agent set, by the mark in the live metadata.
     """
 
@@ -117,6 +123,10 @@ class GuestState:
     marked_pins: PinMark = NO_MARK
     policy_text: str = ""
     config_policy_text: str = ""
+    devices: tuple[GuestDevice, ...] = ()
+    config_devices: tuple[GuestDevice, ...] = ()
+    free_ports: int = 0
+    locked_memory: bool = False
 
     @property
     def managed(self) -> bool:

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.model.amounts import Amounts
+from virtfabric.model.device import DeviceInventory, HeldFunction
 from virtfabric.model.ids import GrantId, GuestId, LoanId, RequestId
 from virtfabric.model.units import CpuSet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from virtfabric.model.device import PciAddress, Quarantine
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
 
@@ -23,11 +25,13 @@ class Holding:
     Attributes:
         cpus: the pCPUs of a dedicated guest, empty for a shared one.
         order: pCPU of each vCPU, by vCPU number (dedicated), empty for a shared guest.
+        functions: PCIe functions that are its own, whether attached already or not.
     """
 
     guest: GuestId
     amounts: Amounts
     order: tuple[int, ...] = ()
+    functions: tuple[HeldFunction, ...] = ()
 
     @property
     def cpus(self) -> CpuSet:
@@ -36,12 +40,18 @@ class Holding:
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
-        return {"guest": self.guest, "amounts": self.amounts.to_json(), "order": list(self.order)}
+        return {
+            "guest": self.guest, "amounts": self.amounts.to_json(), "order": list(self.order),
+            "functions": [f.to_json() for f in self.functions],
+        }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Holding:
         """The reverse of `to_json`."""
-        return cls(GuestId(data["guest"]), Amounts.from_json(data["amounts"]), tuple(data["order"]))
+        return cls(
+            GuestId(data["guest"]), Amounts.from_json(data["amounts"]), tuple(data["order"]),
+            tuple(HeldFunction.from_json(f) for f in data.get("functions", ())),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +147,7 @@ class Books:
     grants: dict[GrantId, Grant] = field(default_factory=dict)
     loans: dict[LoanId, Loan] = field(default_factory=dict)
     residues: tuple[Residue, ...] = ()
+    quarantine: dict[PciAddress, Quarantine] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,6 +161,7 @@ class HostSnapshot:
         pending: amounts reserved by running plans that are not committed yet (positive part).
         busy: guests that a running plan touches; not eligible as victims.
         lend_ballooned: whether memory taken by a balloon may be granted onward.
+        devices: the host's PCIe functions and pools.
     """
 
     generation: int
@@ -160,3 +172,4 @@ class HostSnapshot:
     pending: Amounts = Amounts()
     busy: frozenset[GuestId] = frozenset()
     lend_ballooned: bool = False
+    devices: DeviceInventory = field(default_factory=DeviceInventory)

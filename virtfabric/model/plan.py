@@ -9,53 +9,28 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar
 
+from virtfabric.model.device import PciAddress, VfSettings
+from virtfabric.model.devicesteps import (
+    AttachFunction,
+    BindDriver,
+    LimitLink,
+    Presence,
+    ResetFunction,
+    SetUpVf,
+)
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.ids import GuestId
 from virtfabric.model.mark import PinMark
+from virtfabric.model.step import Step
 from virtfabric.model.units import Bytes, CpuSet, MilliCpu
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
+    from virtfabric.model.device import HeldFunction
     from virtfabric.model.ids import RequestId
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Step:
-    """Base of all steps.
-
-    Attributes:
-        guest, name: whose hardware changes (the name is for people only).
-        optional: failing leaves a residue instead of undoing the plan (a vCPU that will not
-            leave although its time has been taken already).
-    """
-
-    kind: ClassVar[str] = ""
-    version: ClassVar[int] = 1
-    needs_guest: ClassVar[bool] = False
-
-    guest: GuestId
-    name: str = ""
-    optional: bool = False
-
-    def inverse(self) -> Self:
-        """The step that undoes this one."""
-        return replace(self, before=self.after, after=self.before)  # type: ignore[attr-defined, call-arg]
-
-    def to_json(self) -> dict[str, Any]:
-        """Versioned encoding for the journal: CPU sets and marks as text, amounts as integers."""
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        body = {k: str(v) if isinstance(v, CpuSet | PinMark) else v for k, v in values.items()}
-        return {"kind": self.kind, "version": self.version, **body}
-
-    def describe(self) -> str:
-        """One line for a person."""
-        raise NotImplementedError
-
-    def __str__(self) -> str:
-        return self.describe()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,7 +198,8 @@ STEP_TYPES: dict[str, type[Step]] = {
     t.kind: t
     for t in (
         ResizeVirtioMem, SetBalloon, SetVcpuCount, PinVcpu, PinEmulator, SetQuota, SetShares,
-        SetNodeset, MarkPins, SetPolicy,
+        SetNodeset, MarkPins, SetPolicy, BindDriver, SetUpVf, AttachFunction, ResetFunction,
+        LimitLink,
     )
 }  # fmt: skip
 
@@ -232,9 +208,16 @@ def _parse_text(text: str, *, field: str) -> str:
     return text
 
 
+def _parse_presence(text: str, *, field: str) -> Presence:
+    if text not in tuple(Presence):
+        raise InvalidValueError(field, text, "is not known")
+    return Presence(text)
+
+
 _PARSERS: dict[type[Step], Callable[..., Any]] = {
     PinVcpu: CpuSet.parse, PinEmulator: CpuSet.parse, SetNodeset: CpuSet.parse,
-    MarkPins: PinMark.parse, SetPolicy: _parse_text,
+    MarkPins: PinMark.parse, SetPolicy: _parse_text, BindDriver: _parse_text,
+    SetUpVf: VfSettings.parse, AttachFunction: _parse_presence,
 }  # fmt: skip
 """Of `before` and `after`, where the journal has text for them and no integer."""
 
@@ -257,6 +240,8 @@ def parse_step(data: Mapping[str, Any]) -> Step:
         if body.get("definition") not in tuple(Definition):
             raise InvalidValueError("step.definition", body.get("definition"), "is not known")
         body["definition"] = Definition(body["definition"])
+    if "address" in body:
+        body["address"] = PciAddress.parse(str(body["address"]), field="step.address")
     body["guest"] = GuestId.parse(str(body.get("guest")), field="step.guest")
     try:
         return kind(**body)
@@ -323,6 +308,7 @@ class Plan:
         steps: in order of application, those that need a guest first.
         orders: pCPU order afterwards of each guest whose order changes.
         offers: what was compared.
+        functions: PCIe functions afterwards of each guest whose functions change.
     """
 
     request: RequestId
@@ -330,6 +316,7 @@ class Plan:
     steps: tuple[Step, ...]
     orders: dict[GuestId, tuple[int, ...]] = field(default_factory=dict)
     offers: tuple[Offer, ...] = ()
+    functions: dict[GuestId, tuple[HeldFunction, ...]] = field(default_factory=dict)
 
     @property
     def guests(self) -> frozenset[GuestId]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from virtfabric.model.amounts import Amounts
     from virtfabric.model.ids import GuestId, RequestId
 
@@ -57,6 +59,7 @@ class Request:
 
     Attributes:
         cpu, memory: None leaves that resource alone.
+        devices: functions by capability, counted.
         lease_s: seconds until the grant ends by itself, None for no end.
         partial: take what fits instead of all or nothing.
         deadline_s: seconds for the whole request, waiting for busy guests included.
@@ -69,6 +72,7 @@ class Request:
     origin: Origin
     cpu: Want | None = None
     memory: Want | None = None
+    devices: Mapping[str, Want] = field(default_factory=dict)
     lease_s: float | None = None
     partial: bool = False
     deadline_s: float = 30.0
@@ -81,6 +85,7 @@ class Request:
             "uid": self.principal.uid, "origin": self.origin.value,
             "cpu": [self.cpu.mode.value, self.cpu.value] if self.cpu else None,
             "memory": [self.memory.mode.value, self.memory.value] if self.memory else None,
+            "devices": {c: [w.mode.value, w.value] for c, w in self.devices.items()},
             "lease_s": self.lease_s, "partial": self.partial, "deadline_s": self.deadline_s,
             "key": self.key,
         }  # fmt: skip

@@ -13,12 +13,7 @@ from typing import TYPE_CHECKING
 
 from virtfabric.model.errors import Refusal
 from virtfabric.model.guest import RunState
-from virtfabric.model.plan import (
-    PinVcpu,
-    Plan,
-    SetQuota,
-    Step,
-)  # fmt: skip
+from virtfabric.model.plan import PinVcpu, Plan, SetQuota
 from virtfabric.model.policy import DEFAULT_SHARES
 from virtfabric.model.units import CpuSet
 from virtfabric.policy.intent import (
@@ -38,6 +33,7 @@ if TYPE_CHECKING:
     from virtfabric.model.decision import Decision
     from virtfabric.model.ids import GuestId, RequestId
     from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.step import Step
     from virtfabric.policy.intent import Intended
 
 

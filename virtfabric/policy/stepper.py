@@ -21,7 +21,6 @@ from virtfabric.model.plan import (
     SetQuota,
     SetShares,
     SetVcpuCount,
-    Step,
 )
 from virtfabric.policy.intent import intended_mark, quota_of, shares_of
 
@@ -29,6 +28,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from virtfabric.model.guest import GuestState, VirtioMem
+    from virtfabric.model.step import Step
     from virtfabric.model.units import CpuSet
 
 DEADLINE_S: Final = 30.0

@@ -28,7 +28,7 @@ from virtfabric.model.units import GIB, MIB, Bytes, CpuSet, MilliCpu
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
-    from virtfabric.model.plan import Step
+    from virtfabric.model.step import Step
     from virtfabric.ports import Handlers, StepHandler
 
 ROOT = Caller(Principal("root", 0), 0, frozenset({0}))

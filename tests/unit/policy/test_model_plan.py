@@ -25,9 +25,9 @@ from virtfabric.model.plan import (
     SetQuota,
     SetShares,
     SetVcpuCount,
-    Step,
     parse_step,
-)  # fmt: skip
+)
+from virtfabric.model.step import Step
 from virtfabric.model.units import CpuSet
 
 who = {"guest": st.integers(0, 9).map(guest_id), "name": st.text(max_size=8)}

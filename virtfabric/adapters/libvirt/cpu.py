@@ -18,13 +18,20 @@ from virtfabric.model.errors import (
     ShortfallError,
     VerificationError,
 )
-from virtfabric.model.plan import PinEmulator, PinVcpu, SetQuota, SetShares, SetVcpuCount, Step
+from virtfabric.model.plan import (
+    PinEmulator,
+    PinVcpu,
+    SetQuota,
+    SetShares,
+    SetVcpuCount,
+)
 from virtfabric.model.units import CpuSet
 
 if TYPE_CHECKING:
     import threading
     from collections.abc import Callable
 
+    from virtfabric.model.step import Step
     from virtfabric.ports import StepContext
 
 _LIVE: Final = libvirt.VIR_DOMAIN_AFFECT_LIVE

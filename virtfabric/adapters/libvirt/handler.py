@@ -13,7 +13,7 @@ from virtfabric.model.errors import (
     HypervisorGoneError,
     InvalidValueError,
 )
-from virtfabric.model.plan import Step
+from virtfabric.model.step import Step
 
 if TYPE_CHECKING:
     from virtfabric.adapters.cgroups import Cgroups

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from virtfabric.model.ids import GuestId
-    from virtfabric.model.plan import Step
+    from virtfabric.model.step import Step
 
 
 class Phase(StrEnum):

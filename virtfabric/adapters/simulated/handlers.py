@@ -38,9 +38,9 @@ from virtfabric.model.plan import (
     SetQuota,
     SetShares,
     SetVcpuCount,
-    Step,
 )
 from virtfabric.model.policy import DEFAULT_SHARES
+from virtfabric.model.step import Step
 from virtfabric.model.units import Bytes, CpuSet
 from virtfabric.ports import EventKind
 

@@ -32,8 +32,8 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import HostTopology
     from virtfabric.model.ids import GuestId
-    from virtfabric.model.plan import Step
     from virtfabric.model.policy import GuestPolicy
+    from virtfabric.model.step import Step
     from virtfabric.ports import Clock
 
 _FIRST_PID: Final = 4000

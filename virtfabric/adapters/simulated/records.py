@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
     from virtfabric.model.errors import JournalError
     from virtfabric.model.ids import TransactionId
-    from virtfabric.model.plan import Step
+    from virtfabric.model.step import Step
     from virtfabric.ports import Clock
 
 

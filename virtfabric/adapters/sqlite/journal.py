@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
     from virtfabric.adapters.sqlite.books import Rows
     from virtfabric.model.ledger import Books
-    from virtfabric.model.plan import Step
+    from virtfabric.model.step import Step
 
 log = logging.getLogger(__name__)
 
