@@ -6,20 +6,38 @@ machine (do these pCPUs exist?) is checked by `resolve_capacity`.
 
 from __future__ import annotations
 
-import difflib
 import re
 import tomllib
-from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
+from virtfabric.configdevices import read_pools
+from virtfabric.configvalues import (
+    Check,
+    Source,
+    check_cpu,
+    check_cpus,
+    check_group,
+    check_path,
+    check_priority,
+    check_seconds,
+    check_size,
+    check_switch,
+    check_text,
+    check_user,
+)
 from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
-from virtfabric.model.errors import ConfigError, InvalidValueError
+from virtfabric.model.errors import ConfigError
 from virtfabric.model.host import Capacity, HostTopology
 from virtfabric.model.request import Offerable
 from virtfabric.model.units import MIB, Bytes, CpuSet, MilliCpu
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from virtfabric.model.device import DevicePool
 
 CONFIG_DIR: Final = Path("/etc/virtfabric")
 MIN_RESERVE: Final = Bytes(256 * MIB)
@@ -95,12 +113,16 @@ class AccessConfig:
 
 @dataclass(frozen=True, slots=True)
 class Config:
-    """The whole configuration; `Config()` is what an empty file means."""
+    """The whole configuration; `Config()` is what an empty file means.
+
+    `pools` is `[[device]]`, in the order in which it was read.
+    """
 
     agent: AgentConfig = field(default_factory=AgentConfig)
     capacity: CapacityConfig = field(default_factory=CapacityConfig)
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
+    pools: tuple[DevicePool, ...] = ()
 
     def ceiling_for(self, uid: int, name: str) -> Offerable:
         """The bounds of a user: by name, by uid, by `*`; root without an entry has none."""
@@ -110,124 +132,37 @@ class Config:
         return found.ceiling if found else Offerable()
 
 
-Check = Callable[[Any], Any]
-
-
-class _WrongError(Exception):
-    """A value is wrong; the message continues `file: key = value`."""
-
-
-def _text(value: Any, *, choices: Sequence[str] = (), empty: bool = False) -> str:
-    if not isinstance(value, str):
-        raise _WrongError("is not text")
-    if not value and not empty:
-        raise _WrongError("is empty")
-    if choices and value not in choices:
-        raise _WrongError(f"is not one of {', '.join(choices)}")
-    return value
-
-
-def _path(value: Any) -> Path:
-    path = Path(_text(value))
-    if not path.is_absolute():
-        raise _WrongError("is not an absolute path")
-    return path
-
-
-def _switch(value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise _WrongError("is not true or false")
-    return value
-
-
-def _seconds(value: Any, *, least: float, most: float) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise _WrongError("is not a number of seconds")
-    if not least <= value <= most:
-        raise _WrongError(f"is not between {least:g} and {most:g} seconds")
-    return float(value)
-
-
-def _priority(value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= 100:
-        raise _WrongError("is not a whole number from 0 to 100")
-    return value
-
-
-def _parsed(value: Any, parse: Callable[[str], Any]) -> Any:
-    try:
-        return parse(_text(value))
-    except InvalidValueError as error:
-        _, _, problem = str(error).partition(repr(error.value) + " ")
-        advice = f" ({error.advice})" if error.advice else ""
-        raise _WrongError(f"{problem or error}{advice}") from None
-
-
-def _size(value: Any, *, zero: bool = False) -> Bytes:
-    # A plain number of bytes is a size too; TOML writes it without quotes.
-    text = str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-    size: Bytes = _parsed(text, Bytes.parse)
-    if not size and not zero:
-        raise _WrongError("must be above 0")
-    return size
-
-
-def _cpu(value: Any) -> MilliCpu:
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    amount: MilliCpu = _parsed(f"{value:g}" if number else value, MilliCpu.parse)
-    if not amount:
-        raise _WrongError("must be above 0")
-    return amount
-
-
-def _cpus(value: Any) -> CpuSet:
-    cpus: CpuSet = _parsed(value, CpuSet.parse)
-    if not cpus:
-        raise _WrongError("names no CPU")
-    return cpus
-
-
-def _group(value: Any) -> str:
-    if isinstance(value, int) and not isinstance(value, bool) and value >= 0:
-        return str(value)
-    return _text(value, empty=True)
-
-
-def _user(value: Any) -> str:
-    text = _group(value)
-    if not text:
-        raise _WrongError("is empty")
-    return text
-
-
 _KEYS: Final[Mapping[str, Mapping[str, Check]]] = {
     "agent": {
-        "uri": _text,
-        "state_dir": _path,
-        "run_dir": _path,
-        "bus": partial(_text, empty=True),
-        "log_level": partial(_text, choices=LOG_LEVELS),
-        "hook_socket": _path,
-        "sample_interval_s": partial(_seconds, least=0.05, most=3600),
-        "drift_interval_s": partial(_seconds, least=0.05, most=86400),
-        "syslog": partial(_text, empty=True),
+        "uri": check_text,
+        "state_dir": check_path,
+        "run_dir": check_path,
+        "bus": partial(check_text, empty=True),
+        "log_level": partial(check_text, choices=LOG_LEVELS),
+        "hook_socket": check_path,
+        "sample_interval_s": partial(check_seconds, least=0.05, most=3600),
+        "drift_interval_s": partial(check_seconds, least=0.05, most=86400),
+        "syslog": partial(check_text, empty=True),
     },
     "capacity": {
-        "cpus": _cpus,
-        "housekeeping": _cpus,
-        "memory": _size,
-        "reserve": partial(_size, zero=True),
-        "overhead": partial(_size, zero=True),
+        "cpus": check_cpus,
+        "housekeeping": check_cpus,
+        "memory": check_size,
+        "reserve": partial(check_size, zero=True),
+        "overhead": partial(check_size, zero=True),
     },
     "memory": {
-        "lend_ballooned": _switch,
-        "deadline_s": partial(_seconds, least=0.1, most=3600),
+        "lend_ballooned": check_switch,
+        "deadline_s": partial(check_seconds, least=0.1, most=3600),
     },
-    "access": {"group": _group, "principal": lambda value: value},
+    "access": {"group": check_group, "principal": lambda value: value},
 }
 _PRINCIPAL: Final[Mapping[str, Check]] = {
-    "user": _user, "max_priority": _priority, "max_cpu": _cpu, "max_memory": _size,
-}  # fmt: skip
+    "user": check_user,
+    "max_priority": check_priority,
+    "max_cpu": check_cpu,
+    "max_memory": check_size,
+}
 _NODE: Final = re.compile(r"node([0-9]{1,4})")
 
 
@@ -235,24 +170,24 @@ _NODE: Final = re.compile(r"node([0-9]{1,4})")
 class _Reader:
     """Checks the values of one source (a file, or the options) and adds them to `found`."""
 
-    source: str
+    source: Source
     found: dict[str, dict[str, Any]]
-
-    def fail(self, key: str, value: Any, problem: str, *, advice: str = "") -> ConfigError:
-        shown = repr(value) if not isinstance(value, dict) else "{...}"
-        return ConfigError(f"{self.source}: {key} = {shown} {problem}", advice=advice)
 
     def read(self, document: Mapping[str, Any]) -> None:
         for section, table in document.items():
-            known = self._known(section, section, table, _KEYS)
+            if section == "device":
+                self._read_pools(table)
+                continue
+            known = self.source.known(section, section, table, _KEYS)
             if not isinstance(table, dict):
-                raise self.fail(section, table, f"is not a table; write it as [{section}]")
+                problem = f"is not a table; write it as [{section}]"
+                raise self.source.fail(section, table, problem)
             for name, value in table.items():
                 self._read_key(section, name, value, known)
 
     def _read_key(self, section: str, name: str, value: Any, known: Mapping[str, Check]) -> None:
         key = f"{section}.{name}"
-        check = self._known(key, name, value, known)
+        check = self.source.known(key, name, value, known)
         target = self.found.setdefault(section, {})
         if key == "access.principal":
             target.setdefault("principals", []).extend(self._principals(value))
@@ -260,49 +195,33 @@ class _Reader:
             target["memory_by_node"] = self._nodes(value)
             target.pop("memory", None)
         else:
-            target[name] = self.check(key, value, check)
+            target[name] = self.source.check(key, value, check)
             if key == "capacity.memory":
                 target.pop("memory_by_node", None)
 
-    def check(self, key: str, value: Any, check: Check) -> Any:
-        try:
-            return check(value)
-        except _WrongError as error:
-            raise self.fail(key, value, str(error)) from None
-
-    def _known(self, key: str, name: str, value: Any, known: Mapping[str, Any]) -> Any:
-        if name in known:
-            return known[name]
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-        advice = f"did you mean {near[0]}?" if near else f"known: {', '.join(known)}"
-        raise self.fail(key, value, f"is not a known key; {advice}", advice=advice)
+    def _read_pools(self, value: Any) -> None:
+        pools = self.found.setdefault("device", {}).setdefault("pools", [])
+        pools += read_pools(self.source, value, pools)
 
     def _nodes(self, table: Mapping[str, Any]) -> dict[int, Bytes]:
         nodes = {}
         for name, value in table.items():
+            key = f"capacity.memory.{name}"
             match = _NODE.fullmatch(name)
             if match is None:
-                key = f"capacity.memory.{name}"
-                raise self.fail(key, value, "is not a known key; write node0, node1...")
-            nodes[int(match[1])] = self.check(f"capacity.memory.{name}", value, _size)
+                raise self.source.fail(key, value, "is not a known key; write node0, node1...")
+            nodes[int(match[1])] = self.source.check(key, value, check_size)
         return nodes
 
     def _principals(self, value: Any) -> list[PrincipalConfig]:
-        if not isinstance(value, list) or not all(isinstance(entry, dict) for entry in value):
-            problem = "is not a list of tables; write [[access.principal]]"
-            raise self.fail("access.principal", value, problem)
-        return [self._principal(number, entry) for number, entry in enumerate(value, 1)]
+        entries = self.source.tables("access.principal", value)
+        return [self._principal(number, entry) for number, entry in enumerate(entries, 1)]
 
     def _principal(self, number: int, entry: Mapping[str, Any]) -> PrincipalConfig:
         place = f"access.principal[{number}]"
-        values = {
-            name: self.check(
-                f"{place}.{name}", value, self._known(f"{place}.{name}", name, value, _PRINCIPAL)
-            )
-            for name, value in entry.items()
-        }
+        values = self.source.table(place, entry, _PRINCIPAL)
         if "user" not in values:
-            raise self.fail(place, entry, "has no user")
+            raise self.source.fail(place, entry, "has no user")
         return PrincipalConfig(**values)
 
 
@@ -332,8 +251,8 @@ def load_config(
 
     Args:
         source: a directory (its `*.toml` in name order), a file, or files. A later file overrides
-            single keys of an earlier one; `[[access.principal]]` entries add up, the last one of
-            a user counts. Only the default directory may be missing.
+            single keys of an earlier one; `[[access.principal]]` and `[[device]]` entries add up,
+            the last one of a user counts. Only the default directory may be missing.
         overrides: values by dotted key (`agent.uri`), from command-line options.
 
     Raises:
@@ -341,11 +260,11 @@ def load_config(
     """
     found: dict[str, dict[str, Any]] = {}
     for path in _files(source):
-        _Reader(str(path), found).read(_parse_file(path))
+        _Reader(Source(str(path)), found).read(_parse_file(path))
     for key, value in (overrides or {}).items():
         section, _, name = key.partition(".")
         plain = str(value) if isinstance(value, Path) else value
-        _Reader("option", found).read({section: {name: plain}})
+        _Reader(Source("option"), found).read({section: {name: plain}})
     return _build(found)
 
 
@@ -362,6 +281,7 @@ def _build(found: Mapping[str, dict[str, Any]]) -> Config:
         CapacityConfig(**found.get("capacity", {})),
         MemoryConfig(**found.get("memory", {})),
         AccessConfig(**access),
+        tuple(found.get("device", {}).get("pools", ())),
     )
 
 
