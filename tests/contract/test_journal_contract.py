@@ -7,6 +7,7 @@ import pytest
 from virtfabric.adapters.simulated.records import MemoryJournal
 from virtfabric.adapters.sqlite.journal import SqliteJournal
 from virtfabric.model.amounts import Amounts
+from virtfabric.model.device import HeldFunction, PciAddress, Quarantine
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.ids import GrantId, GuestId, LoanId, RequestId, TransactionId
 from virtfabric.model.ledger import Books, Grant, Holding, Loan, Residue
@@ -41,11 +42,14 @@ STEPS = [
     SetNodeset(guest=GUEST, before=CpuSet([0]), after=CpuSet([1])),
     SetPolicy(guest=GUEST, definition=Definition.CONFIG, before="", after="<policy></policy>"),
 ]
+VF = PciAddress("0000:3b:10.0")
 BOOKS = Books(
     7,
     {
         GUEST: Holding(GUEST, Amounts.of(cpu=2000, memory=1 << 30), (3, 2)),
-        OTHER: Holding(OTHER, Amounts.of(cpu=500)),
+        OTHER: Holding(
+            OTHER, Amounts.of(cpu=500), functions=(HeldFunction("net.vf", PciAddress("0000:3b:10.1")),)
+        ),
     },
     {
         GrantId("g1"): Grant(
@@ -59,6 +63,7 @@ BOOKS = Books(
         )
     },
     (Residue(GUEST, "memory", 4 << 20, 9.0, "stuck"), Residue(OTHER, "vcpu", 1000, 8.0)),
+    {VF: Quarantine(VF, "its reset failed", "power cycle", 7.5)},
 )  # fmt: skip
 
 

@@ -16,7 +16,7 @@ from virtfabric.domxml.domain import parse_domain
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.errors import InvalidValueError, Reason, Refusal, RefusedError
 from virtfabric.model.guest import RunState
-from virtfabric.model.ledger import Books, Holding
+from virtfabric.model.ledger import Holding
 from virtfabric.model.plan import Plan, ResizeVirtioMem, SetBalloon, SetQuota
 from virtfabric.model.units import Bytes
 from virtfabric.policy.arbiter import choose_admission
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from virtfabric.model.decision import Decision
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
-    from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.ledger import Books, HostSnapshot
     from virtfabric.ports import AuditLog, Clock, Journal
 
 log = logging.getLogger(__name__)
@@ -261,4 +261,4 @@ def _is_managed(guest: GuestState) -> bool:
 
 def _with_holding(books: Books, guest: GuestId, amounts: Amounts) -> Books:
     holdings = {**books.holdings, guest: Holding(guest, amounts)}
-    return Books(books.generation, holdings, books.grants, books.loans, books.residues)
+    return replace(books, holdings=holdings)

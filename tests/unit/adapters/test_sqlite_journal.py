@@ -8,6 +8,7 @@ import sqlite3
 import subprocess
 import sys
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from virtfabric.adapters.sqlite.database import seal
 from virtfabric.adapters.sqlite.journal import SqliteJournal
 from virtfabric.model.amounts import Amounts
+from virtfabric.model.device import HeldFunction, PciAddress, Quarantine
 from virtfabric.model.errors import JournalCorruptError, JournalError
 from virtfabric.model.ids import GrantId, GuestId, RequestId, TransactionId
 from virtfabric.model.ledger import Books, Grant, Holding
@@ -27,6 +29,9 @@ from virtfabric.ports import StepState, TransactionState
 ROOT = Path(__file__).resolve().parents[3]
 GUEST = GuestId("00000000-0000-4000-8000-000000000010")
 TXN = TransactionId("open-one")
+VF = PciAddress("0000:3b:10.0")
+SCHEMA_1 = ROOT / "tests/data/journals/schema-1.db"
+"""As the version before PCIe functions wrote it: one ended and one open transaction, books."""
 STEPS = [
     PinVcpu(guest=GUEST, vcpu=0, before=CpuSet(), after=CpuSet([3])),
     SetQuota(guest=GUEST, before=-1, after=1500),
@@ -35,6 +40,7 @@ BOOKS = Books(
     3,
     {GUEST: Holding(GUEST, Amounts.of(cpu=2000))},
     {GrantId("g"): Grant(GrantId("g"), GUEST, Amounts.of(cpu=1000), RequestId("r"), 1.0)},
+    quarantine={VF: Quarantine(VF, "reset failed", "power cycle", 1.0)},
 )
 
 
@@ -159,6 +165,34 @@ def test_newer_schema_has_its_own_text(path):
     assert "upgrade" in caught.value.advice
 
 
+def test_older_schema_is_upgraded(tmp_path):
+    path = Path(shutil.copy(SCHEMA_1, tmp_path / "journal.db"))
+    [cut_off], books = content(path)
+    assert (cut_off.id, cut_off.steps[0].step) == (TXN, STEPS[1])
+    assert books.quarantine == {}
+    assert books.holdings[GUEST].functions == ()
+    assert (len(books.grants), len(books.loans), len(books.residues)) == (1, 1, 1)
+    held = (HeldFunction("net.vf", VF),)
+    books = replace(
+        books,
+        holdings={GUEST: replace(books.holdings[GUEST], functions=held)},
+        quarantine=BOOKS.quarantine,
+    )
+    journal = SqliteJournal(path)
+    journal.close(TXN, TransactionState.UNDONE, {}, books)
+    journal.shut()
+    assert content(path) == ((), books)
+
+
+def test_damaged_file_of_an_older_schema_is_left_alone(tmp_path):
+    path = Path(shutil.copy(SCHEMA_1, tmp_path / "journal.db"))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    before = path.read_bytes()
+    with pytest.raises(JournalCorruptError):
+        SqliteJournal(path)
+    assert path.read_bytes() == before
+
+
 def test_log_of_a_file_that_was_moved_away_is_not_replayed(path):
     path.with_name("journal.db-wal").write_bytes(b"x" * 100)
     path.unlink()
@@ -215,6 +249,8 @@ def test_garbage_in_a_step_names_table_and_row(path, body, sealed):
         ),
         ("DELETE FROM holding", "rows of holding"),
         ("DELETE FROM grant_", "rows of holding"),
+        ("DELETE FROM quarantine", "rows of holding"),
+        ("UPDATE quarantine SET body = replace(body, 'power', 'tower')", f"quarantine, row '{VF}'"),
         ("DELETE FROM meta", "table meta"),
         ("UPDATE meta SET value = 'x'", "table meta"),
         ("DROP TABLE loan", "loan"),

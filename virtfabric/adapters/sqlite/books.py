@@ -1,4 +1,4 @@
-"""The books as rows: one table for each kind, one row for each holding, grant, loan, residue.
+"""The books as rows: one table for each kind, one row for each entry.
 
 Owns their encoding. Only rows that changed are written; a header row keeps the generation and a
 digest of all rows, so that a lost row shows.
@@ -10,6 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from virtfabric.adapters.sqlite.database import seal
+from virtfabric.model.device import Quarantine
 from virtfabric.model.ledger import Books, Grant, Holding, Loan, Residue
 
 if TYPE_CHECKING:
@@ -18,17 +19,23 @@ if TYPE_CHECKING:
 
     from virtfabric.adapters.sqlite.database import Database
 
-TABLES: Final = ("holding", "grant_", "loan", "residue")
+TABLES: Final = ("holding", "grant_", "loan", "residue", "quarantine")
+
+
+def _create(table: str) -> str:
+    return (
+        f"CREATE TABLE {table} (key TEXT PRIMARY KEY, body TEXT NOT NULL, seal TEXT NOT NULL)"
+        " STRICT, WITHOUT ROWID"
+    )
+
 
 BOOKS_SCRIPT: Final = (
-    ";".join(
-        f"CREATE TABLE {t} (key TEXT PRIMARY KEY, body TEXT NOT NULL, seal TEXT NOT NULL)"
-        " STRICT, WITHOUT ROWID"
-        for t in TABLES
-    )
+    ";".join(_create(table) for table in TABLES)
     + ";CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, seal TEXT NOT NULL)"
     " STRICT, WITHOUT ROWID"
 )
+UPGRADES: Final = {1: _create("quarantine")}
+"""A table without rows leaves the digest in the header as it was."""
 
 
 class _Jsonable(Protocol):
@@ -74,6 +81,7 @@ def encode_books(books: Books, known: Rows) -> Rows:
         "grant_": books.grants,
         "loan": books.loans,
         "residue": {f"{n:06}": r for n, r in enumerate(books.residues)},
+        "quarantine": books.quarantine,
     }
     return {t: _rows_of(t, values, known.get(t, {})) for t, values in by_table.items()}
 
@@ -109,7 +117,7 @@ def read_books(connection: sqlite3.Connection, database: Database) -> tuple[Book
     rows: Rows = {}
     kinds: dict[str, Callable[[Mapping[str, Any]], _Jsonable]] = {
         "holding": Holding.from_json, "grant_": Grant.from_json, "loan": Loan.from_json,
-        "residue": Residue.from_json,
+        "residue": Residue.from_json, "quarantine": Quarantine.from_json,
     }  # fmt: skip
     for table, decode in kinds.items():
         rows[table] = {
@@ -119,13 +127,16 @@ def read_books(connection: sqlite3.Connection, database: Database) -> tuple[Book
             )
         }
     generation = _read_header(connection, database, rows)
-    holdings, grants, loans, residues = ([r.value for r in rows[t].values()] for t in TABLES)
+    holdings, grants, loans, residues, quarantine = (
+        [r.value for r in rows[t].values()] for t in TABLES
+    )
     return Books(
         generation=generation,
         holdings={h.guest: h for h in holdings if isinstance(h, Holding)},
         grants={g.id: g for g in grants if isinstance(g, Grant)},
         loans={x.id: x for x in loans if isinstance(x, Loan)},
         residues=tuple(r for r in residues if isinstance(r, Residue)),
+        quarantine={q.address: q for q in quarantine if isinstance(q, Quarantine)},
     ), rows
 
 
@@ -161,5 +172,5 @@ def _read_header(connection: sqlite3.Connection, database: Database, rows: Rows)
     if seal("meta", "books", value) != sealed:
         raise database.corrupt(f"{where}: the content does not match its checksum")
     if _header(generation, rows) != value:
-        raise database.corrupt(f"{where}: rows of holding, grant_, loan or residue are missing")
+        raise database.corrupt(f"{where}: rows of {', '.join(TABLES)} are missing")
     return generation

@@ -10,7 +10,7 @@ import os
 import sqlite3
 import threading
 from contextlib import closing, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import TYPE_CHECKING, Final, Self
 from urllib.parse import quote
@@ -18,7 +18,7 @@ from urllib.parse import quote
 from virtfabric.model.errors import JournalCorruptError, JournalError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Mapping
     from pathlib import Path
 
 _BUSY_TIMEOUT_S: Final = 5.0
@@ -47,6 +47,7 @@ class Schema:
         version: of the tables; a file of a higher version is refused.
         script: creates the tables of this version.
         check: SQLite's pragma for the check on open; `quick_check` leaves indexes out.
+        upgrades: by version, what makes the next one of it; earlier versions are refused.
         moving_away: what happens when the file is moved away, for the advice.
     """
 
@@ -56,6 +57,7 @@ class Schema:
     script: str
     moving_away: str
     check: str = "integrity_check"
+    upgrades: Mapping[int, str] = field(default_factory=dict)
 
 
 def seal(*parts: object) -> str:
@@ -221,6 +223,13 @@ class Database:
         finally:
             os.close(directory)
 
+    def _upgrade(self, version: int) -> None:
+        """Bring a sound file of an earlier version to this one; each step happens or does not."""
+        for old in range(version, self.schema.version):
+            with self.writing() as connection:
+                connection.execute(self.schema.upgrades[old])
+                connection.execute(f"PRAGMA user_version = {old + 1}")
+
     def _check(self) -> None:
         try:
             (owner,) = self._connection.execute("PRAGMA application_id").fetchone()
@@ -233,7 +242,7 @@ class Database:
                     f"(schema {version}, this one knows {self.schema.version})",
                     advice="upgrade virtfabric again, or " + self._moving_advice(),
                 )
-            if version != self.schema.version:
+            if version != self.schema.version and version not in self.schema.upgrades:
                 raise self.corrupt(f"schema {version} was never released")
             problems = [
                 row[0] for row in self._connection.execute(f"PRAGMA {self.schema.check}(5)")
@@ -241,6 +250,7 @@ class Database:
             if problems != ["ok"]:
                 raise self.corrupt("; ".join(str(p).replace("\n", " ") for p in problems))
             (mode,) = self._connection.execute("PRAGMA journal_mode = WAL").fetchone()
+            self._upgrade(version)
         except SQLITE_ERRORS as error:
             raise self.translated(error) from error
         if mode != "wal":

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.adapters.sqlite.books import (
     BOOKS_SCRIPT,
+    UPGRADES,
     encode_books,
     read_books,
     write_rows,
@@ -46,7 +47,7 @@ _MAINTENANCE_EVERY: Final = 64
 SCHEMA: Final = Schema(
     what="the journal",
     application_id=0x76664A31,  # "vfJ1"
-    version=1,
+    version=2,
     moving_away="virtfabric will then find running guests and start with empty books",
     script="""
 CREATE TABLE txn (
@@ -70,6 +71,7 @@ CREATE TABLE step (
 ) STRICT, WITHOUT ROWID;
 """
     + BOOKS_SCRIPT,
+    upgrades=UPGRADES,
 )
 
 _SELECT: Final = (
