@@ -42,14 +42,12 @@ STEPS = [
     SetNodeset(guest=GUEST, before=CpuSet([0]), after=CpuSet([1])),
     SetPolicy(guest=GUEST, definition=Definition.CONFIG, before="", after="<policy></policy>"),
 ]
-VF = PciAddress("0000:3b:10.0")
+OWN, VF = PciAddress("0000:3b:10.1"), PciAddress("0000:3b:10.0")
 BOOKS = Books(
     7,
     {
         GUEST: Holding(GUEST, Amounts.of(cpu=2000, memory=1 << 30), (3, 2)),
-        OTHER: Holding(
-            OTHER, Amounts.of(cpu=500), functions=(HeldFunction("net.vf", PciAddress("0000:3b:10.1")),)
-        ),
+        OTHER: Holding(OTHER, Amounts.of(cpu=500), functions=(HeldFunction("net.vf", OWN),)),
     },
     {
         GrantId("g1"): Grant(

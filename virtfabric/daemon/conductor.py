@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Final
 from virtfabric.daemon.executor import Execution, Progress, Shortfall, Stopwatch
 from virtfabric.daemon.settlement import Settlement, refusal_body, subjects_of
 from virtfabric.daemon.unfinished import Unfinished
-from virtfabric.model.amounts import Amounts
+from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
+from virtfabric.model.device import device_key
+from virtfabric.model.devicesteps import AttachFunction, Presence
 from virtfabric.model.errors import (
     Reason,
     Refusal,
@@ -41,6 +43,8 @@ log = logging.getLogger(__name__)
 
 WAIT_SLICE_S: Final = 1.0
 """Longest wait for another plan before cancellation and deadline are looked at again."""
+UNLIMITED: Final = 1 << 40
+"""Of anything: more than a host has."""
 RETRY: Final = frozenset({Reason.BUSY, Reason.NO_CAPACITY, Reason.NO_PLACEMENT})
 """Refusals that a running plan may turn into a yes when it ends."""
 
@@ -195,7 +199,9 @@ class Conductor:
         if not confirmed:
             return False
         free_part = decision.from_free.positive() if decision else Amounts()
-        return self._ledger.reserve(txn, snapshot.generation, free_part, touched, plan.layout_use)
+        return self._ledger.reserve(
+            txn, snapshot.generation, free_part, touched, plan.layout_use, plan.addresses
+        )
 
     def _worth_waiting(self, refusal: Refusal, until: float) -> bool:
         return (
@@ -255,8 +261,7 @@ class Conductor:
             victims = {t.victim for t in decision.takes} if decision else set()
             if short.step.guest not in victims or short.step.guest in caps:
                 raise RefusedError(_uncooperative(short))
-            gave = max(0, getattr(short.step, "before", 0) - short.reached)
-            caps[short.step.guest] = Amounts.of(cpu=1 << 40, memory=gave)
+            caps[short.step.guest] = self._cap(short, decision, execution)
             log.warning("%s; asking the next victim", short.detail)
             self._audit.append(
                 "plan.topped-up", subjects_of(work, txn, decision), {"why": short.detail}
@@ -264,6 +269,27 @@ class Conductor:
             decision, plan = self._replan(work, txn, caps, short)
             execution.extend(plan.steps)
         return decision, plan
+
+    def _cap(self, short: Shortfall, decision: Decision | None, execution: Execution) -> Amounts:
+        """The most that a victim can give which stopped short: of that, what it gave so far."""
+        guest, step = short.step.guest, short.step
+        takes = decision.takes if decision else ()
+        taken = {key for take in takes if take.victim == guest for key in take.amounts}
+        most = dict.fromkeys({*taken, Key(CPU)}, UNLIMITED)
+        if isinstance(step, AttachFunction):
+            holding = self._ledger.view().books.holdings.get(guest)
+            held = {f.address: f.capability for f in holding.functions} if holding else {}
+            gone = [
+                held.get(s.address)
+                for s in execution.applied
+                if isinstance(s, AttachFunction)
+                and s.guest == guest
+                and s.after is Presence.ABSENT
+                and s is not step
+            ]
+            capability = held.get(step.address, "")
+            return Amounts(most | {device_key(capability): gone.count(capability)})
+        return Amounts(most | {Key(MEMORY): max(0, getattr(step, "before", 0) - short.reached)})
 
     def _replan(
         self, work: Undertaking, txn: TransactionId, caps: Caps, short: Shortfall
@@ -277,7 +303,9 @@ class Conductor:
             snapshot, decision, plan = answer
             touched = _guests_of(work, decision, plan) | {short.step.guest}
             free_part = decision.from_free.positive() if decision else Amounts()
-            if self._ledger.reserve(txn, snapshot.generation, free_part, touched, plan.layout_use):
+            if self._ledger.reserve(
+                txn, snapshot.generation, free_part, touched, plan.layout_use, plan.addresses
+            ):
                 return decision, plan
         raise RefusedError(_uncooperative(short))
 
@@ -294,6 +322,8 @@ def _obstacle(
     """Why the plan cannot be carried out yet; "" when it can."""
     if touched & snapshot.busy:
         return "another plan works on the same guests"
+    if plan.addresses & view.functions:
+        return "another plan works on the same PCIe functions"
     if view.keeps_layout_from(plan.layout_use):
         return "another plan decides which pCPUs are whose"
     for guest in sorted(plan.guests & _detained(snapshot)):

@@ -13,20 +13,20 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from virtfabric.daemon.custody import residues_of
 from virtfabric.model.errors import (
     JournalError,
     ShortfallError,
     StepCancelledError,
     VirtfabricError,
 )
-from virtfabric.model.ledger import Residue
-from virtfabric.model.plan import SetVcpuCount
 from virtfabric.ports import StepState
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
     from virtfabric.model.ids import TransactionId
+    from virtfabric.model.ledger import Residue
     from virtfabric.model.step import Step
     from virtfabric.ports import Clock, Handlers, Journal
 
@@ -100,7 +100,9 @@ class Execution:
     """One transaction under way. Not thread-safe: it belongs to the thread that runs it.
 
     Attributes:
-        residues: what optional steps and undos could not bring about.
+        residues: what undos could not bring about.
+        skipped: optional steps that did not come about, with why.
+        undone: steps that were undone, with what their undo left.
         outside: times what is not ours (the handlers' `apply`: libvirt, and waiting for guests).
     """
 
@@ -122,6 +124,8 @@ class Execution:
         self._done: list[tuple[int, Step]] = []
         self._total = 0
         self.residues: list[Residue] = []
+        self.skipped: list[tuple[Step, str]] = []
+        self.undone: list[tuple[Step, int]] = []
         self.outside = outside
 
     @property
@@ -183,10 +187,7 @@ class Execution:
         log.warning("%s: %s; the rest is a residue", step, error)
         self._journal.mark(self._txn, index, StepState.SKIPPED)
         self._done.pop()
-
-    def _note(self, what: str, step: Step, amount: int, why: str) -> None:
-        if amount:
-            self.residues.append(Residue(step.guest, what, amount, self._clock.now(), why))
+        self.skipped.append((step, str(error)))
 
     def rollback(self) -> list[str]:
         """Undo everything applied, newest first; keeps going whatever fails.
@@ -214,8 +215,8 @@ class Execution:
                 log.debug("cannot undo %s", step, exc_info=True)
                 problems.append(f"{step.inverse()}: {why}")
                 continue
-            what = "vcpu" if isinstance(step, SetVcpuCount) else "memory"
-            self._note(what, step, left * 1000 if what == "vcpu" else left, "left by an undo")
+            self.undone.append((step, left))
+            self.residues += residues_of(step, left, self._clock.now(), "left by an undo")
             with contextlib.suppress(JournalError):
                 # the disk may be full: the undo is what counts, and repeating it is safe
                 self._journal.mark(self._txn, index, StepState.UNDONE)

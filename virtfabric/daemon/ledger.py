@@ -16,17 +16,31 @@ from virtfabric.model.plan import LayoutUse
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from virtfabric.model.device import PciAddress
     from virtfabric.model.ids import GuestId, TransactionId
     from virtfabric.model.ledger import Books
 
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """What one running plan has taken hold of: amounts of free capacity, guests, the layout."""
+    """What one running plan has taken hold of.
+
+    Attributes:
+        amounts: of free capacity.
+    """
 
     amounts: Amounts
     guests: frozenset[GuestId]
     layout: LayoutUse
+    functions: frozenset[PciAddress]
+
+    def clashes(self, other: Reservation) -> bool:
+        """Whether two such plans must not run side by side."""
+        return bool(
+            self.guests & other.guests
+            or self.functions & other.functions
+            or self.layout.clashes(other.layout)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,6 +52,7 @@ class LedgerView:
     pending: Amounts
     busy: frozenset[GuestId]
     layout: frozenset[LayoutUse]
+    functions: frozenset[PciAddress]
 
     def keeps_layout_from(self, use: LayoutUse) -> bool:
         """Whether a plan that runs bars such a use of the layout."""
@@ -66,7 +81,8 @@ class Ledger:
             pending = pending + reservation.amounts
             busy |= reservation.guests
         layout = frozenset(r.layout for r in reserved)
-        return LedgerView(generation, books, pending, frozenset(busy), layout)
+        functions = frozenset(a for r in reserved for a in r.functions)
+        return LedgerView(generation, books, pending, frozenset(busy), layout, functions)
 
     def reserve(
         self,
@@ -75,22 +91,24 @@ class Ledger:
         amounts: Amounts,
         guests: frozenset[GuestId],
         layout: LayoutUse = LayoutUse.NONE,
+        functions: frozenset[PciAddress] = frozenset(),
     ) -> bool:
-        """Take hold of capacity, guests and layout, if nothing has changed since `generation`.
+        """Take hold of all that a plan needs, if nothing has changed since `generation`.
 
-        Repeating for the same transaction replaces its reservation, but for the layout, by which
-        something may have been pinned since. Returns False for a stale generation, or a guest or
-        layout that another plan holds; the caller decides anew.
+        Repeating for the same transaction replaces its reservation, but for layout and functions:
+        something may have been pinned or moved since. Returns False for a stale generation, or a
+        guest, layout or function that another plan holds; the caller decides anew.
         """
         with self._changed:
             if generation != self._generation:
                 return False
             if txn in self._reserved:
                 layout = layout.joined(self._reserved[txn].layout)
-            others = (r for t, r in self._reserved.items() if t != txn)
-            if any(guests & r.guests or layout.clashes(r.layout) for r in others):
+                functions |= self._reserved[txn].functions
+            wanted = Reservation(amounts, guests, layout, functions)
+            if any(wanted.clashes(r) for t, r in self._reserved.items() if t != txn):
                 return False
-            self._reserved[txn] = Reservation(amounts, guests, layout)
+            self._reserved[txn] = wanted
             self._generation += 1
             return True
 

@@ -6,18 +6,20 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from virtfabric.daemon.custody import after_undo, residues_of, with_residues
 from virtfabric.model.errors import VirtfabricError
-from virtfabric.model.ledger import Books, Residue
-from virtfabric.model.plan import SetVcpuCount
 from virtfabric.ports import StepState, TransactionState
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from virtfabric.model.ledger import Books, Residue
+    from virtfabric.model.step import Step
     from virtfabric.ports import (
         AuditLog,
         Clock,
         Handlers,
         Journal,
-        JournalledStep,
         JournalledTransaction,
     )
 
@@ -39,40 +41,43 @@ def recover(
     """
     for transaction in reversed(journal.open_transactions()):
         log.warning("transaction %s was cut off; undoing it", transaction.id)
-        residues = undo_transaction(transaction, handlers, clock)
-        touched = {s.step.guest for s in transaction.steps if s.state in TOUCHED}
-        kept = tuple(r for r in books.residues if r.guest not in touched)
-        books = replace(books, residues=(*kept, *residues), generation=books.generation + 1)
+        left = undo_transaction(transaction, handlers)
+        books = books_after(books, left, clock.now(), "left by the recovery")
+        books = replace(books, generation=books.generation + 1)
         outcome = {"state": "undone", "why": "the agent was cut off", "recovered": True}
         journal.close(transaction.id, TransactionState.UNDONE, outcome, books)
-        _record(audit, transaction, residues)
+        touched = {step.guest for step, _ in left}
+        _record(audit, transaction, [r for r in books.residues if r.guest in touched])
     return books
 
 
 def undo_transaction(
-    transaction: JournalledTransaction, handlers: Handlers, clock: Clock
-) -> list[Residue]:
-    """Undo the steps that were touched, newest first; what guests keep is the residue.
+    transaction: JournalledTransaction, handlers: Handlers
+) -> list[tuple[Step, int]]:
+    """Undo the steps that were touched, newest first.
+
+    Returns:
+        Each with what its guest has not given back: a residue.
 
     Raises:
         VirtfabricError: a step could not be undone; repeating is safe.
     """
-    return [r for s in reversed(transaction.steps) for r in _undo(s, handlers, clock)]
+    touched = (entry.step for entry in reversed(transaction.steps) if entry.state in TOUCHED)
+    return [(step, _undo(step, handlers)) for step in touched]
 
 
-def _undo(entry: JournalledStep, handlers: Handlers, clock: Clock) -> list[Residue]:
-    if entry.state not in TOUCHED:
-        return []
-    step = entry.step
+def books_after(books: Books, left: Sequence[tuple[Step, int]], at: float, why: str) -> Books:
+    """The books after these steps were undone: residues, and functions that are in doubt."""
+    residues = [r for step, amount in left for r in residues_of(step, amount, at, why)]
+    return after_undo(with_residues(books, {step.guest for step, _ in left}, residues), left, at)
+
+
+def _undo(step: Step, handlers: Handlers) -> int:
     try:
-        left = handlers.for_step(step).undo(step)
+        return handlers.for_step(step).undo(step)
     except VirtfabricError as error:
         error.advice = error.advice or "mend the cause and start virtfabricd again"
         raise
-    if not left:
-        return []
-    what, amount = ("vcpu", left * 1000) if isinstance(step, SetVcpuCount) else ("memory", left)
-    return [Residue(step.guest, what, amount, clock.now(), "left by the recovery")]
 
 
 def _record(audit: AuditLog, transaction: JournalledTransaction, residues: list[Residue]) -> None:

@@ -10,6 +10,7 @@ import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
+from virtfabric.daemon.custody import DEVICE, after_plan, after_undo, with_residues
 from virtfabric.daemon.undertaking import Outcome
 from virtfabric.model.errors import JournalError, Refusal, RefusedError, VirtfabricError
 from virtfabric.model.guest import MemoryMechanism
@@ -91,9 +92,9 @@ class Settlement:
                 books = _with_orders(books, plan.orders)
             if work.settle_books is not None:
                 books = work.settle_books(books)
+            books = after_plan(books, plan, execution.skipped, now)
             residues = (*execution.residues, *self._residues(books, plan.guests, now))
-            kept = (r for r in books.residues if r.guest not in plan.guests)
-            return replace(books, residues=(*kept, *residues))
+            return with_residues(books, plan.guests, residues)
 
         def store(books: Books) -> None:
             outcome = {"state": "committed", "grant": grant.to_json() if grant else None}
@@ -126,7 +127,7 @@ class Settlement:
         )  # fmt: skip
 
     def _residues(self, books: Books, guests: Collection[GuestId], now: float) -> list[Residue]:
-        """What a guest still has beyond its holding: memory inside the step's tolerance, vCPUs.
+        """What a guest still has beyond its holding: memory within tolerance, vCPUs, functions.
 
         Surplus vCPUs take nothing from anybody: quota and pins hold them.
         """
@@ -142,6 +143,11 @@ class Settlement:
             excess = state.memory_current - holding.amounts.memory
             if excess > 0 and state.mechanism is not MemoryMechanism.FIXED:
                 found.append(Residue(guest, "memory", excess, now, "the guest has not let go yet"))
+            own = {function.address for function in holding.functions}
+            kept = sorted(d.address for d in state.devices if d.ours and d.address not in own)
+            if kept:
+                why = f"{', '.join(kept)}: the guest has not let go yet"
+                found.append(Residue(guest, DEVICE, len(kept), now, why))
         return found
 
     def _audit_commit(self, work: Undertaking, outcome: Outcome, loans: list[LoanId]) -> None:
@@ -205,8 +211,9 @@ class Settlement:
         outcome = {"state": "undone", "why": why, "residues": [r.to_json() for r in residues]}
 
         def change(books: Books) -> Books:
-            kept = (r for r in books.residues if r.guest not in touched)
-            return replace(books, residues=(*kept, *residues)) if residues else books
+            if residues:
+                books = with_residues(books, touched, residues)
+            return after_undo(books, execution.undone, self._clock.now())
 
         self._ledger.commit(
             txn, change,

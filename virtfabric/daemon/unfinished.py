@@ -8,17 +8,15 @@ from __future__ import annotations
 
 import logging
 import threading
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.daemon.recovery import TOUCHED, undo_transaction
+from virtfabric.daemon.recovery import books_after, undo_transaction
 from virtfabric.model.errors import VirtfabricError
 from virtfabric.ports import TransactionState
 
 if TYPE_CHECKING:
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.model.ids import TransactionId
-    from virtfabric.model.ledger import Books
     from virtfabric.ports import AuditLog, Clock, Handlers, Journal, JournalledTransaction
 
 log = logging.getLogger(__name__)
@@ -58,16 +56,13 @@ class Unfinished:
                 log.warning("an undo still cannot be finished: %s", error)
 
     def _finish_one(self, transaction: JournalledTransaction) -> None:
-        residues = undo_transaction(transaction, self._handlers, self._clock)
-        touched = {s.step.guest for s in transaction.steps if s.state in TOUCHED}
+        left = undo_transaction(transaction, self._handlers)
+        touched = {step.guest for step, _ in left}
+        now = self._clock.now()
         outcome = {"state": "undone", "why": "undone at a later try"}
-
-        def change(books: Books) -> Books:
-            kept = (r for r in books.residues if r.guest not in touched)
-            return replace(books, residues=(*kept, *residues))
-
         self._ledger.commit(
-            transaction.id, change,
+            transaction.id,
+            lambda books: books_after(books, left, now, "left by an undo"),
             lambda books: self._journal.close(
                 transaction.id, TransactionState.UNDONE, outcome, books
             ),

@@ -1,0 +1,117 @@
+"""Who has which PCIe function after a plan, and which ones nobody may have for now: books to books.
+
+Owns the quarantine's entries and what plans leave behind. It decides nothing and applies nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from virtfabric.model.device import Quarantine
+from virtfabric.model.devicesteps import AttachFunction, ResetFunction
+from virtfabric.model.ledger import Residue
+from virtfabric.model.plan import SetVcpuCount
+
+if TYPE_CHECKING:
+    from collections.abc import Collection, Iterable, Mapping
+
+    from virtfabric.model.device import HeldFunction, PciAddress
+    from virtfabric.model.ids import GuestId
+    from virtfabric.model.ledger import Books
+    from virtfabric.model.plan import Plan
+    from virtfabric.model.step import Step
+
+DEVICE = "device"
+"""`Residue.what` of functions that a guest does not let go."""
+
+
+def residues_of(step: Step, left: int, at: float, why: str) -> list[Residue]:
+    """What an undo left with a guest (in what the step's handler counts), if anything."""
+    if not left:
+        return []
+    match step:
+        case SetVcpuCount():
+            return [Residue(step.guest, "vcpu", left * 1000, at, why)]
+        case AttachFunction():
+            return [Residue(step.guest, DEVICE, left, at, f"{step.address} {why}")]
+        case _:
+            return [Residue(step.guest, "memory", left, at, why)]
+
+
+def with_residues(books: Books, guests: Collection[GuestId], residues: Iterable[Residue]) -> Books:
+    """These residues in place of all that these guests had."""
+    kept = (r for r in books.residues if r.guest not in guests)
+    return replace(books, residues=(*kept, *residues))
+
+
+def with_functions(books: Books, functions: Mapping[GuestId, tuple[HeldFunction, ...]]) -> Books:
+    """These functions in the holdings; a guest without a holding (any more) has none."""
+    changed = {
+        guest: replace(holding, functions=functions[guest])
+        for guest, holding in books.holdings.items()
+        if guest in functions and holding.functions != functions[guest]
+    }
+    return replace(books, holdings=books.holdings | changed) if changed else books
+
+
+def remedy_for(address: PciAddress) -> str:
+    """What an operator does about a function in quarantine."""
+    return f"see that it is sane, then: virtfabric devices release {address}"
+
+
+def quarantined(books: Books, address: PciAddress, why: str, at: float) -> Books:
+    """With this function in quarantine; one that is there already keeps its first reason."""
+    if address in books.quarantine:
+        return books
+    entry = Quarantine(address, why, remedy_for(address), at)
+    return replace(books, quarantine=books.quarantine | {address: entry})
+
+
+def released(books: Books, address: PciAddress) -> Books:
+    """With this function out of quarantine."""
+    return replace(
+        books, quarantine={a: entry for a, entry in books.quarantine.items() if a != address}
+    )
+
+
+def after_plan(books: Books, plan: Plan, skipped: Iterable[tuple[Step, str]], at: float) -> Books:
+    """The books after a plan was carried out: functions moved, doubtful ones in quarantine.
+
+    Args:
+        books: with the amounts of after.
+        plan: what was done.
+        skipped: optional steps that did not come about, with why.
+        at: UNIX seconds.
+    """
+    books = with_functions(books, plan.functions)
+    for step, why in skipped:
+        if isinstance(step, ResetFunction):
+            books = quarantined(books, step.address, f"it could not be reset: {why}", at)
+    for address in plan.retired:
+        why = "a guest has had it, and its pool is for one use (one_time_use)"
+        books = quarantined(books, address, why, at)
+    return books
+
+
+def after_undo(books: Books, steps: Iterable[tuple[Step, int]], at: float) -> Books:
+    """The books after an undo: what a guest kept of an attach is not anybody else's.
+
+    Args:
+        books: as they are.
+        steps: those undone, with what their undo left.
+        at: UNIX seconds.
+    """
+    for step, left in steps:
+        if left and isinstance(step, AttachFunction):
+            why = f"{step.name or step.guest} did not let go of it when its attach was undone"
+            books = quarantined(books, step.address, why, at)
+    return books
+
+
+def abandoned(books: Books, guest: GuestId, why: str, at: float) -> Books:
+    """The functions of a guest whose holding ends without a plan that gave them back."""
+    holding = books.holdings.get(guest)
+    for function in holding.functions if holding else ():
+        books = quarantined(books, function.address, why, at)
+    return books
