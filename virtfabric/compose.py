@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from virtfabric.model.request import Offerable
     from virtfabric.ports import (
         Clock,
+        DeviceTree,
         EventSource,
         GuestReader,
         GuestStats,
@@ -76,6 +77,7 @@ def _settings(config: Config, libvirt_version: str) -> Settings:
         group=_group_id(config.access.group),
         ceiling_for=ceiling_for,
         lend_ballooned=config.memory.lend_ballooned,
+        pools=config.pools,
         polkit=Polkit(config.agent.bus or None),
     )
 
@@ -98,6 +100,7 @@ class _Outside:
 
     host: HostReader
     guests: GuestReader
+    devices: DeviceTree
     policies: PolicyWriter
     events: EventSource
     handlers: Handlers
@@ -143,7 +146,7 @@ class Composition:
         self._stack.callback(audit.close)
         topology = outside.host.read_topology()
         world = World(
-            guests=outside.guests, policies=outside.policies, events=outside.events,
+            guests=outside.guests, devices=outside.devices, policies=outside.policies, events=outside.events,
             handlers=outside.handlers, journal=journal, audit=audit, clock=outside.clock,
             load=outside.load, stats=outside.stats,
         )  # fmt: skip

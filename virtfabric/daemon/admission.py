@@ -14,6 +14,7 @@ from virtfabric.daemon.api import JobState
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.model.amounts import Amounts
+from virtfabric.model.devicesteps import AttachFunction, ResetFunction
 from virtfabric.model.errors import InvalidValueError, Reason, Refusal, RefusedError
 from virtfabric.model.guest import RunState
 from virtfabric.model.ledger import Holding
@@ -40,6 +41,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_BEFORE_START: Final = (ResizeVirtioMem, SetBalloon, SetQuota, AttachFunction, ResetFunction)
+"""Steps that make room for a guest that starts; the rest follows when it runs."""
 RETURNING: Final = "memory is returning"
 STRICT: Final = re.compile(r"<[\w.-]*:?policy\b[^>]*\badmission=[\"']strict[\"']")
 UNSTARTED_S: Final = 120.0
@@ -164,13 +167,13 @@ class Admission:
             if isinstance(plan, Refusal):
                 return plan
             # its own memory is libvirt's to set up now: a call about it would wait for this hook
+            # its functions are reserved now, and attached when it runs
             steps = tuple(
                 step
                 for step in plan.steps
-                if isinstance(step, ResizeVirtioMem | SetBalloon | SetQuota)
-                and step.guest != guest.uuid
+                if isinstance(step, _BEFORE_START) and step.guest != guest.uuid
             )
-            return Plan(plan.request, plan.generation, steps, {}, plan.offers)
+            return replace(plan, steps=steps, orders={})
 
         return Undertaking(
             request,

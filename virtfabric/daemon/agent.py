@@ -14,6 +14,7 @@ from virtfabric import __version__
 from virtfabric.daemon.allocation import Allocation
 from virtfabric.daemon.authority import Action, Authority
 from virtfabric.daemon.conductor import Conductor
+from virtfabric.daemon.devicedesk import DeviceDesk
 from virtfabric.daemon.drift import DriftWatch
 from virtfabric.daemon.guestpolicy import PolicyDesk, policy_view
 from virtfabric.daemon.jobs import Jobs
@@ -72,8 +73,9 @@ class Agent:
         )
         self._ledger = Ledger(books)
         self._observatory = Observatory(
-            world.guests, self._ledger, topology, capacity, lend_ballooned=settings.lend_ballooned
-        )
+            world.guests, world.devices, self._ledger, topology, capacity, settings.pools,
+            lend_ballooned=settings.lend_ballooned,
+        )  # fmt: skip
         self._authority = Authority(settings.group, settings.ceiling_for, settings.polkit)
         self._jobs = Jobs(self._notices)
         self._drift = DriftWatch(self._observatory, self._notices, world.audit)
@@ -95,6 +97,10 @@ class Agent:
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, lifecycle=self._lifecycle, writer=world.policies, clock=clock,
         )  # fmt: skip
+        self._devices = DeviceDesk(
+            observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
+            jobs=self._jobs, audit=world.audit, watch=self._lifecycle.devices,
+        )  # fmt: skip
         self._drift.repair_with(self._repair_guest)
         self._leases = LeaseWatch(self._ledger, clock, self._expire)
         self._stop = threading.Event()
@@ -111,10 +117,13 @@ class Agent:
         Raises:
             HypervisorGoneError: libvirt is not there.
         """
+        self._world.devices.watch(self._lifecycle.devices.look_soon)
+        self._observatory.refresh_devices()
         done = self._lifecycle.enqueue(lambda: self._lifecycle.resync(place=True))
         self._world.events.start(self._on_event)
         self._connected = True
         done.wait()
+        self._lifecycle.devices.start()
         self._world.audit.append("agent.started", [], {"version": __version__})
         self._drift.check()
         self._leases.start()
@@ -136,6 +145,7 @@ class Agent:
         self._leases.close()
         self._jobs.close()
         self._world.events.close()
+        self._world.devices.close()
         self._lifecycle.close()
         if self._ticker.is_alive():
             self._ticker.join(TICK_END_S)
@@ -149,7 +159,9 @@ class Agent:
     def reconfigure(self, settings: Settings, topology: HostTopology, capacity: Capacity) -> None:
         """Take over a reloaded configuration (SIGHUP)."""
         self._settings = settings
-        self._observatory.reconfigure(topology, capacity, lend_ballooned=settings.lend_ballooned)
+        self._observatory.reconfigure(
+            topology, capacity, settings.pools, lend_ballooned=settings.lend_ballooned
+        )
         self._authority.configure(settings.group, settings.ceiling_for)
         self._world.audit.append("agent.reconfigured", [], {})
         self._lifecycle.converge(None, "placement after a new configuration")
@@ -185,6 +197,7 @@ class Agent:
         """The periodic look: read all, settle what was missed, compare, retry residues."""
         self._conductor.unfinished.finish()
         self._lifecycle.resync()
+        self._lifecycle.devices.look_soon()
         residual = {r.guest for r in self._ledger.view().books.residues}
         for guest in residual - self._ledger.view().busy:
             self._lifecycle.converge([guest], "retry of a residue")
@@ -272,6 +285,17 @@ class Agent:
             "uptime_s": round(self._world.clock.monotonic() - self._began, 1),
             "generation": view.generation, "alerts": self._notices.alerts, "residues": residues,
         }  # fmt: skip
+
+    def devices(self, caller: Caller) -> list[Json]:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        return self._devices.show()
+
+    def device_release(self, caller: Caller, address: str) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.DEVICES, address=address)
+        job = self._devices.release(address, uid=caller.uid, by=str(caller.principal))
+        return {"job": job.id}
 
     def explain(self, caller: Caller, subject: str) -> Json:
         """See `AgentApi`."""

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from virtfabric.daemon.devicedesk import blast_view
 from virtfabric.daemon.intake import parse_request
 from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.model.amounts import CPU, MEMORY, Key
+from virtfabric.model.device import device_key
 from virtfabric.model.errors import Reason, Refusal, RefusedError
 from virtfabric.model.ids import GrantId
 from virtfabric.model.request import Mode
@@ -75,6 +77,8 @@ class Allocation:
             new_request(), state.uuid, caller.principal, wants, default_deadline_s=self._deadline_s
         )
         self._check_ceiling(caller, request)
+        if request.devices:
+            self._observatory.refresh_devices()
         return request
 
     def _check_ceiling(self, caller: Caller, request: Request) -> None:
@@ -82,9 +86,10 @@ class Allocation:
         if holding is None:
             return
         after = holding.amounts
-        for resource, want in ((CPU, request.cpu), (MEMORY, request.memory)):
+        wants = [(Key(CPU), request.cpu), (Key(MEMORY), request.memory)]
+        wants += [(device_key(c), want) for c, want in request.devices.items()]
+        for key, want in wants:
             if want is not None:
-                key = Key(resource)
                 value = want.value + (holding.amounts[key] if want.mode is Mode.BY else 0)
                 after = after.with_value(key, value)
         self._authority.check_amounts(caller, after)
@@ -115,13 +120,14 @@ class Allocation:
         answer = self._conductor.consider(self._undertaking(request, self.find(guest).name))
         if isinstance(answer, Refusal):
             raise RefusedError(answer)
-        _, decision, plan = answer
+        snapshot, decision, plan = answer
         assert decision is not None
         return {
             "decision": decision.to_json(),
             "steps": [{"text": str(s), "data": s.to_json()} for s in plan.steps],
             "offers": [o.to_json() | {"text": o.why} for o in plan.offers],
             "generation": plan.generation,
+            "devices": blast_view(snapshot, plan),
         }
 
     def start(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:

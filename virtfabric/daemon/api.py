@@ -51,6 +51,7 @@ class Notice:
 
     Kinds: `job.progress` {job, fraction, text}, `job.done` {job, state, result},
     `guest.started|stopped|placed|changed`, `grant.made|ended`, `drift.found|repaired`,
+    `device.lost|quarantined|freed`,
     `alert` {text}, `agent.connected|disconnected`.
     """
 
@@ -94,18 +95,25 @@ class AgentApi(Protocol):
     def allocate(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
         """Start an allocation job.
 
-        `wants`: cpu `2|+1|-500m`, memory `1G|+64M`, for `10m`,
+        `wants`: cpu `2|+1|-500m`, memory `1G|+64M`, device:CAPABILITY `1|+1|-1`, for `10m`,
         partial `yes`, deadline `30`, key TEXT. Returns `{"job": id, "request": id}`.
         """
 
     def plan(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
         """`--dry-run`: decision and the exact steps, nothing changed.
 
-        `{"decision": ..., "steps": [{"text", "data"}], "offers": [...], "generation": n}`
+        `{"decision": ..., "steps": [{"text", "data"}], "offers": [...], "generation": n,
+        "devices": [...]}`; the last says who shares something with the functions it would get.
         """
 
     def release(self, caller: Caller, grant: str) -> Json:
         """Start a job that ends a grant; loans go home. Returns `{"job": id}`."""
+
+    def devices(self, caller: Caller) -> list[Json]:
+        """Every PCIe function: who has it, and why it cannot be assigned."""
+
+    def device_release(self, caller: Caller, address: str) -> Json:
+        """Start a job that lets a function out of quarantine. Returns `{"job": id}`."""
 
     def explain(self, caller: Caller, subject: str) -> Json:
         """The story of a request, grant, loan, job or transaction, from the audit log alone.

@@ -27,6 +27,7 @@ class Action(StrEnum):
     AUDIT = "org.virtfabric1.audit"
     ALLOCATE = "org.virtfabric1.allocate"
     POLICY = "org.virtfabric1.policy"
+    DEVICES = "org.virtfabric1.devices"
     HOOK = "org.virtfabric1.hook"
 
 

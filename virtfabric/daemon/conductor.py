@@ -27,7 +27,7 @@ from virtfabric.model.ids import TransactionId
 from virtfabric.policy.placement import plan_convergence, plan_decision
 
 if TYPE_CHECKING:
-    from collections.abc import Collection
+    from collections.abc import Callable, Collection
 
     from virtfabric.daemon.ledger import Ledger, LedgerView
     from virtfabric.daemon.observatory import Observatory
@@ -75,6 +75,10 @@ class Conductor:
             ledger=ledger, observatory=observatory, journal=journal, audit=audit, clock=clock,
             unfinished=self.unfinished,
         )  # fmt: skip
+
+    def tell_moves(self, moved: Callable[[], None]) -> None:
+        """Whom to tell when functions may have become free; it must not block."""
+        self._settlement.tell_moves(moved)
 
     def place_decision(self, deadline_s: float) -> Place:
         """A placer of decisions, with this deadline for each step that needs a guest."""
@@ -196,6 +200,9 @@ class Conductor:
         incoming = {work.incoming.uuid} if work.incoming else set()
         with outside:
             confirmed = self._observatory.confirm(snapshot, touched - incoming)
+            if plan.addresses:
+                # one that came, went or is used by the host now voids the generation
+                self._observatory.refresh_devices()
         if not confirmed:
             return False
         free_part = decision.from_free.positive() if decision else Amounts()
@@ -232,7 +239,8 @@ class Conductor:
         self._journal.begin(txn, body, self._clock.now())
         execution = Execution(txn, self._journal, self._handlers, self._clock, progress, outside)
         try:
-            self._audit.append("plan.begun", subjects_of(work, txn, decision), body)
+            subjects = [*subjects_of(work, txn, decision), *sorted(plan.addresses)]
+            self._audit.append("plan.begun", subjects, body)
             execution.extend(plan.steps)
             decision, plan = self._run(work, txn, decision, plan, execution)
             return self._settlement.commit(work, txn, decision, plan, execution, began)

@@ -8,10 +8,14 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from virtfabric.model.device import Quarantine
+from virtfabric.daemon.undertaking import new_request
+from virtfabric.model.amounts import Amounts
+from virtfabric.model.decision import Decision
+from virtfabric.model.device import Found, Quarantine, device_key
 from virtfabric.model.devicesteps import AttachFunction, ResetFunction
 from virtfabric.model.ledger import Residue
 from virtfabric.model.plan import SetVcpuCount
+from virtfabric.policy.loans import depart, settle
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -60,11 +64,16 @@ def remedy_for(address: PciAddress) -> str:
     return f"see that it is sane, then: virtfabric devices release {address}"
 
 
-def quarantined(books: Books, address: PciAddress, why: str, at: float) -> Books:
-    """With this function in quarantine; one that is there already keeps its first reason."""
+def quarantined(
+    books: Books, address: PciAddress, why: str, at: float, found: Found | None = None
+) -> Books:
+    """With this function in quarantine; one that is there already keeps its first reason.
+
+    `found` is the way back to how it was before a guest had it, where no plan went that way.
+    """
     if address in books.quarantine:
         return books
-    entry = Quarantine(address, why, remedy_for(address), at)
+    entry = Quarantine(address, why, remedy_for(address), at, found or Found())
     return replace(books, quarantine=books.quarantine | {address: entry})
 
 
@@ -113,5 +122,22 @@ def abandoned(books: Books, guest: GuestId, why: str, at: float) -> Books:
     """The functions of a guest whose holding ends without a plan that gave them back."""
     holding = books.holdings.get(guest)
     for function in holding.functions if holding else ():
-        books = quarantined(books, function.address, why, at)
+        books = quarantined(books, function.address, why, at, function.found)
     return books
+
+
+def departed(books: Books, guest: GuestId, why: str, at: float) -> Books:
+    """The books after a guest's holding ended without a plan that gave its functions back."""
+    return depart(abandoned(books, guest, why, at), guest, at)
+
+
+def forfeited(books: Books, guest: GuestId, function: HeldFunction, at: float) -> Books:
+    """The books after a function left a guest beside us: its grants shrink as if it gave one up."""
+    holding = books.holdings.get(guest)
+    if holding is None or function not in holding.functions:
+        return books
+    left = tuple(f for f in holding.functions if f != function)
+    books = with_functions(books, {guest: left})
+    key = device_key(function.capability)
+    decision = Decision(new_request(), guest, books.generation, Amounts({key: -1}))
+    return settle(books, decision, grant=None, new_grant=None, loan_ids=(), at=at, orders={})

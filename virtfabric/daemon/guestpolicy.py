@@ -166,6 +166,7 @@ class PolicyDesk:
     def _lift(self, guest: GuestState, progress: Progress) -> Json:
         request = new_request()
         now = self._clock.now()
+        why = f"{guest.name} became unmanaged while it had it"
 
         def place(snapshot: HostSnapshot, _: Decision | None) -> Plan | Refusal:
             return _writing(plan_lift(snapshot, guest.uuid, request), snapshot, guest.uuid, "")
@@ -174,7 +175,7 @@ class PolicyDesk:
             request,
             f"lift of {guest.name}",
             place,
-            settle_books=lambda books: depart(books, guest.uuid, now),
+            settle_books=lambda books: departed(books, guest.uuid, why, now),
             body={"guest": guest.uuid, "name": guest.name},
         )
         outcome = self._conductor.conduct(work, progress)

@@ -6,6 +6,7 @@ import re
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from virtfabric.model.device import parse_capability
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.policy import (
     Admission,
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from virtfabric.model.ids import GuestId, RequestId
 
 WANTS: Final = frozenset({"cpu", "memory", "for", "partial", "deadline", "key"})
+DEVICE: Final = "device:"
+"""Before the capability, in a key of what is wanted."""
 CHANGES: Final = frozenset(
     {"priority", "cpu", "memory", "shares", "placement", "smt", "admission", "drift"}
 )
@@ -65,6 +68,25 @@ def parse_want(text: str, parse: Callable[..., int], *, field: str) -> Want:
     return Want(Mode.TO, int(parse(text, field=field)))
 
 
+def parse_count(text: str, *, field: str) -> int:
+    """A number of functions.
+
+    Raises:
+        InvalidValueError: not a whole number from 0 to 256.
+    """
+    return _number(text.strip(), 0, 256, field=field)
+
+
+def parse_device(key: str, text: str) -> tuple[str, Want]:
+    """`device:net.vf` and `2`, `+1` or `-1`.
+
+    Raises:
+        InvalidValueError: names the field.
+    """
+    capability = parse_capability(key.removeprefix(DEVICE), field="device")
+    return capability, parse_want(text, parse_count, field=key)
+
+
 def _check_keys(given: Mapping[str, str], known: frozenset[str], what: str) -> None:
     for key in given:
         if key not in known:
@@ -95,9 +117,10 @@ def parse_request(
     Raises:
         InvalidValueError: names the field and the value.
     """
-    _check_keys(wants, WANTS, "request")
-    if "cpu" not in wants and "memory" not in wants:
-        raise InvalidValueError("request", dict(wants), "asks for neither cpu nor memory")
+    devices = {k: v for k, v in wants.items() if k.startswith(DEVICE)}
+    _check_keys({k: v for k, v in wants.items() if k not in devices}, WANTS, "request")
+    if "cpu" not in wants and "memory" not in wants and not devices:
+        raise InvalidValueError("request", dict(wants), "asks for no cpu, memory or device")
     deadline = default_deadline_s
     if "deadline" in wants:
         deadline = parse_duration(wants["deadline"], field="deadline")
@@ -112,6 +135,7 @@ def parse_request(
         memory=parse_want(wants["memory"], Bytes.parse, field="memory")
         if "memory" in wants
         else None,
+        devices=dict(parse_device(*item) for item in devices.items()),
         lease_s=parse_duration(wants["for"], field="for") if "for" in wants else None,
         partial=parse_flag(wants.get("partial", "no"), field="partial"),
         deadline_s=deadline,

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.daemon.admission import Admission
 from virtfabric.daemon.api import JobState
+from virtfabric.daemon.custody import departed
+from virtfabric.daemon.devicewatch import DeviceWatch
 from virtfabric.daemon.errands import Errands
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.domxml.domain import parse_domain
@@ -78,6 +80,11 @@ class Lifecycle:
             surveyed=self._surveyed, settled=self._last_run_settled,
         )  # fmt: skip
         self._errands = Errands()
+        self.devices = DeviceWatch(
+            observatory=observatory, ledger=ledger, conductor=conductor, jobs=jobs,
+            notices=notices, journal=journal, audit=audit, clock=clock, errands=self._errands,
+            await_plans=self._await_plans,
+        )  # fmt: skip
         self._leaving: set[GuestId] = set()
         self._unplaced: set[GuestId] = set()
         self._detained: set[GuestId] = set()
@@ -147,6 +154,13 @@ class Lifecycle:
             case "started" | "resumed" if event.guest:
                 guest = event.guest
                 self.enqueue(partial(self.settle_in, guest), guest)
+            case "device-removed" if event.guest:
+                guest = event.guest
+                self.enqueue(partial(self.devices.removed, guest, event.detail), guest)
+            case "suspended" if event.guest:
+                guest = event.guest
+                self.enqueue(partial(self._look_again, guest), guest)
+                self.enqueue(partial(self.devices.paused, guest), guest)
             case "metadata" if event.detail == MARK_NAMESPACE:
                 pass  # our own hand: each placement may write the mark
             case _ if event.guest:
@@ -230,7 +244,7 @@ class Lifecycle:
         held = self._ledger.view().books.holdings.get(guest)
         if not state.managed:
             if held is not None:
-                self._forget(guest)
+                self._forget(guest, f"{state.name} became unmanaged while it had it")
             self._alert_policy(state)
             return
         self._notices.settle(f"policy {guest}")
@@ -239,6 +253,9 @@ class Lifecycle:
                 return
             self._notices.publish("guest.started", {"guest": guest, "name": state.name})
         self._place(state)
+        self.devices.paused(guest)
+        if state.policy is not None and state.policy.devices:
+            self.devices.satisfy_soon()
 
     def _await_plans(self, guest: GuestId) -> None:
         """A plan that works on the guest may be changing its very policy: that is its to settle."""
@@ -257,14 +274,15 @@ class Lifecycle:
                 "it runs unmanaged",
             )
 
-    def _forget(self, guest: GuestId) -> None:
-        """A running guest became unmanaged by somebody else's hand: its holding ends."""
+    def _forget(self, guest: GuestId, why: str) -> None:
+        """A guest's holding ends without a plan: what it has of functions nobody else may have."""
         self._ledger.commit(
             None,
-            lambda books: depart(books, guest, self._clock.now()),
+            lambda books: departed(books, guest, why, self._clock.now()),
             self._journal.store_books,
         )
         self._drift.forget(guest)
+        self.devices.satisfy_soon()
 
     def _place(self, state: GuestState) -> None:
         """Pins, quota and the rest follow what the books say."""
@@ -346,7 +364,7 @@ class Lifecycle:
         if job.state is not JobState.DONE:
             detail = (job.error or {}).get("detail", "")
             log.warning("%s left, but its loans cannot go home now: %s", name, detail)
-            self._forget(guest)
+            self._forget(guest, f"{name} left, and it could not be given back: {detail}")
         self._notices.publish("guest.stopped", {"guest": guest, "name": name})
         self._rearrange(f"pool after {name} left")
 

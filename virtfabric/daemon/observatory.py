@@ -1,4 +1,6 @@
-"""What the agent knows of host and guests: a cache kept true by events and by reading again.
+"""What the agent knows of the host: a cache kept true by events and by reading again.
+
+Guests, PCIe functions, and the topology as read at start.
 
 Readers get immutable values and never wait for libvirt; `refresh*` reads, in the caller's
 (worker) thread.
@@ -10,17 +12,19 @@ import threading
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from virtfabric.model.device import DeviceInventory, Link
 from virtfabric.model.guest import RunState
 from virtfabric.model.ledger import HostSnapshot
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable
+    from collections.abc import Collection, Iterable, Mapping
 
     from virtfabric.daemon.ledger import Ledger
+    from virtfabric.model.device import DevicePool, PciAddress, PciFunction
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.ids import GuestId, TransactionId
-    from virtfabric.ports import GuestReader
+    from virtfabric.ports import DeviceTree, GuestReader
 
 
 def _structure(guest: GuestState) -> GuestState:
@@ -28,24 +32,34 @@ def _structure(guest: GuestState) -> GuestState:
     return replace(guest, memory_current=guest.boot_memory, virtio_mem=(), job=None)
 
 
+def _device_structure(functions: Mapping[PciAddress, PciFunction]) -> dict[PciAddress, PciFunction]:
+    """The part of functions that decisions depend on: how fast a link runs is telemetry."""
+    return {a: replace(f, link=Link()) for a, f in functions.items()}
+
+
 class Observatory:
-    """The last known state of every guest, and the topology read at start."""
+    """The last known state of every guest and PCIe function, and the topology read at start."""
 
     def __init__(
         self,
         reader: GuestReader,
+        tree: DeviceTree,
         ledger: Ledger,
         topology: HostTopology,
         capacity: Capacity,
+        pools: tuple[DevicePool, ...],
         *,
         lend_ballooned: bool,
     ) -> None:
         self._reader = reader
+        self._tree = tree
         self._ledger = ledger
         self._lock = threading.Lock()
         self._guests: dict[GuestId, GuestState] = {}
         self._topology = topology
         self._capacity = capacity
+        self._devices = DeviceInventory(pools=pools)
+        self._reading_devices = threading.Lock()
         self._lend_ballooned = lend_ballooned
 
     @property
@@ -58,14 +72,40 @@ class Observatory:
         """What may be granted."""
         return self._capacity
 
+    @property
+    def devices(self) -> DeviceInventory:
+        """Every PCIe function as last read, and the pools."""
+        with self._lock:
+            return self._devices
+
     def reconfigure(
-        self, topology: HostTopology, capacity: Capacity, *, lend_ballooned: bool
+        self,
+        topology: HostTopology,
+        capacity: Capacity,
+        pools: tuple[DevicePool, ...],
+        *,
+        lend_ballooned: bool,
     ) -> None:
         """Take over a new configuration; open offers become stale."""
         with self._lock:
             self._topology, self._capacity = topology, capacity
+            self._devices = DeviceInventory(self._devices.functions, pools)
             self._lend_ballooned = lend_ballooned
         self._ledger.touch()
+
+    def refresh_devices(self) -> frozenset[PciAddress]:
+        """Read every PCIe function; what is answered are those that are gone since the last time.
+
+        Who reads later stores later, so that an older look never replaces a newer one.
+        """
+        with self._reading_devices:
+            functions = self._tree.read_functions()
+            with self._lock:
+                known, pools = self._devices.functions, self._devices.pools
+                self._devices = DeviceInventory(functions, pools)
+        if _device_structure(known) != _device_structure(functions):
+            self._ledger.touch()
+        return frozenset(known.keys() - functions.keys())
 
     @property
     def guests(self) -> dict[GuestId, GuestState]:
@@ -171,6 +211,7 @@ class Observatory:
         the snapshot stale rather than wrong.
         """
         view = self._ledger.view(without)
+        devices = self.devices
         return HostSnapshot(
             generation=view.generation,
             topology=self._topology,
@@ -180,4 +221,6 @@ class Observatory:
             pending=view.pending,
             busy=view.busy,
             lend_ballooned=self._lend_ballooned,
+            devices=devices,
+            working=view.functions,
         )

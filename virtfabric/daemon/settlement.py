@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from virtfabric.daemon.custody import DEVICE, after_plan, after_undo, with_residues
 from virtfabric.daemon.undertaking import Outcome
+from virtfabric.model.devicesteps import AttachFunction
 from virtfabric.model.errors import JournalError, Refusal, RefusedError, VirtfabricError
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.ids import GrantId, LoanId
@@ -20,7 +21,7 @@ from virtfabric.policy.loans import settle
 from virtfabric.ports import TransactionState
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping
 
     from virtfabric.daemon.executor import Execution
     from virtfabric.daemon.ledger import Ledger
@@ -54,6 +55,11 @@ class Settlement:
         self._audit = audit
         self._clock = clock
         self._unfinished = unfinished
+        self._moved: Callable[[], None] = lambda: None
+
+    def tell_moves(self, moved: Callable[[], None]) -> None:
+        """Whom to tell when functions may have become free; it must not block."""
+        self._moved = moved
 
     # -- committed --------------------------------------------------------------------------
 
@@ -113,6 +119,8 @@ class Settlement:
         except JournalError as full:
             # it is done and in the books: only the record is missing, and that must be told
             log.error("%s: done, but the audit log cannot take it: %s", txn, full)
+        if plan.addresses:
+            self._moved()
         return outcome
 
     def _new_grant(self, work: Undertaking, decision: Decision | None, now: float) -> Grant | None:
@@ -199,6 +207,8 @@ class Settlement:
         except JournalError as full:
             self._unfinished.add(txn)
             log.error("undone, but the journal cannot take it (%s); tried again later", full)
+        if any(left for step, left in execution.undone if isinstance(step, AttachFunction)):
+            self._moved()
         try:
             self._observatory.refresh(touched)
         except VirtfabricError as again:

@@ -15,7 +15,7 @@ from virtfabric.policy.standing import capacity_of, ceiling_of, floor_of, free
 if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
-    from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.ledger import Holding, HostSnapshot
 
     Json = dict[str, Any]
 
@@ -102,9 +102,23 @@ def guest_view(snapshot: HostSnapshot, guest: GuestState) -> Json:
             "current": int(guest.memory_current), "mechanism": guest.mechanism.value,
         },
         "cpus": str(holding.cpus) if holding and dedicated else "",
+        "devices": _devices_view(guest, holding),
         "busy": guest.uuid in snapshot.busy, "job": guest.job,
         "residues": [r.to_json() for r in snapshot.books.residues if r.guest == guest.uuid],
     }  # fmt: skip
+
+
+def _devices_view(guest: GuestState, holding: Holding | None) -> list[Json]:
+    """Functions that it holds, attached or not, and those that somebody else attached."""
+    held = {f.address: f.capability for f in holding.functions} if holding else {}
+    live = {d.address: d for d in guest.devices} if guest.active else {}
+    return [
+        {
+            "address": address, "capability": held.get(address), "attached": address in live,
+            "ours": address in held,
+        }
+        for address in sorted({*held, *live}, key=lambda a: a.parts)
+    ]  # fmt: skip
 
 
 def guests_view(snapshot: HostSnapshot) -> list[Json]:

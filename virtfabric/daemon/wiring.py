@@ -10,10 +10,12 @@ if TYPE_CHECKING:
 
     from virtfabric.daemon.api import Caller
     from virtfabric.daemon.authority import Polkit
+    from virtfabric.model.device import DevicePool
     from virtfabric.model.request import Offerable
     from virtfabric.ports import (
         AuditLog,
         Clock,
+        DeviceTree,
         EventSource,
         GuestReader,
         GuestStats,
@@ -29,6 +31,7 @@ class World:
     """Every role that the agent needs, real or simulated."""
 
     guests: GuestReader
+    devices: DeviceTree
     policies: PolicyWriter
     events: EventSource
     handlers: Handlers
@@ -52,4 +55,5 @@ class Settings:
     group: int | None
     ceiling_for: Callable[[Caller], Offerable]
     lend_ballooned: bool = False
+    pools: tuple[DevicePool, ...] = ()
     polkit: Polkit | None = None

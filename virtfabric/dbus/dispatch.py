@@ -44,6 +44,8 @@ CALLS: Final[dict[str, Callable[..., Any]]] = {
     "ListGuests": lambda agent, who: agent.guests(who),
     "ListGrants": lambda agent, who: agent.grants(who),
     "ListLoans": lambda agent, who: agent.loans(who),
+    "ListDevices": lambda agent, who: agent.devices(who),
+    "ReleaseDevice": lambda agent, who, address: agent.device_release(who, address),
     "ShowPolicy": lambda agent, who, guest: agent.policy_show(who, guest),
     "SetPolicy": lambda agent, who, guest, changes: agent.policy_set(who, guest, changes),
     "ClearPolicy": lambda agent, who, guest: agent.policy_clear(who, guest),

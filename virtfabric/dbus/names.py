@@ -112,6 +112,8 @@ MANAGER_INTERFACE: Final = Interface(
         Method("ListGuests", (), _JSON),
         Method("ListGrants", (), _JSON),
         Method("ListLoans", (), _JSON),
+        Method("ListDevices", (), _JSON),
+        Method("ReleaseDevice", (Argument("s", "address"),), _JOB),
         Method("ShowPolicy", (_GUEST,), _JSON),
         Method("SetPolicy", (_GUEST, Argument("a{ss}", "changes")), _JSON),
         Method("ClearPolicy", (_GUEST,), _JSON),

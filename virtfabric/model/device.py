@@ -354,23 +354,29 @@ class Quarantine:
         why: what happened.
         remedy: the way out, for the operator.
         since: UNIX seconds.
+        found: the way back to how it was before a guest had it, where no plan went that way.
     """
 
     address: PciAddress
     why: str
     remedy: str
     since: float
+    found: Found = Found()
 
     def to_json(self) -> dict[str, Any]:
         """For the journal and for clients."""
         return {
             "address": self.address, "why": self.why, "remedy": self.remedy, "since": self.since,
+            "found": self.found.to_json(),
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Quarantine:
         """The reverse of `to_json`."""
-        return cls(PciAddress(data["address"]), data["why"], data["remedy"], data["since"])
+        return cls(
+            PciAddress(data["address"]), data["why"], data["remedy"], data["since"],
+            Found.from_json(data["found"]),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

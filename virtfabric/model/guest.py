@@ -92,6 +92,7 @@ class GuestState:
             definition.
         free_ports: PCIe root ports (or switch ports) of the live machine with nothing behind them:
             how many functions can still be attached.
+        halted: whether it is paused by an error of QEMU or of a device, not by anybody's wish.
         locked_memory: whether `<memoryBacking><locked/>` pins all of it.
         marked_pins: which of the live pins this agent set, by the mark in the live metadata.
     """
@@ -127,6 +128,7 @@ class GuestState:
     config_devices: tuple[GuestDevice, ...] = ()
     free_ports: int = 0
     locked_memory: bool = False
+    halted: bool = False
 
     @property
     def managed(self) -> bool:

@@ -1,0 +1,336 @@
+"""What happens to PCIe functions beside this agent, and which wishes for them are open.
+
+Functions that leave their guest or the host by surprise are taken out of the books; what a guest's
+policy asks for is tried again whenever something may have become free. Chooses nothing: who gets
+what is the arbiter's decision, as for any request.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from dataclasses import replace
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from virtfabric.daemon.api import JobState
+from virtfabric.daemon.custody import DEVICE, forfeited, quarantined
+from virtfabric.daemon.homeward import homeward, user_of
+from virtfabric.daemon.undertaking import Undertaking, new_request, summary
+from virtfabric.model.device import VFIO_PCI, alias_of, device_key
+from virtfabric.model.errors import Refusal, VirtfabricError
+from virtfabric.model.guest import RunState
+from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
+from virtfabric.policy.arbiter import choose_allocation
+from virtfabric.policy.pools import pool_of
+
+if TYPE_CHECKING:
+    from collections.abc import Callable, Iterator
+
+    from virtfabric.daemon.conductor import Conductor
+    from virtfabric.daemon.errands import Errands
+    from virtfabric.daemon.jobs import Job, Jobs
+    from virtfabric.daemon.ledger import Ledger
+    from virtfabric.daemon.notices import Notices
+    from virtfabric.daemon.observatory import Observatory
+    from virtfabric.daemon.undertaking import Caps
+    from virtfabric.model.decision import Decision
+    from virtfabric.model.device import HeldFunction, PciAddress, Quarantine
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.ids import GuestId
+    from virtfabric.model.ledger import Books, HostSnapshot
+    from virtfabric.model.policy import DevicePolicy
+    from virtfabric.ports import AuditLog, Clock, Journal
+
+log = logging.getLogger(__name__)
+
+KEY = "devices"
+"""Of the errands here; those about one guest go by its UUID."""
+
+
+class DeviceWatch:
+    """Looks after functions and wishes. Thread-safe: all of it is done in errands."""
+
+    def __init__(
+        self,
+        *,
+        observatory: Observatory,
+        ledger: Ledger,
+        conductor: Conductor,
+        jobs: Jobs,
+        notices: Notices,
+        journal: Journal,
+        audit: AuditLog,
+        clock: Clock,
+        errands: Errands,
+        await_plans: Callable[[GuestId], None],
+    ) -> None:
+        """Wire it; `await_plans` waits until no plan works on a guest."""
+        self._observatory = observatory
+        self._ledger = ledger
+        self._conductor = conductor
+        self._jobs = jobs
+        self._notices = notices
+        self._journal = journal
+        self._audit = audit
+        self._clock = clock
+        self._errands = errands
+        self._await_plans = await_plans
+        self._looking = threading.Event()
+        self._satisfying = threading.Event()
+        self._quarantine: dict[PciAddress, Quarantine] = {}
+        self._unmet: set[str] = set()
+        conductor.tell_moves(self.satisfy_soon)
+
+    # -- being told -------------------------------------------------------------------------
+
+    def look_soon(self) -> None:
+        """Something about the host's functions may have changed; from any thread, never waits."""
+        self._once(self._looking, self._look)
+
+    def satisfy_soon(self) -> None:
+        """Functions moved, or a guest came: wishes may be met now; never waits."""
+        self._once(self._satisfying, self._satisfy)
+
+    def _once(self, queued: threading.Event, work: Callable[[], None]) -> None:
+        """Queue it, unless it is queued already and has not begun."""
+        if queued.is_set():
+            return
+        queued.set()
+
+        def run() -> None:
+            queued.clear()
+            work()
+
+        self._errands.put(KEY, run)
+
+    # -- looking ----------------------------------------------------------------------------
+
+    def start(self) -> None:
+        """See what became of the functions in the books while nobody looked."""
+        self._look()
+        self._return_strays()
+
+    def _look(self) -> None:
+        """Read all functions anew; what guests held of those that are gone is lost."""
+        self._observatory.refresh_devices()
+        there = self._observatory.devices.functions
+        for guest, holding in self._ledger.view().books.holdings.items():
+            for function in holding.functions:
+                if function.address not in there:
+                    lose = partial(self._vanished, guest, function.address)
+                    self._errands.put(guest, lose)
+        self._satisfy()
+
+    def _vanished(self, guest: GuestId, address: PciAddress) -> None:
+        self._await_plans(guest)
+        self._observatory.refresh_devices()
+        if address not in self._observatory.devices.functions:
+            self._lose(guest, address, "it is gone from the host", doubtful=False)
+
+    def _return_strays(self) -> None:
+        """What is bound for guests, has a way back and no guest: a cut-off run left it so."""
+        snapshot = self._observatory.snapshot()
+        for address, entry in snapshot.books.quarantine.items():
+            function = snapshot.devices.functions.get(address)
+            bound = function is not None and function.driver == VFIO_PCI
+            if bound and entry.found.driver is not None and not user_of(snapshot, entry):
+                self._send_home(entry, lift=False)
+
+    # -- functions that left their guest -----------------------------------------------------
+
+    def removed(self, guest: GuestId, alias: str) -> None:
+        """libvirt says that a guest's device is gone: by our hand, the guest's or by accident."""
+        self._await_plans(guest)
+        self._observatory.refresh([guest])
+        state = self._observatory.guest(guest)
+        holding = self._ledger.view().books.holdings.get(guest)
+        attached = {d.address for d in state.devices} if state else set()
+        for function in holding.functions if holding else ():
+            gone = alias_of(function.address) == alias and function.address not in attached
+            if gone and state is not None and state.active:
+                why = f"{state.name} let go of it, which nobody here asked for"
+                self._lose(guest, function.address, why, doubtful=True)
+        self._settle_residues(guest)
+
+    def _lose(self, guest: GuestId, address: PciAddress, why: str, *, doubtful: bool) -> None:
+        """Take a function out of a guest's holding; in quarantine first, if in doubt."""
+        holding = self._ledger.view().books.holdings.get(guest)
+        held = {f.address: f for f in holding.functions} if holding else {}
+        function = held.get(address)
+        if function is None:
+            return
+        now = self._clock.now()
+
+        def change(books: Books) -> Books:
+            books = forfeited(books, guest, function, now)
+            if doubtful:
+                books = quarantined(books, address, why, now, function.found)
+            return books
+
+        self._ledger.commit(None, change, self._journal.store_books)
+        self._tell_loss(guest, function, why)
+        entry = self._ledger.view().books.quarantine.get(address)
+        if doubtful and entry is not None:
+            # its state is certain again once it was reset and went back to its driver
+            self._send_home(entry, lift=not self._is_for_one_use(address))
+        self.satisfy_soon()
+
+    def _tell_loss(self, guest: GuestId, function: HeldFunction, why: str) -> None:
+        state = self._observatory.guest(guest)
+        name = state.name if state else guest
+        body = {
+            "guest": guest, "name": name, "address": function.address,
+            "capability": function.capability, "why": why,
+        }  # fmt: skip
+        self._audit.append("device.lost", [guest, function.address], body)
+        self._notices.publish("device.lost", body)
+        self._notices.alert(
+            f"lost {guest} {function.address}",
+            f"guest {name} lost {function.address} ({function.capability}): {why}",
+        )
+
+    def _is_for_one_use(self, address: PciAddress) -> bool:
+        pool = pool_of(self._observatory.devices, address)
+        return pool is not None and pool.one_time_use
+
+    def _send_home(self, entry: Quarantine, *, lift: bool) -> None:
+        work = homeward(entry, "virtfabricd", lift=lift)
+        job = self._conduct(work)
+        job.ended.wait()
+        if job.state is not JobState.DONE:
+            log.warning("%s: %s", work.title, (job.error or {}).get("detail", ""))
+
+    def _settle_residues(self, guest: GuestId) -> None:
+        """A guest that let go late of what an undo left with it owes it no more."""
+        state = self._observatory.guest(guest)
+        books = self._ledger.view().books
+        if not any(r.guest == guest and r.what == DEVICE for r in books.residues):
+            return
+        holding = books.holdings.get(guest)
+        held = {f.address for f in holding.functions} if holding else set()
+        kept = [d for d in state.devices if d.ours and d.address not in held] if state else []
+        if kept:
+            return
+
+        def change(books: Books) -> Books:
+            left = tuple(r for r in books.residues if (r.guest, r.what) != (guest, DEVICE))
+            return replace(books, residues=left)
+
+        self._ledger.commit(None, change, self._journal.store_books)
+
+    # -- a guest that stopped by itself -------------------------------------------------------
+
+    def paused(self, guest: GuestId) -> None:
+        """A guest with functions does not run: an error of one of them stops it (fatal AER)."""
+        state = self._observatory.guest(guest)
+        holding = self._ledger.view().books.holdings.get(guest)
+        topic = f"paused {guest}"
+        if state is None or holding is None or not holding.functions or not state.halted:
+            self._notices.settle(topic)
+            return
+        functions = ", ".join(f.address for f in holding.functions)
+        self._audit.append(
+            "device.guest-halted", [guest, *(f.address for f in holding.functions)],
+            {"guest": guest, "name": state.name, "functions": functions},
+        )  # fmt: skip
+        self._notices.alert(
+            topic,
+            f"guest {state.name} was stopped by an error while it had {functions}: look for AER "
+            "errors in dmesg; `virsh reset` or `virsh destroy` ends it, then "
+            "`virtfabric devices` says whether the function is sane",
+        )
+
+    # -- wishes ------------------------------------------------------------------------------
+
+    def _satisfy(self) -> None:
+        """Try what policies ask for and guests do not have, the highest priority first."""
+        self._tell_quarantine()
+        unmet: set[str] = set()
+        for guest, wish in list(self._wishes()):
+            topic = f"wish {guest.uuid} {wish.capability}"
+            why = self._try_wish(guest, wish)
+            if why:
+                unmet.add(topic)
+                self._notices.alert(
+                    topic,
+                    f"guest {guest.name} has not all of {wish.count} {wish.capability} that its "
+                    f"policy asks for: {why}",
+                )
+        for topic in self._unmet - unmet:
+            self._notices.settle(topic)
+        self._unmet = unmet
+
+    def _wishes(self) -> Iterator[tuple[GuestState, DevicePolicy]]:
+        snapshot = self._observatory.snapshot()
+        running = (
+            g for g in snapshot.guests.values()
+            if g.policy is not None and g.policy.devices and g.state is RunState.RUNNING
+        )  # fmt: skip
+        for guest in sorted(running, key=lambda g: (-g.policy.priority if g.policy else 0, g.uuid)):
+            for wish in guest.policy.devices if guest.policy else ():
+                if self._lack(guest, wish):
+                    yield guest, wish
+
+    def _lack(self, guest: GuestState, wish: DevicePolicy) -> int:
+        """How many functions are missing; none for a guest that was not taken over yet."""
+        holding = self._ledger.view().books.holdings.get(guest.uuid)
+        if holding is None or guest.detained:
+            return 0
+        return max(0, wish.count - holding.amounts[device_key(wish.capability)])
+
+    def _try_wish(self, guest: GuestState, wish: DevicePolicy) -> str:
+        """Why it cannot be met in full now; empty when it is met."""
+        request = Request(
+            new_request(), guest.uuid, AGENT, Origin.AGENT, partial=True,
+            devices={wish.capability: Want(Mode.TO, wish.count)},
+        )  # fmt: skip
+
+        def decide(snapshot: HostSnapshot, caps: Caps) -> Decision | Refusal:
+            return choose_allocation(snapshot, request, caps=caps)
+
+        work = Undertaking(
+            request.id,
+            f"{wish.capability} for {guest.name}, as its policy asks",
+            self._conductor.place_decision(request.deadline_s),
+            decide,
+            deadline_s=request.deadline_s,
+            body={"asked": request.to_json(), "name": guest.name, "origin": "agent"},
+        )
+        answer = self._conductor.consider(work)
+        if isinstance(answer, Refusal):
+            return answer.detail
+        if answer[1] is None or not answer[1].delta:
+            return "none is free"
+        job = self._conduct(work)
+        job.ended.wait()
+        if job.state is not JobState.DONE:
+            return str((job.error or {}).get("detail", "the agent failed"))
+        return "there are no more" if self._lack(guest, wish) else ""
+
+    def _conduct(self, work: Undertaking) -> Job:
+        return self._jobs.start(
+            work.title, lambda _, progress: summary(work, self._conductor.conduct(work, progress))
+        )
+
+    def _tell_quarantine(self) -> None:
+        """An alert for each function in quarantine, an audit record for each that came or went."""
+        found = self._ledger.view().books.quarantine
+        for address in found.keys() - self._quarantine.keys():
+            entry = found[address]
+            self._record("device.quarantined", entry)
+            self._notices.alert(
+                f"quarantine {address}", f"{address} is in quarantine: {entry.why}; {entry.remedy}"
+            )
+        for address in self._quarantine.keys() - found.keys():
+            self._record("device.freed", self._quarantine[address])
+            self._notices.settle(f"quarantine {address}")
+        self._quarantine = dict(found)
+
+    def _record(self, kind: str, entry: Quarantine) -> None:
+        body: dict[str, Any] = {"address": entry.address, "why": entry.why}
+        try:
+            self._audit.append(kind, [entry.address], body)
+        except VirtfabricError as error:
+            log.error("%s of %s cannot be recorded: %s", kind, entry.address, error)
+        self._notices.publish(kind, body)
