@@ -108,7 +108,7 @@ def _without_foreign_mounts(path: str, text: str) -> str:
         front, _, back = line.partition(" - ")
         fields, (kind, source, *_) = front.split(), [*back.split(), "", ""]
         if source.startswith("/dev/") or not fields[2].startswith("0:"):
-            kept.append(" ".join([*fields[:3], "/", fields[4], "-", "-", kind, source]))
+            kept.append(f"0 0 {fields[2]} / {fields[4]} rw - {kind} {source} rw")
     return "\n".join(kept)
 
 
@@ -173,21 +173,30 @@ def lay_out(directory: Path, into: Path) -> tuple[Path, Path]:
     path = directory / TREE
     try:
         tree = json.loads(path.read_text())
-        version = tree["version"]
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        if tree["version"] != _VERSION:
+            raise InvalidValueError(f"{path}: version", tree["version"], "is not known here")
+        trees = {name: _checked(tree[name]) for name in ("sys", "proc")}
+    except (OSError, ValueError, TypeError, LookupError, AttributeError) as error:
+        if isinstance(error, InvalidValueError):
+            raise
         raise InvalidValueError(str(path), str(error), "is not a recorded machine") from error
-    if version != _VERSION:
-        raise InvalidValueError(f"{path}: version", version, "is not known here")
     roots = into / "sys", into / "proc"
     for root in roots:
-        _lay_out_tree(root, tree[root.name])
+        _lay_out_tree(root, trees[root.name])
     return roots
+
+
+def _checked(tree: Any) -> Mapping[str, Any]:
+    """One root of a record; raises what its misuse raises."""
+    for part in ("files", "links", "pieces"):
+        tree[part].items()
+    return {**tree, "names": list(tree["names"])}
 
 
 def _lay_out_tree(root: Path, tree: Mapping[str, Any]) -> None:
     root.mkdir(parents=True, exist_ok=True)
     for name in tree["names"]:
-        (root / name).mkdir(parents=True, exist_ok=True)
+        _place(root, name).mkdir(parents=True, exist_ok=True)
     for name, text in tree["files"].items():
         _place(root, name).write_text(text + "\n")
     for name, pieces in tree["pieces"].items():
