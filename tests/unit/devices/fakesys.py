@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import os
+import posixpath
 from typing import TYPE_CHECKING
 
 from virtfabric.adapters.pci.inventory import SysfsDeviceTree
@@ -37,7 +37,7 @@ class FakeSys:
         """A relative link, both ends below sysfs."""
         place = self.sys / path
         place.parent.mkdir(parents=True, exist_ok=True)
-        place.symlink_to(os.path.relpath(target, os.path.dirname(path)))
+        place.symlink_to(posixpath.relpath(target, posixpath.dirname(path)))
 
     def function(self, address: str, above: str = ROOT_BUS, **files: str | bytes) -> str:
         """A function with ids, class and no driver; returns its place."""

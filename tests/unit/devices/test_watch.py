@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -188,9 +189,18 @@ def test_a_listener_that_fails_is_told_of_the_next(
     assert "telling it failed" in caplog.text
 
 
+def open_descriptors() -> set[str]:
+    """Numbers and what they lead to, without the directory that is read for this."""
+    found = set()
+    for entry in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):
+            found.add(f"{entry.name} {entry.readlink()}")
+    return found
+
+
 def test_closing(mounts: Path) -> None:
     """It ends the thread and leaves no descriptor, is safe to repeat, also before the start."""
-    before = sorted(os.listdir("/proc/self/fd"))
+    before = open_descriptors()
     watcher = DeviceWatcher(Calls(), proc=mounts)
     watcher.close()
     watcher = DeviceWatcher(Calls(), proc=mounts)
@@ -199,7 +209,7 @@ def test_closing(mounts: Path) -> None:
     watcher.close()
     watcher.close()
     assert "devices" not in {thread.name for thread in threading.enumerate()}
-    assert sorted(os.listdir("/proc/self/fd")) == before
+    assert open_descriptors() == before
 
 
 def test_closing_from_the_listener_itself(mounts: Path) -> None:

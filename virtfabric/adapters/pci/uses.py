@@ -6,6 +6,7 @@ Reads only. A device belongs to the nearest function above it in sysfs, whatever
 
 from __future__ import annotations
 
+import posixpath
 import re
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final
@@ -60,8 +61,8 @@ def read_uses(sys: SysTree, proc: SysTree, homes: Mapping[PciAddress, str]) -> H
     Raises:
         InvalidValueError: a file does not have the form that the kernel documents.
     """
-    above = {address: _functions_in(home, homes)[:-1] for address, home in homes.items()}
-    uses = HostUses({address: path[-1] for address, path in above.items() if path})
+    above = {a: _owner(posixpath.dirname(home), homes) for a, home in homes.items()}
+    uses = HostUses({address: parent for address, parent in above.items() if parent is not None})
     _add_bridges(uses)
     _add_blocks(uses, sys, proc, homes)
     _add_networks(uses, sys, homes)
@@ -70,10 +71,16 @@ def read_uses(sys: SysTree, proc: SysTree, homes: Mapping[PciAddress, str]) -> H
     return uses
 
 
-def _functions_in(path: str, homes: Mapping[PciAddress, str]) -> list[PciAddress]:
-    """The functions that a path of sysfs passes, outermost first."""
-    parts = (parse_address(part) for part in path.split("/") if ":" in part)
-    return [part for part in parts if part is not None and part in homes]
+def _owner(path: str, homes: Mapping[PciAddress, str]) -> PciAddress | None:
+    """The nearest function that a path of sysfs passes; None also when it is no longer there.
+
+    Then the port above is not the next best: what is left below the function goes with it.
+    """
+    for part in reversed(path.split("/")):
+        address = parse_address(part) if ":" in part else None
+        if address is not None:
+            return address if address in homes else None
+    return None
 
 
 def _owned(
@@ -82,9 +89,9 @@ def _owned(
     """Name, place and function of each device of a class that is below a function."""
     for name in sys.names(directory, pattern):
         home = sys.link(f"{directory}/{name}")
-        owners = _functions_in(home or "", homes)
-        if home is not None and owners:
-            yield name, home, owners[-1]
+        owner = _owner(home or "", homes)
+        if home is not None and owner is not None:
+            yield name, home, owner
 
 
 def _add_bridges(uses: HostUses) -> None:
@@ -101,15 +108,15 @@ def _add_blocks(
 ) -> None:
     blocks, users = read_blocks(sys), read_block_users(sys, proc)
     for block in blocks.values():
-        owners = _functions_in(block.home, homes)
-        if not owners:
+        owner = _owner(block.home, homes)
+        if owner is None:
             continue
         if not any(block.name in other.above for other in blocks.values()):
             heads = [name for name in block.above if name in blocks and _is_head(blocks[name].home)]
-            uses.add_interface(owners[-1], heads[0] if heads else block.name)
+            uses.add_interface(owner, heads[0] if heads else block.name)
         for reached in find_reached([block.name], blocks):
             for use in find_uses(reached, users):
-                uses.add(owners[-1], use)
+                uses.add(owner, use)
 
 
 def _is_head(home: str) -> bool:
