@@ -13,6 +13,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from virtfabric.model.devicesteps import AttachFunction
 from virtfabric.model.errors import (
     JournalError,
     ShortfallError,
@@ -31,6 +32,17 @@ if TYPE_CHECKING:
     from virtfabric.ports import Clock, Handlers, Journal
 
 log = logging.getLogger(__name__)
+
+
+def measure_residue(step: Step, left: int) -> tuple[str, int]:
+    """What a handler's undo left with the guest, as a `Residue` counts it."""
+    match step:
+        case SetVcpuCount():
+            return "vcpu", left * 1000
+        case AttachFunction():
+            return "device", left
+        case _:
+            return "memory", left
 
 
 class Progress:
@@ -184,7 +196,7 @@ class Execution:
         self._journal.mark(self._txn, index, StepState.SKIPPED)
         self._done.pop()
 
-    def _note(self, what: str, step: Step, amount: int, why: str) -> None:
+    def _note(self, what: str, amount: int, step: Step, why: str) -> None:
         if amount:
             self.residues.append(Residue(step.guest, what, amount, self._clock.now(), why))
 
@@ -214,8 +226,7 @@ class Execution:
                 log.debug("cannot undo %s", step, exc_info=True)
                 problems.append(f"{step.inverse()}: {why}")
                 continue
-            what = "vcpu" if isinstance(step, SetVcpuCount) else "memory"
-            self._note(what, step, left * 1000 if what == "vcpu" else left, "left by an undo")
+            self._note(*measure_residue(step, left), step, "left by an undo")
             with contextlib.suppress(JournalError):
                 # the disk may be full: the undo is what counts, and repeating it is safe
                 self._journal.mark(self._txn, index, StepState.UNDONE)

@@ -6,9 +6,9 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from virtfabric.daemon.executor import measure_residue
 from virtfabric.model.errors import VirtfabricError
 from virtfabric.model.ledger import Books, Residue
-from virtfabric.model.plan import SetVcpuCount
 from virtfabric.ports import StepState, TransactionState
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def _undo(entry: JournalledStep, handlers: Handlers, clock: Clock) -> list[Resid
         raise
     if not left:
         return []
-    what, amount = ("vcpu", left * 1000) if isinstance(step, SetVcpuCount) else ("memory", left)
+    what, amount = measure_residue(step, left)
     return [Residue(step.guest, what, amount, clock.now(), "left by the recovery")]
 
 

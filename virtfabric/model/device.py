@@ -136,6 +136,8 @@ class PciFunction:
             where it has no such capability to read.
         uses: by the host itself; empty when it may be assigned.
         interfaces: names of its network interfaces and block devices, for people.
+        settings: of a VF of a NIC, what its PF keeps for it now: what a plan puts back; None
+            where no PF keeps any.
     """
 
     address: PciAddress
@@ -159,6 +161,7 @@ class PciFunction:
     acs: bool | None = None
     uses: tuple[HostUse, ...] = ()
     interfaces: tuple[str, ...] = ()
+    settings: VfSettings | None = None
 
     @property
     def ids(self) -> str:
