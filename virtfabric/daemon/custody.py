@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from virtfabric.model.plan import Plan
     from virtfabric.model.step import Step
 
-DEVICE = "device"
+DEVICE: Final = "device"
 """`Residue.what` of functions that a guest does not let go."""
 
 

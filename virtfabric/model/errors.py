@@ -86,15 +86,24 @@ class GuestGoneError(HypervisorError):
     """The guest stopped or was undefined while we worked on it."""
 
 
+class DeviceError(VirtfabricError):
+    """The kernel failed, or this agent refused, to change a PCI function."""
+
+
+class DeviceGoneError(DeviceError):
+    """The PCI function is not there any more: there is nothing left to change or to undo."""
+
+
 class VerificationError(VirtfabricError):
     """The kernel or the guest does not show what a step was to bring about."""
 
 
 class ShortfallError(VirtfabricError):
-    """A guest gave (or took) less memory than asked before the deadline.
+    """A guest gave (or took) less than asked before the deadline.
 
     Attributes:
-        reached: the amount it has now, in bytes (the step's `to` was not reached).
+        reached: the amount it has now, in what the step counts: bytes, vCPUs, functions (1: it
+            keeps the one that it was to let go).
     """
 
     def __init__(self, message: str, *, reached: int) -> None:

@@ -14,11 +14,15 @@ from virtfabric.adapters.libvirt.connection import LibvirtConnection
 from virtfabric.adapters.libvirt.events import LibvirtEvents
 from virtfabric.adapters.libvirt.handler import Surroundings
 from virtfabric.adapters.libvirt.handlers import libvirt_handlers
+from virtfabric.adapters.libvirt.memlock import LockedMemory
 from virtfabric.adapters.libvirt.policywriter import LibvirtPolicyWriter
 from virtfabric.adapters.libvirt.processes import QemuProcesses
 from virtfabric.adapters.libvirt.reader import LibvirtGuests, LibvirtHost
 from virtfabric.adapters.libvirt.stats import LibvirtStats
 from virtfabric.adapters.libvirt.waiting import Pulse
+from virtfabric.adapters.pci.functionfiles import FunctionFiles
+from virtfabric.adapters.pci.handlers import pci_handlers
+from virtfabric.adapters.pci.holders import VfioHolders
 from virtfabric.adapters.registry import HandlerRegistry
 from virtfabric.adapters.sysfs import Sysfs
 
@@ -77,13 +81,17 @@ def open_libvirt(
     connection = LibvirtConnection(uri)
     processes = QemuProcesses(run_root, proc)
     cgroups, sysfs, pulse = Cgroups(cgroup, proc), Sysfs(sys, proc), Pulse()
-    around = Surroundings(connection, processes, cgroups, sysfs, pulse)
+    functions = FunctionFiles(sys)
+    around = Surroundings(
+        connection, processes, cgroups, sysfs, pulse, functions, VfioHolders(functions, proc),
+        LockedMemory(run_root, proc), proc,
+    )  # fmt: skip
     return LibvirtAdapters(
         connection=connection,
         guests=LibvirtGuests(connection, processes, cgroups),
         host=LibvirtHost(connection, sysfs),
         events=LibvirtEvents(uri, also=pulse.hear),
         policy=LibvirtPolicyWriter(connection),
-        handlers=HandlerRegistry(libvirt_handlers(around)),
+        handlers=HandlerRegistry((*libvirt_handlers(around), *pci_handlers(sys, proc))),
         stats=LibvirtStats(connection),
     )

@@ -119,7 +119,7 @@ class LibvirtEvents:
             libvirt.VIR_DOMAIN_EVENT_ID_MEMORY_DEVICE_SIZE_CHANGE: self._on_memory_device,
             libvirt.VIR_DOMAIN_EVENT_ID_BALLOON_CHANGE: self._on_balloon,
             libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_ADDED: self._on_device,
-            libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: self._on_device,
+            libvirt.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: self._on_removed,
             libvirt.VIR_DOMAIN_EVENT_ID_JOB_COMPLETED: self._on_job,
         }
         return [
@@ -155,6 +155,11 @@ class LibvirtEvents:
             self._tell(EventKind.VCPUS, dom, detail=alias, values={"alias": alias})
         elif alias.startswith(("virtiomem", "dimm")):
             self._tell(EventKind.MEMORY, dom, detail=alias, values={"alias": alias})
+
+    def _on_removed(self, c: Any, dom: Any, alias: str, opaque: Any) -> None:
+        """Also what has an event of its own: whoever waits for one alias hears of each."""
+        self._on_device(c, dom, alias, opaque)
+        self._tell(EventKind.DEVICE_REMOVED, dom, detail=alias)
 
     def _on_job(self, _c: Any, dom: Any, values: Mapping[str, Any], _opaque: Any) -> None:
         self._tell(EventKind.JOB, dom, values=dict(values))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Generic, TypeVar
 
 import libvirt
@@ -18,8 +19,11 @@ from virtfabric.model.step import Step
 if TYPE_CHECKING:
     from virtfabric.adapters.cgroups import Cgroups
     from virtfabric.adapters.libvirt.connection import LibvirtConnection
+    from virtfabric.adapters.libvirt.memlock import LockedMemory
     from virtfabric.adapters.libvirt.processes import QemuProcesses
     from virtfabric.adapters.libvirt.waiting import Pulse
+    from virtfabric.adapters.pci.functionfiles import FunctionFiles
+    from virtfabric.adapters.pci.holders import VfioHolders
     from virtfabric.adapters.sysfs import Sysfs
     from virtfabric.ports import StepContext
 
@@ -35,6 +39,10 @@ class Surroundings:
     cgroups: Cgroups
     sysfs: Sysfs
     pulse: Pulse
+    functions: FunctionFiles
+    holders: VfioHolders
+    locked_memory: LockedMemory
+    proc: Path = Path("/proc")
 
 
 class LibvirtHandler(Generic[S]):

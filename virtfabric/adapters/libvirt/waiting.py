@@ -18,7 +18,13 @@ T = TypeVar("T")
 _FIRST_POLL_S: Final = 0.002
 _LAST_POLL_S: Final = 0.05
 _MOVES: Final = frozenset(
-    {EventKind.MEMORY, EventKind.VCPUS, EventKind.STOPPED, EventKind.CONNECTED}
+    {
+        EventKind.MEMORY,
+        EventKind.VCPUS,
+        EventKind.DEVICE_REMOVED,
+        EventKind.STOPPED,
+        EventKind.CONNECTED,
+    }
 )
 
 

@@ -1,0 +1,200 @@
+"""The step handlers of PCI functions on a real kernel, a real libvirt and a running KVM guest.
+
+What they report is not believed: the lab's own tools are asked (sysfs, ip, virsh, QEMU).
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from virtfabric.model.device import PciAddress, VfSettings
+from virtfabric.model.devicesteps import (
+    AttachFunction,
+    BindDriver,
+    LimitLink,
+    Presence,
+    ResetFunction,
+    SetUpVf,
+)
+from virtfabric.model.ids import GuestId
+
+if TYPE_CHECKING:
+    from running_lab import RunningLab
+
+    from virtfabric.model.step import Step
+
+CONSOLE = "/var/log/libvirt/qemu/guest-console.log"
+IGB = PciAddress("0000:01:00.0")
+IGB_VF = PciAddress("0000:01:10.0")
+EDU = PciAddress("0000:02:00.0")
+NOBODY = GuestId("00000000-0000-4000-8000-00000000dead")
+DEVICES = "/sys/bus/pci/devices"
+
+
+def carry_out(lab: RunningLab, *orders: tuple[str, Any]) -> list[dict[str, Any]]:
+    """Carry out orders in one process in the lab; what came of each."""
+    given = [[verb, a.to_json() if hasattr(a, "to_json") else a] for verb, a in orders]
+    script = "/opt/virtfabric/checkout/tests/lab/carry_out.py"
+    said = lab.run(
+        f"printf %s {shlex.quote(json.dumps(given))} | python3 {script} 2> /tmp/carry_out.log"
+        " || { cat /tmp/carry_out.log; exit 1; }",
+        timeout_s=400,
+    )
+    answers = [json.loads(line) for line in said.splitlines()]
+    for answer in answers:
+        print(answer)
+    return answers
+
+
+def done(answers: list[dict[str, Any]]) -> list[Any]:
+    """The results, when nothing failed."""
+    assert not [answer for answer in answers if "error" in answer], answers
+    return [answer["result"] for answer in answers]
+
+
+def driver(lab: RunningLab, address: str) -> str:
+    return lab.run(f"basename $(readlink {DEVICES}/{address}/driver || echo none)")
+
+
+def override(lab: RunningLab, address: str) -> str:
+    return lab.run(f"cat {DEVICES}/{address}/driver_override")
+
+
+def live_hostdevs(lab: RunningLab) -> int:
+    return lab.run("virsh -q dumpxml guest").count("<hostdev ")
+
+
+def inside(lab: RunningLab) -> str:
+    """The guest's PCI bus as QEMU shows it to the guest."""
+    return lab.run("virsh qemu-monitor-command guest --hmp 'info pci'")
+
+
+@pytest.fixture(scope="module")
+def guest(passthrough: RunningLab) -> GuestId:
+    passthrough.run("virsh -q create /opt/virtfabric/lab/guest.xml")
+    passthrough.wait(f"grep -qs VFREADY {CONSOLE}", timeout_s=180)
+    return GuestId(passthrough.run("virsh -q domuuid guest"))
+
+
+@pytest.fixture(scope="module")
+def nvme(passthrough: RunningLab) -> PciAddress:
+    return PciAddress(passthrough.run("basename $(readlink -f /sys/class/nvme/nvme0/device)"))
+
+
+def goes_in_and_out(
+    lab: RunningLab, guest: GuestId, address: PciAddress, ids: str, original: str,
+    *between: Step,
+) -> None:  # fmt: skip
+    """Bind, attach, look; detach, reset, bind back, look."""
+    assert driver(lab, address) == (original or "none")
+    bind = BindDriver(guest=guest, name="guest", address=address, before=original, after="vfio-pci")
+    attach = AttachFunction(
+        guest=guest, name="guest", address=address, before=Presence.ABSENT,
+        after=Presence.ATTACHED,
+    )  # fmt: skip
+    done(carry_out(lab, ("apply", bind), *(("apply", s) for s in between), ("apply", attach)))
+    assert driver(lab, address) == "vfio-pci"
+    assert live_hostdevs(lab) == 1
+    assert ids in inside(lab)
+    group = lab.run(f"basename $(readlink {DEVICES}/{address}/iommu_group)")
+    held = lab.run("readlink /proc/$(pgrep -f 'qemu-system.*guest=guest')/fd/*")
+    assert f"/dev/vfio/{group}" in held.splitlines()
+    # what a guest holds is not unbound, whatever a plan says
+    refused = carry_out(lab, ("undo", bind))
+    assert refused[0]["error"] == "DeviceError", refused
+    assert "still open" in refused[0]["text"]
+    reset = ResetFunction(guest=guest, name="guest", address=address)
+    done(
+        carry_out(
+            lab,
+            ("apply", attach.inverse()),
+            ("apply", reset),
+            *(("undo", s) for s in reversed(between)),
+            ("undo", bind),
+        )  # fmt: skip
+    )
+    assert driver(lab, address) == (original or "none")
+    assert override(lab, address) == "(null)"
+    assert live_hostdevs(lab) == 0
+    assert ids not in inside(lab)
+    held = lab.run("readlink /proc/$(pgrep -f 'qemu-system.*guest=guest')/fd/*")
+    assert f"/dev/vfio/{group}" not in held.splitlines()
+
+
+def test_vf_of_a_nic(passthrough: RunningLab, guest: GuestId) -> None:
+    assert done(carry_out(passthrough, ("vfs", [IGB, 2]), ("vfs", [IGB, 3]))) == [2, 2]
+    passthrough.run("ip link set eth1 up")
+    before = VfSettings.parse(done(carry_out(passthrough, ("settings", IGB_VF)))[0])
+    settings = SetUpVf(
+        guest=guest, name="guest", address=IGB_VF, before=before,
+        after=VfSettings(mac="52:54:00:00:00:07", vlan=7, trust=True, spoofchk=False),
+    )  # fmt: skip
+    goes_in_and_out(passthrough, guest, IGB_VF, "8086:10ca", "", settings)
+    after = VfSettings.parse(done(carry_out(passthrough, ("settings", IGB_VF)))[0])
+    assert after == before
+
+
+def test_vf_settings_as_ip_shows_them(passthrough: RunningLab, guest: GuestId) -> None:
+    pf = passthrough.run(f"ls {DEVICES}/{IGB}/net")
+    wanted = VfSettings(mac="52:54:00:00:00:08", vlan=9, spoofchk=False)
+    step = SetUpVf(guest=guest, address=IGB_VF, before=VfSettings(), after=wanted)
+    done(carry_out(passthrough, ("apply", step)))
+    shown = passthrough.run(f"ip link show dev {pf}")
+    assert "52:54:00:00:00:08" in shown
+    assert "vlan 9" in shown
+    assert "spoof checking off" in shown
+    broken = SetUpVf(guest=guest, address=IGB_VF, before=VfSettings(), after=VfSettings(rate=10**9))
+    answer = carry_out(passthrough, ("apply", broken))[0]
+    assert answer["error"] == "DeviceError", answer
+    assert "rate=1000000000" in answer["text"]
+
+
+def test_vf_of_an_nvme_controller(
+    passthrough: RunningLab, guest: GuestId, nvme: PciAddress
+) -> None:
+    assert done(carry_out(passthrough, ("vfs", [nvme, 2]), ("nvme", [nvme, 2])))[0] == 2
+    vf = PciAddress(passthrough.run(f"basename $(readlink {DEVICES}/{nvme}/virtfn0)"))
+    # the host's own driver is proof that the controller works
+    passthrough.run(
+        f"echo nvme > {DEVICES}/{vf}/driver_override; echo {vf} > /sys/bus/pci/drivers_probe"
+    )
+    passthrough.wait(f"grep -qs live {DEVICES}/{vf}/nvme/nvme*/state")
+    passthrough.run(f"echo > {DEVICES}/{vf}/driver_override")
+    goes_in_and_out(passthrough, guest, vf, "1b36:0010", "nvme")
+    passthrough.wait(f"grep -qs live {DEVICES}/{vf}/nvme/nvme*/state")
+
+
+def test_a_plain_function(passthrough: RunningLab, guest: GuestId) -> None:
+    goes_in_and_out(passthrough, guest, EDU, "1234:11e8", "")
+
+
+def test_what_the_host_uses_is_not_unbound(passthrough: RunningLab) -> None:
+    passthrough.run(f"ip link set $(ls {DEVICES}/{IGB}/net) up")
+    bind = BindDriver(guest=NOBODY, address=IGB, before="igb", after="vfio-pci")
+    answer = carry_out(passthrough, ("apply", bind))[0]
+    assert answer["error"] == "DeviceError", answer
+    assert "is up" in answer["text"]
+    assert driver(passthrough, IGB) == "igb"
+
+
+def test_link_limits_are_refused_by_this_kernel(passthrough: RunningLab) -> None:
+    port = PciAddress(passthrough.run(f"basename $(dirname $(readlink -f {DEVICES}/{IGB}))"))
+    step = LimitLink(guest=NOBODY, address=port, before=0, after=2500)
+    answers = carry_out(passthrough, ("offered", port), ("apply", step), ("undo", step))
+    assert answers[0]["result"] == []
+    assert answers[1]["error"] == "DeviceError"
+    assert "6.13" in answers[1]["advice"]
+    assert answers[2]["result"] == 0
+
+
+def test_a_function_without_a_reset_of_its_own(passthrough: RunningLab) -> None:
+    """Two in one slot: neither can be reset alone, and its neighbour is not vfio-pci's."""
+    first = PciAddress("0000:03:00.0")
+    assert passthrough.run(f"ls {DEVICES}/{first}/reset 2> /dev/null || echo none") == "none"
+    answer = carry_out(passthrough, ("apply", ResetFunction(guest=NOBODY, address=first)))[0]
+    assert answer["error"] == "DeviceError", answer
+    assert "cannot be reset" in answer["text"]

@@ -1,0 +1,99 @@
+"""Devices that a guest gets whole, as libvirt's XML: written for an attach, read from a domain.
+
+Pure. Source: https://libvirt.org/formatdomain.html#host-device-assignment and
+https://libvirt.org/formatnetwork.html#connectivity (forward mode `hostdev`).
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Final
+
+from virtfabric.domxml.templates import render
+from virtfabric.model.device import GuestDevice, PciAddress, alias_of
+from virtfabric.model.errors import InvalidValueError
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+
+    from lxml import etree
+
+    from virtfabric.model.device import VfSettings
+
+_PORTS: Final = ("pcie-root-port", "pcie-switch-downstream-port")
+_HOSTDEVS: Final = ("devices/hostdev[@type='pci']", "devices/interface[@type='hostdev']")
+
+
+def format_function(address: PciAddress) -> str:
+    """A `<hostdev>` for a function that vfio-pci holds already: libvirt is to bind nothing."""
+    return render("hostdev.xml.j2", type="pci", address=address.parts, alias=alias_of(address))
+
+
+def format_mdev(uuid: str, alias: str) -> str:
+    """A `<hostdev>` for a mediated device that exists already."""
+    return render("hostdev.xml.j2", type="mdev", uuid=uuid, alias=alias)
+
+
+def format_vf_network(name: str, vfs: Iterable[PciAddress]) -> str:
+    """A network whose interfaces are these VFs, one for each guest; each bound to vfio-pci."""
+    return render("network.xml.j2", name=name, addresses=[vf.parts for vf in vfs])
+
+
+def format_vf_interface(network: str, alias: str, settings: VfSettings) -> str:
+    """An interface of such a network; libvirt sets MAC and VLAN on the VF that it takes."""
+    return render(
+        "interface.xml.j2", network=network, alias=alias, mac=settings.mac, vlan=settings.vlan
+    )
+
+
+def read_hostdevs(root: etree._Element) -> tuple[GuestDevice, ...]:
+    """The PCI functions of the host that a domain names, in its order.
+
+    Raises:
+        InvalidValueError: one has no address, or not one of PCI.
+    """
+    return tuple(_read_hostdev(d) for path in _HOSTDEVS for d in root.findall(path))
+
+
+def _read_hostdev(element: etree._Element) -> GuestDevice:
+    source = element.find("source/address")
+    if source is None:
+        raise InvalidValueError("hostdev.source.address", None, "is missing")
+    alias = element.find("alias")
+    guest = element.find("address[@type='pci']")
+    return GuestDevice(
+        address=_read_address(source, "hostdev.source.address"),
+        alias="" if alias is None else alias.get("name", ""),
+        managed=element.get("managed") == "yes",
+        guest_address=None if guest is None else _read_address(guest, "hostdev.address"),
+    )
+
+
+def _read_address(element: etree._Element, field: str) -> PciAddress:
+    """libvirt prints hexadecimal with `0x`; people may write decimal or leave the domain out."""
+    values = []
+    for name in ("domain", "bus", "slot", "function"):
+        text = element.get(name, "0" if name == "domain" else None)
+        try:
+            values.append(int(text or "", 0))
+        except ValueError:
+            raise InvalidValueError(f"{field}.{name}", text, "is not a number") from None
+    domain, bus, slot, function = values
+    return PciAddress.parse(f"{domain:04x}:{bus:02x}:{slot:02x}.{function:x}", field=field)
+
+
+def count_free_ports(root: etree._Element) -> int:
+    """PCIe ports with nothing behind them that take a device while the guest runs.
+
+    A port's bus is its controller's index; `hotplug='off'` takes nothing.
+    """
+    taken = {
+        int(address.get("bus", "0"), 0)
+        for address in root.findall("devices/*/address[@type='pci']")
+    }
+    return sum(
+        1
+        for port in root.findall("devices/controller[@type='pci']")
+        if port.get("model") in _PORTS
+        and int(port.get("index", "-1")) not in taken
+        and port.find("target[@hotplug='off']") is None
+    )
