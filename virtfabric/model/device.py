@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from virtfabric.model.amounts import Key, ResourceClass
@@ -136,6 +137,8 @@ class PciFunction:
             where it has no such capability to read.
         uses: by the host itself; empty when it may be assigned.
         interfaces: names of its network interfaces and block devices, for people.
+        settings: of a VF of a NIC, what its PF keeps for it now: what a plan puts back; None
+            where no PF keeps any.
     """
 
     address: PciAddress
@@ -159,6 +162,7 @@ class PciFunction:
     acs: bool | None = None
     uses: tuple[HostUse, ...] = ()
     interfaces: tuple[str, ...] = ()
+    settings: VfSettings | None = None
 
     @property
     def ids(self) -> str:
@@ -289,20 +293,57 @@ class DevicePool:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """What was found before a function was prepared for a guest: the way back.
+
+    Attributes:
+        driver: empty for none; None for a function that nothing was changed of.
+        settings: of a VF, those that the pool's settings replaced.
+        siblings: drivers of the other functions of its group that no guest holds.
+        port: whose link is limited while a guest has it; None where none is.
+        speed: MT/s that it is limited to.
+    """
+
+    driver: str | None = None
+    settings: VfSettings = VfSettings()
+    siblings: tuple[tuple[PciAddress, str], ...] = ()
+    port: PciAddress | None = None
+    speed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal."""
+        return {
+            "driver": self.driver, "settings": str(self.settings),
+            "siblings": dict(self.siblings), "port": self.port, "speed": self.speed,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Found:
+        """The reverse of `to_json`."""
+        siblings = tuple((PciAddress(a), driver) for a, driver in data["siblings"].items())
+        port = PciAddress(data["port"]) if data["port"] else None
+        settings = VfSettings.parse(data["settings"])
+        return cls(data["driver"], settings, siblings, port, data["speed"])
+
+
+@dataclass(frozen=True, slots=True)
 class HeldFunction:
     """A function that a guest holds, by the capability that it was granted for."""
 
     capability: str
     address: PciAddress
+    found: Found = Found()
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         """For the journal and for clients."""
-        return {"capability": self.capability, "address": self.address}
+        body = {"capability": self.capability, "address": self.address}
+        return body | {"found": self.found.to_json()}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, str]) -> HeldFunction:
+    def from_json(cls, data: Mapping[str, Any]) -> HeldFunction:
         """The reverse of `to_json`."""
-        return cls(data["capability"], PciAddress(data["address"]))
+        found = Found.from_json(data["found"]) if "found" in data else Found()
+        return cls(data["capability"], PciAddress(data["address"]), found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -373,14 +414,20 @@ class DeviceInventory:
     functions: Mapping[PciAddress, PciFunction] = field(default_factory=dict)
     pools: tuple[DevicePool, ...] = ()
 
+    @cached_property
+    def groups(self) -> dict[int, tuple[PciFunction, ...]]:
+        """Functions by IOMMU group."""
+        groups: dict[int, list[PciFunction]] = {}
+        for one in self.functions.values():
+            if one.group is not None:
+                groups.setdefault(one.group, []).append(one)
+        return {group: tuple(members) for group, members in groups.items()}
+
     def group_of(self, address: PciAddress) -> Iterator[PciFunction]:
         """The other functions of its IOMMU group."""
         own = self.functions.get(address)
-        if own is None or own.group is None:
-            return
-        for one in self.functions.values():
-            if one.group == own.group and one.address != address:
-                yield one
+        if own is not None and own.group is not None:
+            yield from (one for one in self.groups[own.group] if one.address != address)
 
     def above(self, address: PciAddress) -> Iterator[PciFunction]:
         """The bridges and ports above it, nearest first."""

@@ -162,6 +162,7 @@ class HostSnapshot:
         busy: guests that a running plan touches; not eligible as victims.
         lend_ballooned: whether memory taken by a balloon may be granted onward.
         devices: the host's PCIe functions and pools.
+        working: functions that a running plan touches (`Plan.addresses`); not chosen by another.
     """
 
     generation: int
@@ -173,3 +174,4 @@ class HostSnapshot:
     busy: frozenset[GuestId] = frozenset()
     lend_ballooned: bool = False
     devices: DeviceInventory = field(default_factory=DeviceInventory)
+    working: frozenset[PciAddress] = frozenset()

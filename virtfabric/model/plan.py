@@ -261,8 +261,9 @@ class Offer:
     """One way to place a decision, with why it was preferred or not. Lower cost wins.
 
     Attributes:
-        cost: (unmet locality, cores broken, vCPUs moved, first pCPU), compared in this order.
-        order: pCPU of each vCPU, for the guest the offer is about.
+        cost: (unmet locality, cores broken, vCPUs moved, first pCPU), compared in this order; of
+            functions as `policy.functions` says.
+        order: pCPU of each vCPU, for the guest the offer is about; empty in one of functions.
     """
 
     guest: GuestId
@@ -309,6 +310,8 @@ class Plan:
         orders: pCPU order afterwards of each guest whose order changes.
         offers: what was compared.
         functions: PCIe functions afterwards of each guest whose functions change.
+        retired: functions that a guest had once and nobody gets again until an operator releases
+            them (`one_time_use`).
     """
 
     request: RequestId
@@ -317,11 +320,20 @@ class Plan:
     orders: dict[GuestId, tuple[int, ...]] = field(default_factory=dict)
     offers: tuple[Offer, ...] = ()
     functions: dict[GuestId, tuple[HeldFunction, ...]] = field(default_factory=dict)
+    retired: tuple[PciAddress, ...] = ()
 
     @property
     def guests(self) -> frozenset[GuestId]:
         """Every guest that a step touches."""
         return frozenset(step.guest for step in self.steps)
+
+    @property
+    def addresses(self) -> frozenset[PciAddress]:
+        """Every PCIe function that it moves, prepares or reserves: no other plan may meanwhile."""
+        steps = (BindDriver, SetUpVf, AttachFunction, ResetFunction)
+        touched = {step.address for step in self.steps if isinstance(step, steps)}
+        held = {one.address for functions in self.functions.values() for one in functions}
+        return frozenset(touched | held)
 
     @property
     def layout_use(self) -> LayoutUse:
