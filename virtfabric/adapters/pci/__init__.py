@@ -1,0 +1,1 @@
+"""PCIe functions of this host: seen, watched, recorded."""
