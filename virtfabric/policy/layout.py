@@ -14,6 +14,7 @@ from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import NumaMode
 from virtfabric.model.policy import Smt
 from virtfabric.model.units import CpuSet
+from virtfabric.policy.nearness import memory_nodes, pullable_nodes
 from virtfabric.policy.offers import Terrain, Wanted, is_sound, make_offers
 from virtfabric.policy.standing import CPU_KEY, MEMORY_KEY, WHOLE_CPU, is_dedicated
 
@@ -137,15 +138,8 @@ def _sort_guests(
 
 def _wanted(snapshot: HostSnapshot, state: GuestState, count: int, memory: int) -> Wanted:
     holding = snapshot.books.holdings.get(state.uuid)
-    nodes = snapshot.topology.nodes
-    home = frozenset((state.numa_nodes or state.config_numa_nodes) & frozenset(nodes))
-    pullable: frozenset[int] = frozenset()
-    if state.numa_mode is NumaMode.RESTRICTIVE and all(nodes[n].cpus for n in home):
-        # the operator's nodes are a limit; and memory on a CPU-less node is there on purpose
-        allowed = state.config_numa_nodes or frozenset(nodes)
-        pullable = frozenset(
-            n for n, node in nodes.items() if n in allowed and node.memory_free >= memory
-        )
+    home = memory_nodes(snapshot, state.uuid)
+    pullable = pullable_nodes(snapshot, state, memory)
     pins = tuple(sorted(state.config_pins.items())) if state.config_pins else ()
     smt = state.policy.cpu.smt if state.policy else Smt.PREFER
     held = holding.order if holding else ()
@@ -293,15 +287,11 @@ def _choose_nodes(
             continue
         wanted = state.numa_nodes
         here = CpuSet(terrain.node(c) for c in orders.get(guest, ()))
-        if not here <= wanted and here <= _pullable(snapshot, state):
+        if not here <= wanted and here <= pullable_nodes(snapshot, state, state.memory_current):
             wanted = here
         if wanted:
             nodes[guest] = wanted
     return nodes
-
-
-def _pullable(snapshot: HostSnapshot, state: GuestState) -> frozenset[int]:
-    return _wanted(snapshot, state, 1, state.memory_current).pullable
 
 
 def _no_place(snapshot: HostSnapshot, board: _Board, guest: GuestId) -> Refusal:

@@ -18,14 +18,19 @@ from typing import TYPE_CHECKING
 
 from virtfabric.model.amounts import Amounts, Key
 from virtfabric.model.decision import Return
+from virtfabric.model.device import Quarantine, capability_of
 from virtfabric.model.ids import GrantId, GuestId, LoanId
 from virtfabric.model.ledger import Books, Grant, Holding, Loan
+from virtfabric.policy.deviceterms import check_taker, spare_ports
 from virtfabric.policy.standing import line_of
+from virtfabric.policy.stock import device_amounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from virtfabric.model.decision import Decision
+    from virtfabric.model.device import HeldFunction, PciAddress
+    from virtfabric.model.guest import GuestState
     from virtfabric.model.ledger import HostSnapshot
 
     Budget = dict[Key, int]
@@ -57,12 +62,14 @@ class Homecoming:
     Attributes:
         spare: what of free capacity may top up a return (a victim of whole CPUs gave more than
             the borrower got; the rest became free then and is needed again now).
+        passable: how many of the functions given up can go to another guest, by capability.
         arrived: by victim.
         returns: in the order they are paid.
     """
 
     snapshot: HostSnapshot
     spare: Amounts
+    passable: dict[Key, int] = field(default_factory=dict)
     arrived: dict[GuestId, Amounts] = field(default_factory=dict)
     returns: list[Return] = field(default_factory=list)
 
@@ -84,6 +91,8 @@ class Homecoming:
             self.arrived[loan.victim] = self.arrived.get(loan.victim, Amounts()) + paid
             for key, amount in paid.items():
                 budget[key] -= amount
+                if key in self.passable:
+                    self.passable[key] -= amount
         unused = Amounts({key: min(added[key], max(0, budget[key])) for key in budget})
         self.spare = self.spare - (added - unused)
 
@@ -97,13 +106,24 @@ class Homecoming:
         takes_part = victim is not None and victim.managed and victim.active
         if victim is None or not takes_part or victim.uuid not in self.snapshot.books.holdings:
             return Amounts()
-        arrived, paid = self.arrived.get(victim.uuid, Amounts()), {}
+        arrived = self.arrived.get(victim.uuid, Amounts())
+        paid: Budget = {}
         for key, owed in loan.amounts.items():
             line = line_of(victim, key, self.snapshot)
             room = line.ceiling - line.held - arrived[key]
             most = max(0, min(owed, budget.get(key, 0), room))
+            if capability_of(key) is not None:
+                most = min(most, self._passing(victim, key, arrived, paid))
             paid[key] = most // line.granule * line.granule
         return Amounts(paid)
+
+    def _passing(self, victim: GuestState, key: Key, arrived: Amounts, paid: Budget) -> int:
+        """How many functions the victim can take back: it may have no port for them by now."""
+        if check_taker(victim, self.snapshot) is not None:
+            return 0
+        coming = sum(device_amounts(arrived + Amounts(paid)).values())
+        room = spare_ports(victim, self.snapshot) - coming
+        return max(0, min(room, self.passable.get(key, 0)))
 
 
 def repay_parts(
@@ -138,6 +158,8 @@ def settle(
     loan_ids: Sequence[LoanId],
     at: float,
     orders: Mapping[GuestId, tuple[int, ...]],
+    functions: Mapping[GuestId, tuple[HeldFunction, ...]] | None = None,
+    retired: Iterable[PciAddress] = (),
 ) -> Books:
     """The books after a committed decision.
 
@@ -153,6 +175,8 @@ def settle(
         loan_ids: one for each take; more are ignored.
         at: UNIX seconds.
         orders: pCPU order of dedicated guests; where none is given the former one stays.
+        functions: PCIe functions afterwards, likewise (`Plan.functions`).
+        retired: functions that nobody gets again before an operator says so (`Plan.retired`).
 
     Raises:
         ValueError: fewer ids than takes.
@@ -160,7 +184,8 @@ def settle(
     if len(loan_ids) < len(decision.takes):
         raise ValueError(f"{len(decision.takes)} takes need as many loan ids: {loan_ids!r}")
     draft = _Draft(books)
-    draft.move(decision, orders)
+    draft.move(decision, orders, functions or {})
+    draft.retire(retired, at)
     draft.pay(decision)
     if grant is not None:
         draft.end_grant(grant, (grant.amounts + decision.delta).positive())
@@ -206,11 +231,27 @@ class _Draft:
         self.grants = dict(books.grants)
         self.loans = dict(books.loans)
         self.residues = books.residues
+        self.quarantine = dict(books.quarantine)
 
     def finish(self) -> Books:
-        return Books(self.generation + 1, self.holdings, self.grants, self.loans, self.residues)
+        return Books(
+            self.generation + 1, self.holdings, self.grants, self.loans, self.residues,
+            self.quarantine,
+        )  # fmt: skip
 
-    def move(self, decision: Decision, orders: Mapping[GuestId, tuple[int, ...]]) -> None:
+    def retire(self, addresses: Iterable[PciAddress], at: float) -> None:
+        """Functions that a guest had, of a pool that is used once only."""
+        for address in addresses:
+            why = "a guest had it, and its pool is one_time_use"
+            remedy = f"check it, then virtfabric devices release {address}"
+            self.quarantine[address] = Quarantine(address, why, remedy, at)
+
+    def move(
+        self,
+        decision: Decision,
+        orders: Mapping[GuestId, tuple[int, ...]],
+        functions: Mapping[GuestId, tuple[HeldFunction, ...]],
+    ) -> None:
         """Holdings: the guest's delta, what victims gave, what came home."""
         moves = [(decision.guest, decision.delta)]
         moves += [(take.victim, -take.amounts) for take in decision.takes]
@@ -223,6 +264,9 @@ class _Draft:
         for guest, order in orders.items():
             if guest in self.holdings:
                 self.holdings[guest] = replace(self.holdings[guest], order=tuple(order))
+        for guest, held in functions.items():
+            if guest in self.holdings:
+                self.holdings[guest] = replace(self.holdings[guest], functions=tuple(held))
         if not self.holdings[decision.guest].amounts:
             del self.holdings[decision.guest]
 

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from virtfabric.model.plan import Offer
 from virtfabric.model.policy import Smt
 from virtfabric.model.units import CpuSet
+from virtfabric.policy.nearness import distance
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Sequence
@@ -27,11 +28,6 @@ COST_WORDS: Final = ("distance to its memory", "cores broken", "vCPUs moved", "h
 OFFERS_SHOWN: Final = 4
 NODES_NEARBY: Final = 3
 """How many nodes are looked at for a guest that has a place already."""
-
-_LOCAL: Final = 10
-"""SLIT's distance of a node to itself (ACPI 6.5, 5.2.17)."""
-_REMOTE: Final = 20
-"""The kernel's REMOTE_DISTANCE (include/linux/topology.h), where firmware gives no SLIT."""
 
 
 @dataclass(frozen=True)
@@ -69,8 +65,7 @@ class Terrain:
 
     def distance(self, a: int, b: int) -> int:
         """How much farther than local node `b` is from node `a`, in SLIT units."""
-        known = self.topology.nodes[a].distances if a in self.topology.nodes else {}
-        return max(0, known.get(b, _LOCAL if a == b else _REMOTE) - _LOCAL)
+        return distance(self.topology, a, b)
 
     def nearest(self, homes: Iterable[int]) -> list[int]:
         """Nodes with managed pCPUs, nearest to any of `homes` first."""

@@ -10,9 +10,12 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
+from virtfabric.model.device import device_key
 from virtfabric.model.guest import MemoryMechanism, RunState
 from virtfabric.model.policy import GuestPolicy, Placement
 from virtfabric.model.units import MIB
+from virtfabric.policy.deviceterms import device_bounds
+from virtfabric.policy.stock import Stock, device_amounts
 
 if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
@@ -24,7 +27,8 @@ if TYPE_CHECKING:
 CPU_KEY: Final = Key(CPU)
 MEMORY_KEY: Final = Key(MEMORY)
 KEYS: Final = (CPU_KEY, MEMORY_KEY)
-"""Every coordinate that has rules here, in the order in which decisions treat them."""
+"""The coordinates that every guest has, in the order in which decisions treat them; those that
+count functions by capability follow."""
 
 WHOLE_CPU: Final = 1000
 LEAST_CPU: Final = 100
@@ -94,11 +98,13 @@ def held_of(snapshot: HostSnapshot, guest: GuestId) -> Amounts:
 
 
 def line_of(guest: GuestState, key: Key, snapshot: HostSnapshot) -> Line:
-    """A guest's standing for one of `KEYS`."""
+    """A guest's standing for one coordinate."""
     held = held_of(snapshot, guest.uuid)[key]
     policy, lends = guest.policy or _NO_POLICY, snapshot.lend_ballooned
     if key.resource == CPU:
         return Line(held, *cpu_bounds(guest), policy.cpu.shares, 0, prepaid=False)
+    if key.resource != MEMORY:
+        return Line(held, *device_bounds(guest, key, held, snapshot), 1, 1)
     virtio, balloon = guest.mechanism is _VIRTIO_MEM, guest.mechanism is _BALLOON
     return Line(
         held,
@@ -140,10 +146,19 @@ def memory_bounds(guest: GuestState, *, lends: bool) -> tuple[int, int, int]:
             end = floor + (most - floor) // granule * granule
             floor = min(end, floor - (floor - int(policy.reservation)) // granule * granule)
     elif guest.mechanism is _BALLOON:
+        # vfio-pci pins all of it: an inflated balloon would free nothing
+        lends = lends and not guest.devices
         floor = min(max(int(policy.reservation), LEAST_BALLOONED), most) if lends else most
     else:
         floor = max(most, int(guest.memory_current))
     return floor, ceiling if ceiling > floor else floor, granule
+
+
+def keys_of(guest: GuestState, snapshot: HostSnapshot) -> tuple[Key, ...]:
+    """The coordinates that mean something to a guest: capabilities that it has or wishes for."""
+    wishes = guest.policy.devices if guest.policy else ()
+    keys = {device_key(wish.capability) for wish in wishes}
+    return (*KEYS, *sorted(keys.union(device_amounts(held_of(snapshot, guest.uuid)))))
 
 
 def floor_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
@@ -151,9 +166,10 @@ def floor_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
 
     CPU: the reservation, for a dedicated guest in whole CPUs and at least one, for a shared one at
     least `LEAST_CPU`; never more than its vCPUs can use. Memory: boot memory with virtio-mem; all
-    of it with a fixed size, or with a balloon that may not be lent from.
+    of it with a fixed size, or with a balloon that may not be lent from. Functions: those that it
+    holds and its policy asks for, unless they are reclaimable.
     """
-    return Amounts({key: line_of(guest, key, snapshot).floor for key in KEYS})
+    return Amounts({k: line_of(guest, k, snapshot).floor for k in keys_of(guest, snapshot)})
 
 
 def ceiling_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
@@ -161,7 +177,7 @@ def ceiling_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
 
     Never below its floor. CPU of a dedicated guest is rounded down to whole CPUs.
     """
-    return Amounts({key: line_of(guest, key, snapshot).ceiling for key in KEYS})
+    return Amounts({k: line_of(guest, k, snapshot).ceiling for k in keys_of(guest, snapshot)})
 
 
 def _block_of(guest: GuestState) -> int:
@@ -189,7 +205,8 @@ def charge_of(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -
             memory=_stray_memory(guest) + int(snapshot.capacity.overhead),
         )
     memory = _memory_charge(guest, held[MEMORY_KEY], lends=snapshot.lend_ballooned)
-    return Amounts.of(cpu=held[CPU_KEY], memory=memory + int(snapshot.capacity.overhead))
+    cost = {CPU_KEY: held[CPU_KEY], MEMORY_KEY: memory + int(snapshot.capacity.overhead)}
+    return Amounts(cost | device_amounts(held))
 
 
 def _memory_charge(guest: GuestState, held: int, *, lends: bool) -> int:
@@ -225,9 +242,12 @@ def _stray_cpu(guest: GuestState, capacity: Capacity, everywhere: CpuSet) -> int
 
 
 def capacity_of(snapshot: HostSnapshot) -> Amounts:
-    """What may be granted in all."""
+    """What may be granted in all: of functions, those in stock and those that are held."""
     capacity = snapshot.capacity
-    return Amounts.of(cpu=len(capacity.cpus) * WHOLE_CPU, memory=int(capacity.grantable_memory))
+    total = Amounts.of(cpu=len(capacity.cpus) * WHOLE_CPU, memory=int(capacity.grantable_memory))
+    if not snapshot.devices.pools:
+        return total
+    return total + Amounts(Stock(snapshot).capacity())
 
 
 class Tally(NamedTuple):
@@ -239,12 +259,14 @@ class Tally(NamedTuple):
         held: what each of them holds, one column per resource; 0 without a holding.
         engaged: those that nothing can be taken from now: another plan or a job works on them,
             they are not running yet, or not in the books yet.
+        without: a guest that is left out.
     """
 
     free: Amounts
     guests: list[GuestState]
     held: dict[Key, list[int]]
     engaged: set[GuestId]
+    without: GuestId | None = None
 
 
 def tally(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Tally:
@@ -295,7 +317,21 @@ def tally(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Tally:
     memory += sum(r.amount for r in snapshot.books.residues if _is_counted(r, without))
     used = Amounts.of(cpu=cpu, memory=memory) + snapshot.pending
     held = {CPU_KEY: cpus, MEMORY_KEY: memories}
-    return Tally(capacity_of(snapshot) - used, known, held, engaged)
+    if snapshot.devices.pools:
+        used = used + _held_functions(snapshot, without)
+        for key in Stock(snapshot).keys:
+            held[key] = [held_of(snapshot, guest.uuid)[key] for guest in known]
+    return Tally(capacity_of(snapshot) - used, known, held, engaged, without)
+
+
+def _held_functions(snapshot: HostSnapshot, without: GuestId | None) -> Amounts:
+    """Functions of everyone, by capability; a guest that does not run holds its own as well."""
+    total: dict[Key, int] = {}
+    for uuid, holding in snapshot.books.holdings.items():
+        if holding.functions and uuid != without:
+            for key, count in device_amounts(holding.amounts).items():
+                total[key] = total.get(key, 0) + count
+    return Amounts(total)
 
 
 def _is_counted(residue: Residue, without: GuestId | None) -> bool:

@@ -9,10 +9,18 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from virtfabric.model.amounts import MEMORY, Amounts, Key, format_amount
+from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key, format_amount
 from virtfabric.model.decision import Consideration, Take, Verdict
 from virtfabric.model.guest import MemoryMechanism, RunState
-from virtfabric.policy.standing import Tally, cpu_bounds, memory_bounds
+from virtfabric.policy.deviceterms import wish_of
+from virtfabric.policy.standing import (
+    Tally,
+    cpu_bounds,
+    held_of,
+    line_of,
+    memory_bounds,
+)
+from virtfabric.policy.stock import Stock
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
@@ -116,6 +124,8 @@ def survey(
         key: the contended resource.
         caps: as for `arbiter.choose_allocation`.
     """
+    if key.resource not in (CPU, MEMORY):
+        return _survey_functions(snapshot, counted, borrower, key, caps)
     highest = borrower.policy.priority if borrower.policy else 0
     lends, is_memory = snapshot.lend_ballooned, key.resource == MEMORY
     candidates: list[Candidate] = []
@@ -143,6 +153,53 @@ def survey(
             others.append(Consideration(uuid, guest.name, key, why, priority, held, floor, 0))
     candidates.sort()
     return Survey(key, candidates, others)
+
+
+def _survey_functions(
+    snapshot: HostSnapshot,
+    counted: Tally,
+    borrower: GuestState,
+    key: Key,
+    caps: Mapping[GuestId, Amounts],
+) -> Survey:
+    """As `survey`: taking a function is disruptive, so only where the victim's policy allows it."""
+    highest = borrower.policy.priority if borrower.policy else 0
+    stock = Stock(snapshot)
+    candidates: list[Candidate] = []
+    others: list[Consideration] = []
+    for guest in counted.guests:
+        uuid, line = guest.uuid, line_of(guest, key, snapshot)
+        if uuid == borrower.uuid:
+            continue
+        verdict, priority = _exclusion(guest, highest, counted.engaged)
+        give = 0
+        if verdict is None and line.held:
+            give, verdict = _detachable(stock, guest, key)
+            give = min(give, line.slack, caps[uuid][key] if key in caps.get(uuid, ()) else give)
+        if give > 0:
+            held, floor = line.held, line.floor
+            candidates.append(
+                Candidate(priority, floor - held, uuid, guest.name, held, floor, 1, give)
+            )
+        else:
+            others.append(
+                Consideration(
+                    uuid, guest.name, key, verdict or _AT_FLOOR, priority, line.held, line.floor, 0
+                )
+            )
+    candidates.sort()
+    return Survey(key, candidates, others)
+
+
+def _detachable(stock: Stock, guest: GuestState, key: Key) -> tuple[int, Verdict | None]:
+    """How many functions it may be asked for; why none can be had."""
+    wish = wish_of(guest, key)
+    if wish is None or not wish.reclaimable:
+        return 0, Verdict.NO_MECHANISM
+    if guest.state is not _RUNNING:
+        return 0, _BUSY
+    count = stock.detachable(guest.uuid, key)
+    return count, None if count else Verdict.NO_MECHANISM
 
 
 def _exclusion(
@@ -182,10 +239,23 @@ class Market:
     gifts: dict[GuestId, dict[Key, int]] = field(default_factory=dict)
     considered: list[Consideration] = field(default_factory=list)
     _surveys: dict[Key, Survey] = field(default_factory=dict)
+    _stock: Stock | None = None
+
+    @property
+    def stock(self) -> Stock:
+        """The functions that nobody holds."""
+        if self._stock is None:
+            self._stock = Stock(self.snapshot)
+        return self._stock
 
     def free_of(self, key: Key) -> int:
-        """What free capacity has of it, at least 0."""
-        return max(0, self.counted.free[key])
+        """What free capacity has of it for this borrower, at least 0."""
+        free = self.counted.free[key]
+        if free > 0 and key.resource not in (CPU, MEMORY):
+            own = self.counted.without == self.borrower.uuid
+            held = held_of(self.snapshot, self.borrower.uuid)[key] if own else 0
+            free = min(free, held + len(self.stock.open_to(self.borrower.uuid, key)))
+        return max(0, free)
 
     def survey(self, key: Key) -> Survey:
         """Every other guest, looked at once."""
