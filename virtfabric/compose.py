@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Self
 from virtfabric.adapters.clock import SystemClock
 from virtfabric.adapters.hook_socket import HookServer, read_missed_calls
 from virtfabric.adapters.libvirt import open_libvirt
+from virtfabric.adapters.pci.inventory import SysfsDeviceTree
 from virtfabric.adapters.simulated.machines import small_host
 from virtfabric.adapters.sqlite.audit import SqliteAuditLog
 from virtfabric.adapters.sqlite.journal import SqliteJournal
@@ -146,7 +147,8 @@ class Composition:
         self._stack.callback(audit.close)
         topology = outside.host.read_topology()
         world = World(
-            guests=outside.guests, devices=outside.devices, policies=outside.policies, events=outside.events,
+            guests=outside.guests, devices=outside.devices, policies=outside.policies,
+            events=outside.events,
             handlers=outside.handlers, journal=journal, audit=audit, clock=outside.clock,
             load=outside.load, stats=outside.stats,
         )  # fmt: skip
@@ -169,15 +171,15 @@ class Composition:
         opened = open_libvirt(self.config.agent.uri)
         self._stack.callback(opened.close)
         return _Outside(
-            opened.host, opened.guests, opened.policy, opened.events, opened.handlers,
-            SystemClock(), PsutilLoad(), opened.stats, opened.version,
+            opened.host, opened.guests, SysfsDeviceTree(), opened.policy, opened.events,
+            opened.handlers, SystemClock(), PsutilLoad(), opened.stats, opened.version,
         )  # fmt: skip
 
     def _open_simulated(self) -> _Outside:
         host = small_host(SystemClock())
         return _Outside(
-            host, host, host, host.events, host.handlers, host.clock, host.load, host.stats,
-            "simulated",
+            host, host, host.devices, host, host.events, host.handlers, host.clock,
+            host.load, host.stats, "simulated",
         )  # fmt: skip
 
     def start(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.cli.arguments import CPU_WANT, DURATION, MEMORY_WANT
+from virtfabric.cli.arguments import CPU_WANT, DEVICE_WANT, DURATION, MEMORY_WANT
 from virtfabric.cli.screen import print_json, print_lines
 from virtfabric.cli.session import DONE, ask, run_job
 from virtfabric.cli.tables import outcome_lines, plan_lines
@@ -18,12 +18,15 @@ def _wants(args: argparse.Namespace) -> dict[str, str]:
         "cpu": args.cpu, "memory": args.memory, "for": args.lease, "deadline": args.deadline,
         "key": args.key, "partial": "yes" if args.partial else None,
     }  # fmt: skip
-    return {name: value for name, value in given.items() if value is not None}
+    devices = dict(args.device or ())
+    return {name: value for name, value in given.items() if value is not None} | devices
 
 
 def _allocate(args: argparse.Namespace) -> int:
-    if args.cpu is None and args.memory is None:
-        args.parser.error("give --cpu, --memory or both")
+    if args.cpu is None and args.memory is None and not args.device:
+        args.parser.error("give --cpu, --memory or --device")
+    if args.device and len(dict(args.device)) < len(args.device):
+        args.parser.error("one --device for each capability: net.vf:+2, not net.vf twice")
     wants = _wants(args)
     if args.dry_run:
         plan = ask(args, "Plan", args.guest, wants)
@@ -55,13 +58,17 @@ def add_parsers(subparsers: Any) -> None:
         description="Bring a running guest to an amount, or change it by one. Free capacity is\n"
         "used first, then guests of lower priority pay. All or nothing, unless\n"
         "--partial. Ctrl-C cancels and undoes.",
-        example="virtfabric allocate db --cpu +2 --memory +4G --for 10m",
+        example="virtfabric allocate db --cpu +2 --memory +4G --device net.vf --for 10m",
     )
     parser.add_argument("guest", help="name or UUID")
     parser.add_argument("--cpu", type=CPU_WANT, metavar="N|+N|-N", help="CPUs: 2, +1, -0.5, +500m")
     parser.add_argument(
         "--memory", type=MEMORY_WANT, metavar="SIZE|+SIZE|-SIZE", help="memory: 4G, +64M, -512MiB"
     )
+    parser.add_argument(
+        "--device", type=DEVICE_WANT, action="append", metavar="CAP[:N|:+N|:-N]",
+        help="PCIe functions: net.vf (one more), net.vf:2 (two in all), net.vf:-1; may be repeated",
+    )  # fmt: skip
     parser.add_argument(
         "--for", dest="lease", type=DURATION, metavar="TIME",
         help="a lease: it ends by itself after 90s, 10m, 2h...",

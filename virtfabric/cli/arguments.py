@@ -7,7 +7,13 @@ import re
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
-from virtfabric.daemon.intake import parse_duration, parse_policy_changes, parse_want
+from virtfabric.daemon.intake import (
+    DEVICE,
+    parse_device,
+    parse_duration,
+    parse_policy_changes,
+    parse_want,
+)
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.units import Bytes, MilliCpu
 
@@ -80,6 +86,14 @@ def _memory(text: str) -> str:
     return text
 
 
+def _device(text: str) -> tuple[str, str]:
+    """`net.vf`, `net.vf:2`, `net.vf:-1`: key and value of what is wanted."""
+    capability, colon, amount = text.partition(":")
+    key, want = f"{DEVICE}{capability}", amount if colon else "+1"
+    parse_device(key, want)
+    return key, want
+
+
 def _duration(text: str) -> str:
     parse_duration(text, field="")
     return text
@@ -116,4 +130,5 @@ def check_policy(changes: dict[str, str]) -> None:
 
 CPU_WANT: Final = _checked(_cpu)
 MEMORY_WANT: Final = _checked(_memory)
+DEVICE_WANT: Final = _checked(_device)
 DURATION: Final = _checked(_duration)

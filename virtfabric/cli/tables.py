@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from virtfabric.cli.screen import Table
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.units import Bytes, CpuSet, MilliCpu
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable
 
 Json = dict[str, Any]
 
@@ -31,6 +34,8 @@ def _cpu(value: int | None) -> str:
 def _residue(residue: Json) -> str:
     if residue["what"] == "memory":
         return f"{_memory(residue['amount'])} memory"
+    if residue["what"] == "device":
+        return f"{residue['amount']} PCIe function(s)"
     return f"{MilliCpu(residue['amount'])} vCPU"
 
 
@@ -115,7 +120,20 @@ def _remarks(guest: Json) -> str:
     if guest["job"]:
         found.append(f"busy: {guest['job']}")
     found += [f"still holds {_residue(r)}" for r in guest["residues"]]
+    for device in guest.get("devices", ()):
+        if not device["attached"]:
+            found.append(f"{device['address']} is reserved, not attached")
+        elif not device["ours"]:
+            found.append(f"{device['address']} was attached by somebody else")
     return "; ".join(found)
+
+
+def _functions(devices: Iterable[Json]) -> str:
+    """`net.vf 0000:3b:10.1, 0000:3b:10.2`."""
+    by_capability: dict[str, list[str]] = {}
+    for device in devices:
+        by_capability.setdefault(device["capability"] or "by hand", []).append(device["address"])
+    return "; ".join(f"{c} {', '.join(a)}" for c, a in by_capability.items()) or "-"
 
 
 def guest_table(guests: list[Json]) -> Table:
@@ -125,13 +143,14 @@ def guest_table(guests: list[Json]) -> Table:
             g["name"], g["state"], "-" if g["priority"] is None else str(g["priority"]),
             g["placement"] or "-", _entitlement(g["cpu"], memory=False),
             f"{g['cpu']['vcpus_online']}/{g['cpu']['vcpus_max']}", g["cpus"] or "-",
-            _entitlement(g["memory"], memory=True), _memory(g["memory"]["current"]), _remarks(g),
+            _entitlement(g["memory"], memory=True), _memory(g["memory"]["current"]),
+            _functions(g.get("devices", ())), _remarks(g),
         )
         for g in guests
     ]  # fmt: skip
     columns = (
         "guest", "state", "prio", "placement", "CPU res/grant/limit", "vCPUs", "pCPUs",
-        "memory res/grant/limit", "current", "remarks",
+        "memory res/grant/limit", "current", "devices", "remarks",
     )  # fmt: skip
     return Table("guests", columns, tuple(rows), frozenset({"prio", "vCPUs", "current"}))
 
@@ -237,6 +256,15 @@ def outcome_lines(subject: str, result: Json) -> list[str]:
     return lines
 
 
+def _blast_lines(device: Json) -> list[str]:
+    """Who would notice that a function changes hands: what each shares with it."""
+    lines = [f"  {device['name']} would get {device['address']} ({device['capability']})"]
+    for other in device["shares"]:
+        who = other["holder"] or "; ".join(other["uses"]) or other["driver"] or "no driver"
+        lines.append(f"    shares the {other['what']} with {other['address']} ({who})")
+    return lines if device["shares"] else [*lines, "    shares nothing with any other function"]
+
+
 def plan_lines(subject: str, plan: Json) -> list[str]:
     """What `--dry-run` prints: decision, and exactly the steps."""
     decision = plan["decision"]
@@ -257,5 +285,7 @@ def plan_lines(subject: str, plan: Json) -> list[str]:
         for c in decision["considered"]
     ]
     lines += [f"  offer: {o['text']}" for o in plan["offers"] if o.get("text")]
+    for device in plan.get("devices") or ():
+        lines += _blast_lines(device)
     lines.append(f"  steps at generation {plan['generation']}:")
     return lines + [f"  {n}. {s['text']}" for n, s in enumerate(plan["steps"], 1)]

@@ -6,7 +6,7 @@ Owns the quarantine's entries and what plans leave behind. It decides nothing an
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from virtfabric.daemon.undertaking import new_request
 from virtfabric.model.amounts import Amounts

@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from virtfabric.daemon.custody import departed
 from virtfabric.daemon.intake import parse_policy_changes
 from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.domxml.policy import format_bare_policy, format_policy
@@ -20,7 +21,6 @@ from virtfabric.model.plan import Definition, SetPolicy
 from virtfabric.model.policy import Placement
 from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
 from virtfabric.policy.arbiter import choose_admission, choose_allocation
-from virtfabric.policy.loans import depart
 from virtfabric.policy.placement import plan_convergence, plan_decision, plan_lift
 from virtfabric.policy.standing import ceiling_of, floor_of
 

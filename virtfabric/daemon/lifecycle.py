@@ -147,24 +147,24 @@ class Lifecycle:
                 self.enqueue(partial(self.resync, place=True))
             case "disconnected":
                 self._notices.publish("agent.disconnected", {"why": event.detail})
-            case "stopped" if event.guest:
-                guest = event.guest
+            case _ if event.guest:
+                self._on_guest_event(event, event.guest)
+
+    def _on_guest_event(self, event: Event, guest: GuestId) -> None:
+        match event.kind.value:
+            case "stopped":
                 self._observatory.mark_stopped(guest)
                 self.enqueue(partial(self.depart, guest), guest)
-            case "started" | "resumed" if event.guest:
-                guest = event.guest
+            case "started" | "resumed":
                 self.enqueue(partial(self.settle_in, guest), guest)
-            case "device-removed" if event.guest:
-                guest = event.guest
+            case "device-removed":
                 self.enqueue(partial(self.devices.removed, guest, event.detail), guest)
-            case "suspended" if event.guest:
-                guest = event.guest
+            case "suspended":
                 self.enqueue(partial(self._look_again, guest), guest)
                 self.enqueue(partial(self.devices.paused, guest), guest)
             case "metadata" if event.detail == MARK_NAMESPACE:
                 pass  # our own hand: each placement may write the mark
-            case _ if event.guest:
-                guest = event.guest
+            case _:
                 self.enqueue(partial(self._look_again, guest), guest)
 
     def _look_again(self, guest: GuestId) -> None:

@@ -63,10 +63,17 @@ def _committed(body: Mapping[str, Any]) -> Iterable[str]:
     for loan in body.get("loans", []):
         yield f"  loan opened: {loan}"
     for residue in body.get("residues", []):
-        amount = (
-            Bytes(residue["amount"]) if residue["what"] == "memory" else residue["amount"] // 1000
-        )
-        yield f"  residue: {residue['what']} {amount} ({residue['detail']})"
+        yield f"  residue: {residue['what']} {_residue(residue)} ({residue['detail']})"
+
+
+def _residue(residue: Mapping[str, Any]) -> str:
+    match residue["what"]:
+        case "memory":
+            return str(Bytes(residue["amount"]))
+        case "vcpu":
+            return str(residue["amount"] // 1000)
+        case _:
+            return str(residue["amount"])
 
 
 def _refused(body: Mapping[str, Any]) -> Iterable[str]:
@@ -83,12 +90,37 @@ def _undone(body: Mapping[str, Any]) -> Iterable[str]:
         yield f"  could not undo yet: {line}"
 
 
+def _lost(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body['name']} lost {body['address']} ({body['capability']}): {body['why']}"
+
+
+def _quarantined(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body['address']} went to quarantine: {body['why']}"
+
+
+def _freed(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body['address']} left quarantine, where it was because {body['why']}"
+
+
+def _device_released(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body['by']} let {body['address']} out of quarantine"
+
+
+def _halted(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body['name']} was stopped by an error while it had {body['functions']}"
+
+
 _TELLERS = {
     "plan.begun": _begun,
     "plan.committed": _committed,
     "request.refused": _refused,
     "plan.undone": _undone,
     "plan.recovered": _undone,
+    "device.lost": _lost,
+    "device.quarantined": _quarantined,
+    "device.freed": _freed,
+    "device.released": _device_released,
+    "device.guest-halted": _halted,
 }
 
 

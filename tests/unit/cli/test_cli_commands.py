@@ -38,6 +38,8 @@ def inside(served, capsys):
         (["audit", "--verify"], ["the chain of 1 records is whole"]),
         (["drift"], ["vcpu 0 affinity", "0-3"]),
         (["jobs"], ["jobs"]),
+        (["devices"], ["0000:3b:10.1", "quarantined", "it could not be reset; power cycle it"]),
+        (["devices", "--tree"], ["0000:3b:10.1  Ethernet", "[net.vf]"]),
     ],
 )
 def test_reading_commands_print_text_and_json(inside, command, words):

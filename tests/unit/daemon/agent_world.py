@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import threading
 import time
 from dataclasses import dataclass, field
@@ -28,6 +29,7 @@ from virtfabric.model.units import GIB, MIB, Bytes, CpuSet, MilliCpu
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
+    from virtfabric.adapters.simulated.devices import SimulatedFunction
     from virtfabric.model.step import Step
     from virtfabric.ports import Handlers, StepHandler
 
@@ -205,10 +207,13 @@ class AgentWorld:
     overhead_mib: int = 16
     sample_interval_s: float = 3600.0
     settings: dict[str, Any] = field(default_factory=dict)
+    functions: tuple[SimulatedFunction, ...] = ()
 
     def __post_init__(self) -> None:
         topology = make_topology(cores=self.cores, threads=self.threads)
-        self.host: SimulatedHost = build_simulated_host(topology, self.specs)
+        self.host: SimulatedHost = build_simulated_host(
+            topology, self.specs, functions=copy.deepcopy(self.functions)
+        )
         self.clock = LeapingClock()
         self.host.clock = self.clock
         self.topology = topology
@@ -232,7 +237,8 @@ class AgentWorld:
         self._process = Process()
         host = self._process.wrap(self.host, GONE)
         world = World(
-            guests=host, policies=host, events=self.host.events,
+            guests=host, devices=self._process.wrap(self.host.devices, GONE), policies=host,
+            events=self.host.events,
             handlers=_Handlers(self._process, self.host.handlers),
             journal=self._process.wrap(self.journal, CUT_OFF),
             audit=self._process.wrap(self.audit, CUT_OFF),

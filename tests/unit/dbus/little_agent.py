@@ -86,6 +86,17 @@ POLICY = {
     "memory": {"reservation": GIB // 2, "limit": None, "shares": 100, "tiers": ["dram"]},
     "devices": [],
 }  # fmt: skip
+DEVICE = {
+    "address": "0000:3b:10.1", "ids": "8086:10ca", "class": "020000", "driver": "vfio-pci",
+    "node": 0, "group": 12, "pf": "0000:3b:00.0", "vfs": [], "vfs_max": 0,
+    "link": {"speed": 8000, "width": 4, "speed_max": 8000, "width_max": 4}, "resets": ["flr"],
+    "acs": None, "uses": [], "capability": "net.vf", "holder": None,
+    "quarantine": {
+        "address": "0000:3b:10.1", "why": "it could not be reset", "remedy": "power cycle it",
+        "since": 1.7e9, "found": {},
+    },
+    "obstacles": [], "shares": [], "interfaces": [], "parent": None, "bridge": False,
+}  # fmt: skip
 RECORD = {
     "sequence": 1, "at": 1.7e9, "kind": "request.granted", "subjects": ["r1"], "body": {},
     "mac": "aa",
@@ -113,6 +124,17 @@ PLAN = {
     },
     "steps": [{"text": "batch: cap at 1 CPU", "data": {"kind": "set-quota"}}],
     "offers": [{"text": "beside its node", "chosen": True}], "generation": 17,
+    "devices": [
+        {
+            "guest": DB, "name": "db", "capability": "net.vf", "address": "0000:3b:10.1",
+            "shares": [
+                {
+                    "address": "0000:3b:10.2", "what": "group", "driver": "vfio-pci",
+                    "holder": "batch", "uses": [],
+                }
+            ],
+        }
+    ],
 }  # fmt: skip
 
 
@@ -153,6 +175,16 @@ class LittleAgent:
     def loans(self, caller):
         self._see(caller)
         return [LOAN]
+
+    def devices(self, caller):
+        self._see(caller)
+        return [DEVICE]
+
+    def device_release(self, caller, address):
+        self._see(caller)
+        if address != DEVICE["address"]:
+            raise RefusedError(Refusal(Reason.UNKNOWN_ID, f"{address} is not in quarantine"))
+        return {"job": self.jobs_.start("release", lambda *_: {"steps": ["reset"]}).id}
 
     def _policy(self, job=None):
         return {
