@@ -87,6 +87,7 @@ class Faults:
         gives: bytes that a guest will still give up when asked, all shrinking taken together.
         takes: bytes that a guest will still accept when it grows.
         keeps_vcpus: guests whose vCPUs do not leave.
+        keeps_functions: guests that ignore the request to let a PCI function go.
     """
 
     def __init__(self) -> None:
@@ -95,6 +96,7 @@ class Faults:
         self.gives: dict[GuestId, int] = {}
         self.takes: dict[GuestId, int] = {}
         self.keeps_vcpus: set[GuestId] = set()
+        self.keeps_functions: set[GuestId] = set()
 
     def add(self, fault: Fault) -> Fault:
         """Let a fault wait; returns it."""
@@ -111,6 +113,7 @@ class Faults:
             self.gives.clear()
             self.takes.clear()
             self.keeps_vcpus.clear()
+            self.keeps_functions.clear()
 
     def strike(self, phase: Phase, step: Step) -> Fault | None:
         """The fault that strikes here, counted; None for a quiet life."""

@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.domxml.policy import format_bare_policy, parse_bare_policy
+from virtfabric.model.device import GuestDevice
 from virtfabric.model.guest import (
     GuestState,
     MemoryMechanism,
@@ -22,6 +23,7 @@ from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.units import MIB, Bytes, CpuSet
 
 if TYPE_CHECKING:
+    from virtfabric.model.device import PciAddress
     from virtfabric.model.ids import GuestId
     from virtfabric.model.policy import GuestPolicy
 
@@ -54,6 +56,8 @@ class GuestSpec:
         devices: makes it a virtio-mem guest.
         balloon: whether memory moves by balloon; never together with devices.
         config_pins: vCPU number -> pCPUs, pinned by the operator.
+        functions: PCI functions that its definition names by hand.
+        ports: PCIe ports for devices that come while it runs.
     """
 
     uuid: GuestId
@@ -68,6 +72,9 @@ class GuestSpec:
     config_pins: dict[int, CpuSet] = field(default_factory=dict)
     numa_mode: NumaMode | None = None
     numa_nodes: CpuSet = _ANY_NODE
+    functions: tuple[GuestDevice, ...] = ()
+    ports: int = 4
+    locked_memory: bool = False
     persistent: bool = True
     running: bool = True
 
@@ -86,6 +93,7 @@ class Hardware:
     Attributes:
         quota_us: the whole guest's, -1 for none.
         policy: metadata of the live definition, as text.
+        functions: PCI functions that came while it runs, with their aliases.
     """
 
     vcpus: int
@@ -98,10 +106,16 @@ class Hardware:
     shares: int | None = None
     mark: PinMark = NO_MARK
     policy: str = ""
+    functions: dict[PciAddress, str] = field(default_factory=dict)
 
     def copy(self) -> Hardware:
         """An independent copy."""
-        return replace(self, affinity=dict(self.affinity), devices=dict(self.devices))
+        return replace(
+            self,
+            affinity=dict(self.affinity),
+            devices=dict(self.devices),
+            functions=dict(self.functions),
+        )
 
     @property
     def memory(self) -> int:
@@ -110,13 +124,18 @@ class Hardware:
 
 
 class SimulatedGuest:
-    """A defined guest; not thread-safe, its host locks."""
+    """A defined guest; not thread-safe, its host locks.
+
+    Attributes:
+        unplugging: functions that it was asked to let go and has not yet.
+    """
 
     def __init__(self, spec: GuestSpec, cpus: CpuSet) -> None:
         self.spec = spec
         self.state = RunState.SHUTOFF
         self.pid: int | None = None
         self.job: str | None = None
+        self.unplugging: set[PciAddress] = set()
         self._cpus = cpus
         self.said = self._fresh()
         self.real = self._fresh()
@@ -130,6 +149,7 @@ class SimulatedGuest:
     def stop(self) -> None:
         """No process, no job."""
         self.pid = self.job = None
+        self.unplugging.clear()
         self.state = RunState.SHUTOFF
         self.said, self.real = self._fresh(), self._fresh()
 
@@ -150,6 +170,15 @@ class SimulatedGuest:
     def device(self, alias: str) -> MemoryDevice | None:
         """The device of this alias."""
         return next((d for d in self.spec.devices if d.alias == alias), None)
+
+    @property
+    def free_ports(self) -> int:
+        """How many functions can still come."""
+        return self.spec.ports - len(self.real.functions)
+
+    def _devices(self) -> tuple[GuestDevice, ...]:
+        came = tuple(GuestDevice(a, alias) for a, alias in sorted(self.said.functions.items()))
+        return (*self.spec.functions, *came)
 
     def nodes_used(self, first_node: int) -> dict[int, int]:
         """Bytes taken on each node."""
@@ -200,6 +229,10 @@ class SimulatedGuest:
             marked_pins=said.mark,
             policy_text=said.policy if active else write_policy(spec.policy),
             config_policy_text=write_policy(spec.policy) if spec.persistent else "",
+            devices=self._devices(),
+            config_devices=spec.functions if spec.persistent else (),
+            free_ports=self.free_ports,
+            locked_memory=spec.locked_memory,
         )  # fmt: skip
 
     def _fresh(self) -> Hardware:

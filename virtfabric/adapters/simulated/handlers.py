@@ -58,7 +58,8 @@ class SimulatedHandler(Generic[S]):
 
     kind: str
     step_type: type[S]
-    event = EventKind.TUNABLE
+    event: EventKind | None = EventKind.TUNABLE
+    """What libvirt tells of such a change; None for nothing."""
     event_detail = ""
 
     def __init__(self, host: SimulatedHost) -> None:
@@ -71,9 +72,9 @@ class SimulatedHandler(Generic[S]):
         lost = self._occasion(Phase.APPLY, own, context)
         with self.host.lock:
             try:
-                self.bring(self.find(own), own, lost=lost)
+                self.change(own, lost=lost)
             finally:
-                self.host.tell(self.event, own.guest, self.event_detail)
+                self._tell(own)
         context.progress(1.0, own.describe())
         self._occasion(Phase.APPLIED, own, context)
 
@@ -82,7 +83,7 @@ class SimulatedHandler(Generic[S]):
         own = self._own(step)
         self._occasion(Phase.VERIFY, own)
         with self.host.lock:
-            if problem := self.differs(self.find(own), own):
+            if problem := self.compare(own):
                 raise VerificationError(f"{own.describe()}: {problem}")
         self._occasion(Phase.VERIFIED, own)
 
@@ -92,12 +93,24 @@ class SimulatedHandler(Generic[S]):
         try:
             self._occasion(Phase.UNDO, own)
             with self.host.lock:
-                left = self.give_back(self.find(own), own)
-                self.host.tell(self.event, own.guest, self.event_detail)
+                left = self.restore(own)
+                self._tell(own)
             self._occasion(Phase.UNDONE, own)
         except GuestGoneError:
             return 0
         return left
+
+    def change(self, step: S, *, lost: bool) -> None:
+        """Change to `after`; `lost`: only what libvirt says."""
+        self.bring(self.find(step), step, lost=lost)
+
+    def compare(self, step: S) -> str:
+        """How the kernel differs from `after`; empty when it does not."""
+        return self.differs(self.find(step), step)
+
+    def restore(self, step: S) -> int:
+        """Change to `before`; what remains."""
+        return self.give_back(self.find(step), step)
 
     def find(self, step: S) -> SimulatedGuest:
         """The guest, which has to run and to take changes."""
@@ -114,6 +127,10 @@ class SimulatedHandler(Generic[S]):
     def give_back(self, guest: SimulatedGuest, step: S) -> int:
         """Change to `before`; what remains."""
         raise NotImplementedError
+
+    def _tell(self, step: S) -> None:
+        if self.event is not None:
+            self.host.tell(self.event, step.guest, self.event_detail)
 
     def _own(self, step: Step) -> S:
         if not isinstance(step, self.step_type):

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.adapters.registry import HandlerRegistry
 from virtfabric.adapters.simulated.clock import SimulatedClock
+from virtfabric.adapters.simulated.devicehandlers import device_handlers
+from virtfabric.adapters.simulated.devices import SimulatedDevices
 from virtfabric.adapters.simulated.events import SimulatedEvents
 from virtfabric.adapters.simulated.faults import Faults
 from virtfabric.adapters.simulated.guest import GuestSpec, Hardware, SimulatedGuest, write_policy
@@ -29,6 +31,8 @@ from virtfabric.ports import Event, EventKind
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping
 
+    from virtfabric.adapters.simulated.devices import SimulatedFunction
+    from virtfabric.model.device import PciAddress
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import HostTopology
     from virtfabric.model.ids import GuestId
@@ -82,18 +86,25 @@ class SimulatedHost:
 
     Attributes:
         events, stats, load, handlers: `ports.EventSource`, `GuestStats`, `HostLoad`, `Handlers`.
+        devices: `ports.DeviceTree`.
         faults: what goes wrong.
         clock: what deadlines are measured by.
     """
 
-    def __init__(self, topology: HostTopology, clock: Clock | None = None) -> None:
+    def __init__(
+        self,
+        topology: HostTopology,
+        clock: Clock | None = None,
+        functions: Iterable[SimulatedFunction] = (),
+    ) -> None:
         self.lock = threading.RLock()
+        self.devices = SimulatedDevices(self.lock, functions)
         self.clock: Clock = clock or SimulatedClock()
         self.faults = Faults()
         self.events = SimulatedEvents()
         self.load = SimulatedLoad()
         self.stats = SimulatedStats(self)
-        self.handlers = HandlerRegistry(simulated_handlers(self))
+        self.handlers = HandlerRegistry((*simulated_handlers(self), *device_handlers(self)))
         self._topology = topology
         self._guests: dict[GuestId, SimulatedGuest] = {}
         self._connected = True
@@ -176,6 +187,7 @@ class SimulatedHost:
             found = self.defined(guest)
             if found.state is not RunState.SHUTOFF:
                 raise HypervisorError(f"{found.spec.name}: domain is already running")
+            self._adopt_functions(found)
             self._pid += _PIDS_APART
             found.start(self._pid)
             self.tell(EventKind.STARTED, guest, "booted")
@@ -187,9 +199,37 @@ class SimulatedHost:
             if found is None or found.state is RunState.SHUTOFF:
                 return
             found.stop()
+            self.devices.release(guest)
             self.tell(EventKind.STOPPED, guest, detail)
             if not found.spec.persistent:
                 del self._guests[guest]
+
+    def _adopt_functions(self, guest: SimulatedGuest) -> None:
+        """What its definition names: `managed='yes'` is bound by libvirt, else it has to be."""
+        for device in guest.spec.functions:
+            if device.managed:
+                self.devices.adopt(device.address, guest.spec.uuid)
+            else:
+                self.devices.open(device.address, guest.spec.uuid)
+
+    def let_go(self, guest: GuestId, address: PciAddress) -> None:
+        """A guest lets a function go, when it is asked or long after."""
+        with self.lock:
+            found = self.running(guest)
+            found.unplugging.discard(address)
+            found.said.functions.pop(address, None)
+            alias = found.real.functions.pop(address, None)
+            self.devices.release(guest, address)
+            if alias is not None:
+                self.tell(EventKind.DEVICE_REMOVED, guest, alias)
+
+    def remove_function(self, address: PciAddress) -> None:
+        """A function is taken out of the host without a word; its guest loses it."""
+        with self.lock:
+            for uuid, guest in self._guests.items():
+                if address in guest.real.functions:
+                    self.let_go(uuid, address)
+            self.devices.remove(address)
 
     def suspend_guest(self, guest: GuestId) -> None:
         """Pause its vCPUs."""
@@ -223,7 +263,8 @@ class SimulatedHost:
         assert isinstance(handler, SimulatedHandler)  # ours are all there are
         with self.lock:
             handler.bring(self.running(step.guest), step, lost=False)
-            self.tell(handler.event, step.guest)
+            if handler.event is not None:
+                self.tell(handler.event, step.guest)
 
     def disconnect(self) -> None:
         """Take libvirtd down: every call fails until `reconnect`. Guests run on."""
@@ -325,10 +366,13 @@ class SimulatedHost:
 
 
 def build_simulated_host(
-    topology: HostTopology, guests: Iterable[GuestSpec], clock: Clock | None = None
+    topology: HostTopology,
+    guests: Iterable[GuestSpec],
+    clock: Clock | None = None,
+    functions: Iterable[SimulatedFunction] = (),
 ) -> SimulatedHost:
     """A host with these guests defined, and those started that are to run."""
-    host = SimulatedHost(topology, clock)
+    host = SimulatedHost(topology, clock, functions)
     for spec in guests:
         host.define_guest(spec)
         if spec.running:

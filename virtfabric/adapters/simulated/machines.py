@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
+from virtfabric.adapters.simulated.devices import small_devices
 from virtfabric.adapters.simulated.guest import GuestSpec, MemoryDevice
 from virtfabric.adapters.simulated.host import SimulatedHost, build_simulated_host
 from virtfabric.model.host import HostTopology, NumaNode, Pcpu
@@ -81,4 +82,4 @@ def small_guests() -> tuple[GuestSpec, ...]:
 
 def small_host(clock: Clock | None = None) -> SimulatedHost:
     """The machine of `virtfabricd --simulate`."""
-    return build_simulated_host(small_topology(), small_guests(), clock)
+    return build_simulated_host(small_topology(), small_guests(), clock, small_devices())
