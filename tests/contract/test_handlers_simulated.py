@@ -1,18 +1,32 @@
 """The handler contract on the simulated host, and what only faults can show."""
 
 import threading
+from copy import copy
+from dataclasses import replace
 
 import pytest
 
-from tests.contract.handler_contract import Context, HandlerContract
+from tests.contract.handler_contract import OF_THE_HOST, Context, HandlerContract
 from virtfabric.adapters.registry import HandlerRegistry
 from virtfabric.adapters.simulated.clock import SimulatedClock
+from virtfabric.adapters.simulated.devices import NO_SETTINGS, small_devices
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase, SimulatedCrash
 from virtfabric.adapters.simulated.guest import GuestSpec
 from virtfabric.adapters.simulated.host import build_simulated_host
 from virtfabric.adapters.simulated.machines import DATABASE, make_topology, small_guests
 from virtfabric.domxml.policy import format_bare_policy
+from virtfabric.model.device import GuestDevice, HostUse, PciAddress, UseKind, VfSettings
+from virtfabric.model.devicesteps import (
+    AttachFunction,
+    BindDriver,
+    LimitLink,
+    Presence,
+    ResetFunction,
+    SetUpVf,
+)
 from virtfabric.model.errors import (
+    DeviceError,
+    DeviceGoneError,
     GuestGoneError,
     HypervisorError,
     HypervisorGoneError,
@@ -40,12 +54,22 @@ from virtfabric.model.plan import (
 )
 from virtfabric.model.policy import GuestPolicy
 from virtfabric.model.units import GIB, MIB, Bytes, CpuSet
+from virtfabric.ports import EventKind
 
 POLICY = format_bare_policy(GuestPolicy(priority=77))
 BALLOON = GuestId("00000000-0000-4000-8000-000000000001")
 GROW = ResizeVirtioMem(guest=DATABASE, alias="ua-vm0", before=512 * MIB, after=1 * GIB)
 PLUG = SetVcpuCount(guest=DATABASE, before=2, after=3)
 PIN = PinVcpu(guest=DATABASE, vcpu=0, before=CpuSet(), after=CpuSet([2]))
+
+
+PORT, DISK, CRYPTO = (PciAddress(f"0000:{text}") for text in ("00:10.2", "02:00.0", "03:00.0"))
+VF, BOUND_VF = PciAddress("0000:01:10.0"), PciAddress("0000:01:10.2")
+BIND = BindDriver(guest=DATABASE, address=CRYPTO, before="", after="vfio-pci")
+ATTACH = AttachFunction(
+    guest=DATABASE, address=BOUND_VF, before=Presence.ABSENT, after=Presence.ATTACHED
+)
+RESET = ResetFunction(guest=DATABASE, address=BOUND_VF)
 
 
 class SimulatedWorld:
@@ -56,8 +80,10 @@ class SimulatedWorld:
             numa_mode=NumaMode.RESTRICTIVE, numa_nodes=CpuSet([0]),
         )  # fmt: skip
         self.host = build_simulated_host(
-            make_topology(cores=2, nodes=2), (*small_guests(), balloon), self.clock
-        )
+            make_topology(cores=2, nodes=2), (*small_guests(), balloon), self.clock,
+            small_devices(),
+        )  # fmt: skip
+        self.host.devices.bind(BOUND_VF, "vfio-pci")
         self.handlers = self.host.handlers
 
     def steps(self):
@@ -72,9 +98,18 @@ class SimulatedWorld:
             SetNodeset(guest=BALLOON, before=CpuSet([0]), after=CpuSet([1])),
             MarkPins(guest=DATABASE, before=NO_MARK, after=PinMark.parse("0=2 emulator=0")),
             SetPolicy(guest=BALLOON, definition=Definition.LIVE, before="", after=POLICY),
-        ]
+            BIND,
+            SetUpVf(
+                guest=DATABASE, address=VF, before=NO_SETTINGS,
+                after=VfSettings(mac="52:54:00:00:00:01", vlan=7, trust=True),
+            ),
+            LimitLink(guest=DATABASE, address=PORT, before=0, after=2500),
+            ATTACH,
+        ]  # fmt: skip
 
     def observe(self, step):
+        if step.kind in OF_THE_HOST:
+            return copy(self.host.devices.find(step.address))
         seen = self.host.kernel(step.guest)
         # The kernel's default weight and policy's 100 are the same thing.
         seen.shares = seen.shares or 100
@@ -94,14 +129,15 @@ def world():
 
 class TestSimulated(HandlerContract):
     def test_every_step_type_is_in_the_contract(self, world):
-        assert {s.kind for s in world.steps()} == set(STEP_TYPES) == world.handlers.kinds
+        kinds = {s.kind for s in world.steps()} | {RESET.kind}
+        assert kinds == set(STEP_TYPES) == world.handlers.kinds
 
     def test_libvirt_says_yes_and_the_kernel_does_not_follow(self, world):
         for step in world.steps():
             before = world.observe(step)
             world.host.faults.add(Fault(Effect.LOSE, kind=step.kind))
             world.apply(step)
-            if not step.needs_guest or step.kind == "set-vcpu-count":
+            if not step.needs_guest or step.kind in ("set-vcpu-count", "attach-function"):
                 assert world.observe(step) == before
                 with pytest.raises(VerificationError):
                     world.handlers.for_step(step).verify(step)
@@ -265,3 +301,120 @@ def test_the_policy_of_a_definition_is_undone_when_its_guest_has_stopped(world):
     assert world.host.read_guest(BALLOON).policy.priority == 77
     assert world.handlers.for_step(step).undo(step) == 0
     assert world.host.read_guest(BALLOON).policy is None
+
+
+def test_function_comes_and_goes_as_libvirt_tells(world):
+    events = []
+    world.host.events.start(events.append)
+    world.apply(ATTACH)
+    state = world.host.read_guest(DATABASE)
+    assert state.devices == (GuestDevice(BOUND_VF, "ua-virtfabric-0000-01-10-2"),)
+    assert state.devices[0].ours
+    assert state.free_ports == 3
+    world.apply(ATTACH.inverse())
+    world.handlers.for_step(ATTACH).verify(ATTACH.inverse())
+    assert world.host.read_guest(DATABASE).devices == ()
+    world.host.events.drain()
+    world.host.events.close()
+    told = [(e.guest, e.detail) for e in events if e.kind is EventKind.DEVICE_REMOVED]
+    assert told == [(DATABASE, "ua-virtfabric-0000-01-10-2")]
+
+
+def test_guest_that_ignores_the_request_to_unplug(world):
+    world.apply(ATTACH)
+    world.host.faults.keeps_functions.add(DATABASE)
+    with pytest.raises(ShortfallError) as caught:
+        world.apply(ATTACH.inverse())
+    assert caught.value.reached == 1
+    assert world.handlers.for_step(ATTACH).undo(ATTACH) == 1
+    world.host.let_go(DATABASE, BOUND_VF)
+    assert world.handlers.for_step(ATTACH).undo(ATTACH) == 0
+    assert world.host.read_guest(DATABASE).devices == ()
+
+
+def test_function_is_with_one_guest_and_its_driver_stays(world):
+    world.apply(ATTACH)
+    other = replace(ATTACH, guest=BALLOON)
+    with pytest.raises(HypervisorError):
+        world.apply(other)
+    away = BindDriver(guest=DATABASE, address=BOUND_VF, before="vfio-pci", after="")
+    with pytest.raises(DeviceError, match="still open"):
+        world.apply(away)
+    world.host.stop_guest(DATABASE)
+    world.apply(away)
+    with pytest.raises(HypervisorError, match="no driver"):
+        world.apply(other)
+
+
+def test_reset_cleans_what_a_guest_left_and_fails_where_there_is_none(world):
+    world.apply(ATTACH)
+    with pytest.raises(DeviceError, match="still open"):
+        world.apply(RESET)
+    world.apply(ATTACH.inverse())
+    with pytest.raises(VerificationError):
+        world.handlers.for_step(RESET).verify(RESET)
+    world.apply(RESET)
+    world.handlers.for_step(RESET).verify(RESET)
+    assert world.handlers.for_step(RESET).undo(RESET) == 0
+    world.handlers.for_step(RESET).verify(RESET)
+    world.host.devices.change(BOUND_VF, resets=())
+    with pytest.raises(DeviceError):
+        world.apply(RESET)
+
+
+def test_function_that_vanishes_is_undone(world):
+    world.apply(BIND)
+    world.apply(ATTACH)
+    for address in (CRYPTO, BOUND_VF):
+        world.host.remove_function(address)
+    assert world.host.read_guest(DATABASE).devices == ()
+    for step in (ATTACH, BIND):
+        assert world.handlers.for_step(step).undo(step) == 0
+        with pytest.raises(DeviceGoneError):
+            world.apply(step)
+
+
+def test_what_the_host_uses_keeps_its_driver(world):
+    with pytest.raises(DeviceError, match="nvme0n1p1 on /"):
+        world.apply(BindDriver(guest=DATABASE, address=DISK, before="nvme", after="vfio-pci"))
+    world.host.devices.change(CRYPTO, uses=(HostUse(UseKind.NETWORK, "eth9 is up"),))
+    world.apply(replace(BIND, after=""))  # bound to nothing as it is: nothing is taken from it
+    world.host.devices.change(CRYPTO, driver="crypto")
+    with pytest.raises(DeviceError, match="eth9 is up"):
+        world.apply(BIND)
+
+
+def test_guest_without_a_free_port(world):
+    spec = GuestSpec(GuestId("00000000-0000-4000-8000-000000000003"), "full", ports=0)
+    world.host.start_guest(spec)
+    with pytest.raises(HypervisorError, match="PCI slots"):
+        world.apply(replace(ATTACH, guest=spec.uuid))
+
+
+def test_functions_that_a_definition_names(world):
+    """libvirt binds those it manages, and gives them back when the guest stops."""
+    spec = GuestSpec(
+        GuestId("00000000-0000-4000-8000-000000000003"), "byhand",
+        functions=(GuestDevice(VF, managed=True), GuestDevice(BOUND_VF)),
+    )  # fmt: skip
+    world.host.start_guest(spec)
+    assert world.host.devices.read_functions()[VF].driver == "vfio-pci"
+    state = world.host.read_guest(spec.uuid)
+    assert state.devices == state.config_devices == spec.functions
+    with pytest.raises(HypervisorError, match="in use"):
+        world.apply(ATTACH)
+    world.host.stop_guest(spec.uuid)
+    assert world.host.devices.read_functions()[VF].driver is None
+    world.apply(ATTACH)
+
+
+def test_tree_tells_of_changes(world):
+    calls = []
+    world.host.devices.watch(lambda: calls.append(1))
+    world.apply(BIND)
+    world.host.remove_function(CRYPTO)
+    assert len(calls) == 2
+    world.host.devices.close()
+    world.host.remove_function(VF)
+    assert len(calls) == 2
+    assert CRYPTO not in world.host.devices.read_functions()

@@ -115,7 +115,7 @@ def goes_in_and_out(
             ("apply", reset),
             *(("undo", s) for s in reversed(between)),
             ("undo", bind),
-        )  # fmt: skip
+        )
     )
     assert driver(lab, address) == (original or "none")
     assert override(lab, address) == "(null)"

@@ -34,7 +34,7 @@ class Residence:
     outside: dict[int, int]
 
     def strayed_since(self, before: Residence) -> dict[int, int]:
-        """Bytes more than `before`, by the node where they should not be; empty when all is well."""
+        """Bytes more than `before`, by the node where they should not be."""
         more = {n: size - before.outside.get(n, 0) for n, size in self.outside.items()}
         return {node: size for node, size in sorted(more.items()) if size > 0}
 

@@ -39,8 +39,9 @@ class HostUses:
             name = interface.parent.name
             if int(interface.read_text(), 16) & _IFF_UP:
                 yield f"{name} is up"
-            if (interface.parent / "master").exists():
-                yield f"{name} is part of {(interface.parent / 'master').readlink().name}"
+            master = interface.parent / "master"
+            if master.is_symlink():
+                yield f"{name} is part of {master.readlink().name}"
 
     def _read_blocks(self, path: Path) -> Iterator[str]:
         mounts, swaps = self._read_mounts(), self._read_swaps()

@@ -71,9 +71,9 @@ class LinkSpeeds:
         try:
             self._files.put(cooling / "cur_state", str(state))
         except OSError as error:
-            # The fastest speed of the port is more than the function behind it can do: the
-            # kernel sets what both can, and tells that it is not what was asked for.
-            if error.errno != errno.EAGAIN or speed:
+            # More than the function behind the port can do: the kernel sets what both can, and
+            # tells that it is not what was asked for.
+            if error.errno != errno.EAGAIN or self.current(port) > (speed or _SPEEDS[-1]):
                 raise DeviceError(
                     f"the link below {port}: limiting it to {speed / 1000:g} GT/s: {error.strerror}"
                 ) from error

@@ -63,8 +63,7 @@ class VfSettingsFiles:
         Raises:
             DeviceGoneError, DeviceError: no VF, or its PF has no network interface.
         """
-        interface, number = self._find(address)
-        return self._read_all(interface)[number]
+        return self._read_one(*self._find(address))
 
     def read_all(self, pf: PciAddress) -> dict[PciAddress, VfSettings]:
         """Of every VF of a PF, by address; empty where the PF has no network interface."""
@@ -82,7 +81,7 @@ class VfSettingsFiles:
             DeviceGoneError, DeviceError: names the setting.
         """
         interface, number = self._find(address)
-        now = self._read_all(interface)[number]
+        now = self._read_one(interface, number)
         for name, word in _WORDS.items():
             value = getattr(settings, name)
             if value is not None and value != getattr(now, name):
@@ -117,6 +116,12 @@ class VfSettingsFiles:
         return (
             min((e.name for e in directory.iterdir()), default=None) if directory.is_dir() else None
         )
+
+    def _read_one(self, interface: str, number: int) -> VfSettings:
+        found = self._read_all(interface).get(number)
+        if found is None:
+            raise DeviceError(f"ip link show dev {interface} tells nothing of VF {number}")
+        return found
 
     def _read_all(self, interface: str) -> dict[int, VfSettings]:
         done = self._run(("-json", "link", "show", "dev", interface))

@@ -1,0 +1,238 @@
+"""Drivers, bound and given back on a tree that answers like the kernel."""
+
+from __future__ import annotations
+
+import errno
+import threading
+
+import pytest
+from kernel import a
+
+from virtfabric.adapters.pci.binding import BindDriverHandler, DriverBinder
+from virtfabric.adapters.pci.holders import VfioHolders
+from virtfabric.adapters.pci.inuse import HostUses
+from virtfabric.model.devicesteps import BindDriver
+from virtfabric.model.errors import (
+    DeviceError,
+    DeviceGoneError,
+    InvalidValueError,
+    StepCancelledError,
+    VerificationError,
+)
+from virtfabric.model.ids import GuestId
+from virtfabric.model.plan import SetQuota
+
+GUEST = GuestId("00000000-0000-4000-8000-000000000001")
+NIC = a("0000:01:00.0")
+TAKE = BindDriver(guest=GUEST, address=NIC, before="igb", after="vfio-pci")
+
+
+class Bench:
+    """A NIC bound to igb, and the handler."""
+
+    def __init__(self, machine):
+        self.machine = machine
+        machine.add(NIC, group=5, driver="igb")
+        machine.add_driver("vfio-pci")
+        machine.matches[NIC] = "igb"
+        self.uses: tuple[str, ...] = ()
+        self.loaded: list[str] = []
+        holders = VfioHolders(machine.files, machine.proc)
+        binder = DriverBinder(machine.files, holders, lambda _a: self.uses, self.loaded.append)
+        self.handler = BindDriverHandler(machine.files, binder)
+
+    def override(self):
+        return (self.machine.path(NIC) / "driver_override").read_text().strip()
+
+
+@pytest.fixture
+def bench(machine):
+    return Bench(machine)
+
+
+def test_there_and_back(bench, context):
+    for _ in range(2):  # repeating is safe
+        bench.handler.apply(TAKE, context)
+        bench.handler.verify(TAKE)
+        assert (bench.machine.driver(NIC), bench.override()) == ("vfio-pci", "vfio-pci")
+    for _ in range(2):
+        assert bench.handler.undo(TAKE) == 0
+        assert (bench.machine.driver(NIC), bench.override()) == ("igb", "(null)")
+    bench.handler.verify(TAKE.inverse())
+    assert bench.machine.files.log == [
+        "unbind=0000:01:00.0", "driver_override=vfio-pci", "drivers_probe=0000:01:00.0",
+        "unbind=0000:01:00.0", "driver_override=igb", "drivers_probe=0000:01:00.0",
+        "driver_override=",
+    ]  # fmt: skip
+    assert bench.loaded == []
+
+
+def test_undo_of_what_was_never_applied_touches_nothing(bench):
+    assert bench.handler.undo(TAKE) == 0
+    assert bench.machine.files.log == []
+
+
+def test_undo_takes_away_an_override_that_a_crash_left(bench, context):
+    bench.machine.files.put(bench.machine.path(NIC) / "driver_override", "vfio-pci")
+    assert bench.handler.undo(TAKE) == 0
+    assert (bench.machine.driver(NIC), bench.override()) == ("igb", "(null)")
+
+
+def test_none_only_unbinds_and_stays_so(bench, context):
+    step = BindDriver(guest=GUEST, address=NIC, before="igb", after="")
+    bench.handler.apply(step, context)
+    bench.handler.verify(step)
+    assert bench.machine.driver(NIC) == ""
+    assert bench.machine.files.log == ["unbind=0000:01:00.0"]
+    bench.handler.undo(step)
+    assert bench.machine.driver(NIC) == "igb"
+
+
+def test_a_probe_that_binds_nothing_is_found_out(bench, context):
+    bench.machine.declines.add("vfio-pci")
+    with pytest.raises(DeviceError, match="did not take it, none is bound"):
+        bench.handler.apply(TAKE, context)
+    assert bench.handler.undo(TAKE) == 0
+    assert (bench.machine.driver(NIC), bench.override()) == ("igb", "(null)")
+
+
+def test_a_probe_that_fails_is_told(bench, context):
+    bench.machine.files.fails["drivers_probe"] = errno.EINVAL
+    with pytest.raises(DeviceError, match="vfio-pci does not take it: Invalid argument"):
+        bench.handler.apply(TAKE, context)
+
+
+def test_a_driver_that_is_not_there_is_loaded_first(machine, bench, context):
+    (machine.bus / "drivers" / "vfio-pci" / "unbind").unlink()
+    (machine.bus / "drivers" / "vfio-pci").rmdir()
+    with pytest.raises(DeviceError, match="did not take"):
+        bench.handler.apply(TAKE, context)
+    assert bench.loaded == ["vfio-pci"]
+
+
+def test_verify_names_what_is_wrong(bench, context):
+    with pytest.raises(VerificationError, match="vfio-pci expected, igb found"):
+        bench.handler.verify(TAKE)
+    bench.handler.apply(TAKE, context)
+    (bench.machine.path(NIC) / "driver_override").write_text("(null)\n")
+    with pytest.raises(VerificationError, match="driver_override vfio-pci expected"):
+        bench.handler.verify(TAKE)
+
+
+def test_what_the_host_uses_is_not_unbound(bench, context):
+    bench.uses = ("eth1 is up",)
+    with pytest.raises(DeviceError, match="in use by the host: eth1 is up") as caught:
+        bench.handler.apply(TAKE, context)
+    assert caught.value.advice
+    assert bench.machine.files.log == []
+    assert bench.machine.driver(NIC) == "igb"
+
+
+def test_what_a_guest_has_open_is_not_unbound(bench, context, monkeypatch):
+    monkeypatch.setattr("virtfabric.adapters.pci.binding._CLOSED_S", 0.02)
+    bench.handler.apply(TAKE, context)
+    (bench.machine.path(NIC) / "enable").write_text("1\n")
+    bench.machine.add_process(77, "/dev/vfio/vfio", "/dev/vfio/5")
+    with pytest.raises(DeviceError, match=r"still open after .* \(process 77\)"):
+        bench.handler.undo(TAKE)
+    assert bench.machine.driver(NIC) == "vfio-pci"
+
+
+def test_unbinding_waits_until_it_is_closed(bench, context):
+    bench.handler.apply(TAKE, context)
+    enable = bench.machine.path(NIC) / "enable"
+    enable.write_text("1\n")
+    timer = threading.Timer(0.05, lambda: enable.write_text("0\n"))
+    timer.start()
+    assert bench.handler.undo(TAKE) == 0
+    timer.join()
+    assert bench.machine.driver(NIC) == "igb"
+
+
+def test_waiting_ends_when_the_caller_gives_up(bench, context):
+    bench.handler.apply(TAKE, context)
+    (bench.machine.path(NIC) / "enable").write_text("1\n")
+    context.cancelled.set()
+    with pytest.raises(StepCancelledError):
+        bench.handler.apply(TAKE.inverse(), context)
+
+
+def test_a_function_that_vanished(bench, context):
+    bench.handler.apply(TAKE, context)
+    bench.machine.remove(NIC)
+    assert bench.handler.undo(TAKE) == 0
+    with pytest.raises(DeviceGoneError, match=r"0000:01:00.0 is not there"):
+        bench.handler.apply(TAKE, context)
+    with pytest.raises(DeviceGoneError):
+        bench.handler.verify(TAKE)
+
+
+def test_other_steps_are_refused(bench, context):
+    with pytest.raises(InvalidValueError, match="bind-driver"):
+        bench.handler.apply(SetQuota(guest=GUEST, before=-1, after=1000), context)
+
+
+class TestHostUses:
+    """What the last line of defence sees."""
+
+    def uses(self, machine, address=NIC):
+        return HostUses(machine.files, machine.proc)(address)
+
+    def test_interface_up_or_in_a_bridge(self, machine):
+        path = machine.add(NIC)
+        interface = path / "net" / "eth1"
+        interface.mkdir(parents=True)
+        (interface / "flags").write_text("0x1002\n")
+        assert self.uses(machine) == ()
+        (interface / "flags").write_text("0x1003\n")
+        (interface / "master").symlink_to("../br0")
+        assert self.uses(machine) == ("eth1 is up", "eth1 is part of br0")
+
+    def add_disk(self, machine, directory):
+        for name, number in (("nvme0n1", "259:0"), ("nvme0n1p1", "259:1")):
+            disk = directory / name
+            (disk / "holders").mkdir(parents=True)
+            (disk / "dev").write_text(f"{number}\n")
+            (machine.sys / "class" / "block" / name).symlink_to(disk)
+        return directory / "nvme0n1p1"
+
+    def test_disk_that_is_mounted_swap_or_stacked(self, machine):
+        part = self.add_disk(machine, machine.add(NIC) / "nvme" / "nvme0")
+        assert self.uses(machine) == ()
+        (part / "holders" / "dm-0").mkdir()
+        assert self.uses(machine) == ("nvme0n1p1 is part of dm-0",)
+        with (machine.proc / "self" / "mountinfo").open("a") as mounts:
+            mounts.write("22 1 259:1 / /srv rw - ext4 /dev/nvme0n1p1 rw\n")
+        with (machine.proc / "swaps").open("a") as swaps:
+            swaps.write("/dev/nvme0n1 partition 1 0 -2\n")
+        assert set(self.uses(machine)) == {
+            "nvme0n1p1 is part of dm-0", "nvme0n1p1 is on /srv", "nvme0n1 is swap",
+        }  # fmt: skip
+
+    def test_btrfs_is_found_by_its_source(self, machine):
+        self.add_disk(machine, machine.add(NIC) / "nvme" / "nvme0")
+        with (machine.proc / "self" / "mountinfo").open("a") as mounts:
+            mounts.write("22 1 0:33 / /data rw - btrfs /dev/nvme0n1p1 rw\n")
+        assert self.uses(machine) == ("nvme0n1p1 is on /data",)
+
+    def test_disk_of_a_multipath_controller(self, machine):
+        """It hangs below the subsystem, not below the PCI function."""
+        (machine.add(NIC) / "nvme" / "nvme0").mkdir(parents=True)
+        subsystem = machine.sys / "devices" / "virtual" / "nvme-subsystem" / "nvme-subsys0"
+        self.add_disk(machine, subsystem)
+        (subsystem / "nvme0").symlink_to(machine.path(NIC) / "nvme" / "nvme0")
+        classes = machine.sys / "class" / "nvme-subsystem"
+        classes.mkdir()
+        (classes / "nvme-subsys0").symlink_to(subsystem)
+        with (machine.proc / "self" / "mountinfo").open("a") as mounts:
+            mounts.write("22 1 259:1 / /srv rw - ext4 /dev/nvme0n1p1 rw\n")
+        assert self.uses(machine) == ("nvme0n1p1 is on /srv",)
+
+    def test_a_disk_of_another_function_does_not_count(self, machine):
+        other = a("0000:02:00.0")
+        self.add_disk(machine, machine.add(other) / "nvme" / "nvme0")
+        machine.add(NIC)
+        with (machine.proc / "self" / "mountinfo").open("a") as mounts:
+            mounts.write("22 1 259:1 / /srv rw - ext4 /dev/nvme0n1p1 rw\n")
+        assert self.uses(machine) == ()
+        assert self.uses(machine, other) == ("nvme0n1p1 is on /srv",)
