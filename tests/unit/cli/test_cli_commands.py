@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from virtfabric.cli.arguments import DEVICE_WANT
 from virtfabric.cli.main import main
 from virtfabric.dbus.client import with_agent
 
@@ -85,6 +86,35 @@ def test_amounts_below_zero_are_amounts(inside, wants):
     assert inside("allocate", "db", *wants)[0] == 0
 
 
+@pytest.mark.parametrize(
+    ("given", "key", "want"),
+    [
+        ("net.vf", "device:net.vf", "+1"),
+        ("net.vf:2", "device:net.vf", "2"),
+        ("net.vf:-1", "device:net.vf", "-1"),
+        ("storage.nvme:+3", "device:storage.nvme", "+3"),
+    ],
+)
+def test_devices_are_wants_like_any_other(given, key, want):
+    assert DEVICE_WANT(given) == (key, want)
+
+
+def test_dry_run_tells_who_shares_what(inside):
+    code, out, _ = inside("allocate", "db", "--device", "net.vf", "--dry-run")
+    assert code == 0
+    assert "db would get 0000:3b:10.1 (net.vf)" in out
+    assert "shares the group with 0000:3b:10.2 (batch)" in out
+
+
+def test_a_function_leaves_quarantine(inside):
+    code, out, _ = inside("devices", "release", "3b:10.1")
+    assert (code, out) == (0, "0000:3b:10.1 is out of quarantine\n  step: reset\n")
+    code, _, err = inside("devices", "release", "3b:10.2")
+    assert code == 3
+    assert "0000:3b:10.2 is not in quarantine" in err
+    assert "'3b' is not a PCI address" in inside("devices", "release", "3b")[2]
+
+
 def test_release_policy_and_repair_see_their_jobs_through(inside):
     assert "release of g1" in inside("release", "g1")[1]
     assert "step: pin" in inside("drift", "--repair")[1]
@@ -118,7 +148,11 @@ def test_errors_have_their_documented_exit_codes(inside, command, code, words):
 @pytest.mark.parametrize(
     ("command", "words"),
     [
-        (["allocate", "db"], "give --cpu, --memory or both"),
+        (["allocate", "db"], "give --cpu, --memory or --device"),
+        (["allocate", "db", "--device", "Net"], "'Net' is not a capability"),
+        (["allocate", "db", "--device", "net.vf:many"], "'many' must be a whole number"),
+        (["allocate", "db", "--device", "net.vf:+0"], "'+0' changes nothing"),
+        (["allocate", "db", "--device", "net.vf", "--device", "net.vf:2"], "one --device for each"),
         (["allocate", "db", "--cpu", "lots"], "--cpu"),
         (["allocate", "db", "--cpu", "--", "-x"], "--cpu"),
         (["allocate", "db", "--memory", "12Q"], "--memory: '12Q' is not a size"),
@@ -227,7 +261,7 @@ def test_a_closed_pipe_is_no_traceback(served):
 
 COMMANDS = (
     "status", "guests", "host", "grants", "loans", "jobs", "policy", "allocate", "release",
-    "explain", "audit", "drift", "watch",
+    "explain", "audit", "drift", "watch", "devices",
 )  # fmt: skip
 
 
