@@ -68,6 +68,11 @@ def live_hostdevs(lab: RunningLab) -> int:
     return lab.run("virsh -q dumpxml guest").count("<hostdev ")
 
 
+def open_files(lab: RunningLab) -> list[str]:
+    """What the guest's QEMU has open."""
+    return lab.run("readlink /proc/$(cat /run/libvirt/qemu/guest.pid)/fd/* || :").splitlines()
+
+
 def inside(lab: RunningLab) -> str:
     """The guest's PCI bus as QEMU shows it to the guest."""
     return lab.run("virsh qemu-monitor-command guest --hmp 'info pci'")
@@ -101,8 +106,8 @@ def goes_in_and_out(
     assert live_hostdevs(lab) == 1
     assert ids in inside(lab)
     group = lab.run(f"basename $(readlink {DEVICES}/{address}/iommu_group)")
-    held = lab.run("readlink /proc/$(pgrep -f 'qemu-system.*guest=guest')/fd/*")
-    assert f"/dev/vfio/{group}" in held.splitlines()
+    assert f"/dev/vfio/{group}" in open_files(lab)
+    assert lab.run(f"cat {DEVICES}/{address}/enable") == "1"
     # what a guest holds is not unbound, whatever a plan says
     refused = carry_out(lab, ("undo", bind))
     assert refused[0]["error"] == "DeviceError", refused
@@ -121,13 +126,12 @@ def goes_in_and_out(
     assert override(lab, address) == "(null)"
     assert live_hostdevs(lab) == 0
     assert ids not in inside(lab)
-    held = lab.run("readlink /proc/$(pgrep -f 'qemu-system.*guest=guest')/fd/*")
-    assert f"/dev/vfio/{group}" not in held.splitlines()
+    assert f"/dev/vfio/{group}" not in open_files(lab)
 
 
 def test_vf_of_a_nic(passthrough: RunningLab, guest: GuestId) -> None:
     assert done(carry_out(passthrough, ("vfs", [IGB, 2]), ("vfs", [IGB, 3]))) == [2, 2]
-    passthrough.run("ip link set eth1 up")
+    passthrough.run(f"ip link set $(ls {DEVICES}/{IGB}/net) up")
     before = VfSettings.parse(done(carry_out(passthrough, ("settings", IGB_VF)))[0])
     settings = SetUpVf(
         guest=guest, name="guest", address=IGB_VF, before=before,

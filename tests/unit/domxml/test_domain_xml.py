@@ -134,9 +134,17 @@ def test_balloon_guest() -> None:
     assert guest.policy_error == ""
 
 
+SOURCE = (
+    "<source><address type='pci' domain='0x0000' bus='0x01' slot='0x10' function='0x2'/></source>"
+)
+
+
 @pytest.mark.parametrize(
     "device",
-    ["<hostdev mode='subsystem' type='pci'/>", "<interface type='hostdev'/>"],
+    [
+        f"<hostdev mode='subsystem' type='pci'>{SOURCE}</hostdev>",
+        f"<interface type='hostdev'>{SOURCE}</interface>",
+    ],
 )
 def test_a_passed_through_device_pins_memory(device: str) -> None:
     guest = parse_domain(BALLOON.replace("<devices>", "<devices>" + device), None)

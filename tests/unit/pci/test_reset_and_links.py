@@ -19,6 +19,11 @@ PORT, ONE, TWO = a("0000:00:10.0"), a("0000:03:00.0"), a("0000:03:00.1")
 RESET = ResetFunction(guest=GUEST, address=ONE)
 
 
+def open_by_guest(machine, address):
+    (machine.path(address) / "enable").write_text("1\n")
+    machine.add_process(70, "/dev/vfio/9")
+
+
 @pytest.fixture
 def slot(machine):
     """Two functions of one slot behind a port, both with vfio-pci."""
@@ -63,7 +68,7 @@ def test_without_a_method_vfio_reset_the_bus_when_all_of_it_was_closed(slot, res
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda m: (m.path(TWO) / "enable").write_text("1\n"), "0000:03:00.1 on its bus is in use"),
+        (lambda m: open_by_guest(m, TWO), "0000:03:00.1 on its bus is in use"),
         (lambda m: (m.path(TWO) / "driver").unlink(), "is bound to no driver, not to vfio-pci"),
         (lambda m: (m.path(ONE) / "driver").unlink(), "it is not bound to vfio-pci"),
     ],
@@ -86,7 +91,7 @@ def test_without_a_method_on_the_root_bus(slot, reset, context):
 def test_reset_waits_until_nobody_has_it_open(slot, reset, context, monkeypatch):
     monkeypatch.setattr("virtfabric.adapters.pci.reset._CLOSED_S", 0.02)
     (slot.path(ONE) / "reset").touch()
-    (slot.path(ONE) / "enable").write_text("1\n")
+    open_by_guest(slot, ONE)
     with pytest.raises(DeviceError, match="still open"):
         reset.apply(RESET, context)
     assert slot.files.log == []
@@ -122,9 +127,16 @@ class TestHolders:
     def test_open_is_told_for_each_function_of_a_group(self, slot):
         holders = VfioHolders(slot.files, slot.proc)
         (slot.path(TWO) / "enable").write_text("1\n")
+        assert not holders.is_open(TWO)  # left so by another driver: nobody holds it
+        slot.add_process(70, "/dev/vfio/9")
         assert (holders.is_open(ONE), holders.is_open(TWO)) == (False, True)
         (slot.path(TWO) / "driver").unlink()  # enabled by a host driver: not through vfio
         assert not holders.is_open(TWO)
+
+    def test_what_a_driver_left_enabled_is_closed_soon(self, slot, monkeypatch):
+        monkeypatch.setattr("virtfabric.adapters.pci.holders._CLOSING_S", 0.01)
+        (slot.path(ONE) / "enable").write_text("1\n")
+        VfioHolders(slot.files, slot.proc).wait_closed(ONE, 60)
 
     def test_what_vanished_is_closed(self, slot):
         slot.remove(ONE)

@@ -9,7 +9,14 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
+from virtfabric.domxml.hostdev import (
+    format_function,
+    format_mdev,
+    format_vf_interface,
+    format_vf_network,
+)
 from virtfabric.domxml.policy import format_policy, parse_policy
+from virtfabric.model.device import PciAddress, VfSettings
 from virtfabric.model.policy import (
     Admission,
     CpuPolicy,
@@ -44,6 +51,9 @@ POLICY = GuestPolicy(
     memory=MemoryPolicy(Bytes(512 * MIB), Bytes(4 * GIB), 100, ("dram", "cxl")),
     devices=(DevicePolicy("net.vf", 1),),
 )
+
+MDEV = "00000000-0000-4000-8000-00000000aaaa"
+VFS = (PciAddress("0000:01:10.0"), PciAddress("10000:01:10.2"))
 
 
 def _domain(*, virtio_mem: int | None) -> str:
@@ -100,6 +110,13 @@ CASES = {
     "commandline.xml": lambda: format_commandline(("-device", "edu,id=<&'>")),
     "policy.xml": lambda: format_policy(POLICY),
     "policy-default.xml": lambda: format_policy(GuestPolicy()),
+    "hostdev-pci.xml": lambda: format_function(PciAddress("0000:01:10.2")),
+    "hostdev-mdev.xml": lambda: format_mdev(MDEV, "ua-virtfabric-mdev0"),
+    "network-vfs.xml": lambda: format_vf_network("vfs", VFS),
+    "interface-vf.xml": lambda: format_vf_interface(
+        "vfs", "ua-virtfabric-net0", VfSettings(mac="52:54:00:00:00:01", vlan=7)
+    ),
+    "interface-vf-default.xml": lambda: format_vf_interface("vfs", "ua-net0", VfSettings()),
     "domain-virtio-mem.xml": lambda: _domain(virtio_mem=256),
     "domain-balloon.xml": lambda: _domain(virtio_mem=None),
 }

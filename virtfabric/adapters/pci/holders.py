@@ -8,6 +8,7 @@ Source: Documentation/driver-api/vfio.rst.
 
 from __future__ import annotations
 
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -16,13 +17,15 @@ from virtfabric.model.device import VFIO_PCI, PciAddress
 from virtfabric.model.errors import DeviceError, DeviceGoneError, StepCancelledError
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Iterable
 
     from virtfabric.adapters.pci.functionfiles import FunctionFiles
 
 _FIRST_POLL_S: Final = 0.002
 _LAST_POLL_S: Final = 0.1
+_CLOSING_S: Final = 1.0
+"""A file is gone from /proc before the kernel has closed it: what is still enabled after this with
+nobody holding it was left so by a driver that had it before."""
 
 
 class VfioHolders:
@@ -59,8 +62,12 @@ class VfioHolders:
 
         vfio-pci enables a function when it is opened and disables it when it is closed, so the
         kernel's count tells it from a sibling whose group is open
-        (drivers/vfio/pci/vfio_pci_core.c, vfio_pci_core_enable; measured with Linux 6.12).
+        (drivers/vfio/pci/vfio_pci_core.c, vfio_pci_core_enable). Its files are asked as well: a
+        driver that had it before may have left it enabled.
         """
+        return self._is_enabled(address) and bool(self.processes(address))
+
+    def _is_enabled(self, address: PciAddress) -> bool:
         if self._files.driver(address) != VFIO_PCI:
             return False
         return (self._files.read(address, "enable") or "0") != "0"
@@ -77,25 +84,28 @@ class VfioHolders:
             StepCancelledError: the caller gave up.
         """
         until = time.monotonic() + timeout_s
+        seen_held = time.monotonic()
         pause = _FIRST_POLL_S
-        event = cancelled
-        while self._is_still_open(address):
-            left = until - time.monotonic()
-            if left <= 0:
-                who = ", ".join(map(str, self.processes(address))) or "unknown"
+        while self._is_still_enabled(address):
+            who = self.processes(address)
+            now = time.monotonic()
+            if who:
+                seen_held = now
+            elif now - seen_held >= _CLOSING_S:
+                return
+            if now >= until:
+                words = ", ".join(map(str, who)) or "unknown"
                 raise DeviceError(
-                    f"PCI function {address} is still open after {timeout_s:g} s (process {who})",
+                    f"PCI function {address} is still open after {timeout_s:g} s (process {words})",
                     advice="the guest's QEMU has not let go of it; see its log",
                 )
-            if event is not None and event.wait(min(pause, left)):
+            if (cancelled or threading.Event()).wait(min(pause, until - now)):
                 raise StepCancelledError("cancelled by the caller")
-            if event is None:
-                time.sleep(min(pause, left))
             pause = min(pause * 1.5, _LAST_POLL_S)
 
-    def _is_still_open(self, address: PciAddress) -> bool:
+    def _is_still_enabled(self, address: PciAddress) -> bool:
         try:
-            return self.is_open(address)
+            return self._is_enabled(address)
         except DeviceGoneError:
             return False
 

@@ -1,0 +1,57 @@
+"""libvirt itself, with its schemas, takes what the templates of devices and networks give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+libvirt = pytest.importorskip("libvirt")
+
+GOLDEN = Path(__file__).parents[2] / "data" / "golden"
+DEVICES = ("hostdev-pci", "hostdev-mdev", "interface-vf", "interface-vf-default")
+
+
+@pytest.fixture(scope="module")
+def connection():
+    opened = libvirt.open("test:///default")
+    yield opened
+    opened.close()
+
+
+def domain(device: str) -> str:
+    return f"""<domain type='test'><name>t</name><memory>8192</memory>
+        <os><type>hvm</type></os><devices>{device}</devices></domain>"""
+
+
+@pytest.mark.parametrize("name", DEVICES)
+def test_device(connection, name):
+    """Defined with validation; what libvirt makes of it still names the device."""
+    device = (GOLDEN / f"{name}.xml").read_text()
+    defined = connection.defineXMLFlags(domain(device), libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+    shown = defined.XMLDesc(0)
+    defined.undefine()
+    element = name.split("-")[0]
+    assert f"<{element} " in shown
+    if name == "hostdev-pci":
+        assert "bus='0x01' slot='0x10' function='0x2'" in shown
+        assert "managed='no'" in shown
+        assert "ua-virtfabric-0000-01-10-2" in shown
+    if name == "interface-vf":
+        assert "52:54:00:00:00:01" in shown
+
+
+def test_schema_refuses_what_is_wrong(connection):
+    """The validation above is one that can fail."""
+    device = (GOLDEN / "hostdev-pci.xml").read_text().replace("function='0x2'", "function='0x9'")
+    with pytest.raises(libvirt.libvirtError):
+        connection.defineXMLFlags(domain(device), libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+
+
+def test_network_of_vfs(connection):
+    text = (GOLDEN / "network-vfs.xml").read_text()
+    network = connection.networkDefineXMLFlags(text, libvirt.VIR_NETWORK_DEFINE_VALIDATE)
+    shown = network.XMLDesc(0)
+    network.undefine()
+    assert "<forward mode='hostdev' managed='no'>" in shown or "<forward mode='hostdev'>" in shown
+    assert shown.count("<address type='pci'") == 2
