@@ -2,8 +2,14 @@
 
 Owns the order of steps: what needs a guest first (memory comes in before it goes out, vCPUs are
 plugged), then what is certain, leavers before newcomers, then the mark of the pins, and last the
-vCPUs that may be unplugged where the guest cooperates. It must not choose amounts (arbiter) or
-pCPUs (layout); `policy.stepper` makes the single steps.
+vCPUs that may be unplugged where the guest cooperates. It must not choose amounts (arbiter),
+pCPUs (layout) or functions (functions); `policy.stepper` and `policy.functionsteps` make the
+single steps.
+
+Functions come after memory and vCPUs: these fail more often and their undo disturbs nobody, while
+a detached function has interrupted its guest. All are detached before one is prepared, a movable
+guest is pulled to its function's node before that pins its pages, and pins and caps follow. What
+is given back to the host comes last of all.
 """
 
 from __future__ import annotations
@@ -16,13 +22,17 @@ from virtfabric.model.guest import RunState
 from virtfabric.model.plan import PinVcpu, Plan, SetQuota
 from virtfabric.model.policy import DEFAULT_SHARES
 from virtfabric.model.units import CpuSet
+from virtfabric.policy.functionrepairs import choose_repairs, held_after
+from virtfabric.policy.functions import choose_functions
+from virtfabric.policy.functionsteps import FunctionSteps
 from virtfabric.policy.intent import (
     UNCAPPED,
     intended_pins,
     intended_state,
     memory_differs,
 )  # fmt: skip
-from virtfabric.policy.layout import Layout, choose_layout, present_layout
+from virtfabric.policy.layout import Layout, present_layout
+from virtfabric.policy.layoutaround import choose_layout_around
 from virtfabric.policy.standing import MEMORY_KEY, held_of
 from virtfabric.policy.stepper import DEADLINE_S, Stepper
 
@@ -34,6 +44,7 @@ if TYPE_CHECKING:
     from virtfabric.model.ids import GuestId, RequestId
     from virtfabric.model.ledger import HostSnapshot
     from virtfabric.model.step import Step
+    from virtfabric.policy.functions import Allotment
     from virtfabric.policy.intent import Intended
 
 
@@ -55,10 +66,14 @@ def plan_decision(
     amounts = _held(snapshot)
     amounts.update(changed)
     amounts = {g: a for g, a in amounts.items() if a}
-    layout = choose_layout(snapshot, amounts)
+    choosing = [decision.guest, *sorted(changed.keys() - {decision.guest})]
+    allotment = choose_functions(snapshot, amounts, choosing)
+    if isinstance(allotment, Refusal):
+        return allotment
+    layout = choose_layout_around(snapshot, amounts, allotment)
     if isinstance(layout, Refusal):
         return layout
-    draft = _Draft(snapshot, amounts, layout, deadline_s)
+    draft = _Draft(snapshot, amounts, layout, deadline_s, allotment)
     for guest in sorted({*changed, decision.guest}):
         before, after = held_of(snapshot, guest), amounts.get(guest)
         if after is not None:
@@ -83,11 +98,12 @@ def plan_convergence(
         deadline_s: for each step that needs a guest.
     """
     amounts = {g: a for g, a in _held(snapshot).items() if a}
-    layout = choose_layout(snapshot, amounts)
+    mended = set(amounts if guests is None else guests)
+    allotment = choose_repairs(snapshot, mended)
+    layout = choose_layout_around(snapshot, amounts, allotment)
     if isinstance(layout, Refusal):
         return layout
-    draft = _Draft(snapshot, amounts, layout, deadline_s)
-    mended = set(amounts if guests is None else guests)
+    draft = _Draft(snapshot, amounts, layout, deadline_s, allotment)
     for guest in sorted(mended & set(amounts)):
         state = snapshot.guests.get(guest)
         # a paused guest answers nobody; what needs it waits until it runs again
@@ -100,10 +116,15 @@ def plan_convergence(
 def plan_lift(snapshot: HostSnapshot, guest: GuestId, request_id: RequestId) -> Plan:
     """Steps that take our hand off a guest: no cap, default shares, free to run anywhere.
 
-    Pins go back to the operator's where the definition has them. Memory and vCPUs stay.
+    Pins go back to the operator's where the definition has them. Memory and vCPUs stay; its
+    functions go back to the host.
     """
     state = snapshot.guests.get(guest)
-    steps: list[Step] = []
+    allotment = choose_functions(snapshot, {}, [guest])
+    assert not isinstance(allotment, Refusal)  # nobody gains
+    functions = FunctionSteps(snapshot, held_after(snapshot, allotment), DEADLINE_S)
+    functions.carry_out(allotment)
+    steps: list[Step] = [*functions.detaches]
     if state is not None and state.active:
         everywhere = snapshot.topology.cpus
         step = Stepper(state, everywhere)
@@ -115,7 +136,10 @@ def plan_lift(snapshot: HostSnapshot, guest: GuestId, request_id: RequestId) -> 
         steps += step.quota(UNCAPPED) + step.shares(DEFAULT_SHARES) + step.emulator(everywhere)
         steps += step.no_mark()
     orders = {guest: ()} if held_order(snapshot, guest) else {}
-    return Plan(request_id, snapshot.generation, tuple(steps), dict(orders))
+    return Plan(
+        request_id, snapshot.generation, (*steps, *functions.returns), dict(orders),
+        functions=allotment.after, retired=allotment.retired,
+    )  # fmt: skip
 
 
 def held_order(snapshot: HostSnapshot, guest: GuestId) -> tuple[int, ...]:
@@ -136,6 +160,7 @@ class _Draft:
     amounts: Mapping[GuestId, Amounts]
     layout: Layout
     deadline_s: float
+    allotment: Allotment
     memory_in: list[Step] = field(default_factory=list)
     memory_out: list[Step] = field(default_factory=list)
     plugs: list[Step] = field(default_factory=list)
@@ -144,6 +169,7 @@ class _Draft:
     new_pins: list[Step] = field(default_factory=list)
     caps_up: list[Step] = field(default_factory=list)
     rest: list[Step] = field(default_factory=list)
+    pulls: list[Step] = field(default_factory=list)
     marks: list[Step] = field(default_factory=list)
     unplugs: list[Step] = field(default_factory=list)
 
@@ -161,7 +187,9 @@ class _Draft:
         (self.caps_down if _shrinks(quota) else self.caps_up).extend(quota)
         self._pins(step, intended.pins, plugged=guest_answers)
         self.rest += step.shares(intended.shares)
-        self.rest += step.emulator(intended.emulator) + step.nodeset(intended.nodes)
+        self.rest += step.emulator(intended.emulator)
+        pulls = self.pulls if guest in self.allotment.pulls else self.rest
+        pulls += step.nodeset(intended.nodes)
         self._mark(step, intended.pins, intended.emulator, plugged=guest_answers)
 
     def _memory(self, step: Stepper, intended: Intended, *, due: bool) -> None:
@@ -217,10 +245,15 @@ class _Draft:
 
     def plan(self, request: RequestId) -> Plan:
         """All phases in order."""
+        functions = FunctionSteps(
+            self.snapshot, held_after(self.snapshot, self.allotment), self.deadline_s
+        )
+        functions.carry_out(self.allotment)
         steps = (
-            *self.memory_in, *self.memory_out, *self.plugs, *self.caps_down,
+            *self.memory_in, *self.memory_out, *self.plugs, *functions.detaches,
+            *functions.prepares, *self.pulls, *functions.attaches, *self.caps_down,
             *order_pins(self.pins, self.layout.orders), *self.new_pins, *self.caps_up, *self.rest,
-            *self.marks, *self.unplugs,
+            *self.marks, *self.unplugs, *functions.returns,
         )  # fmt: skip
         # a guest that is dedicated no more gives its order back
         orders: dict[GuestId, tuple[int, ...]] = {
@@ -231,7 +264,11 @@ class _Draft:
             for g, order in (orders | self.layout.orders).items()
             if order != held_order(self.snapshot, g)
         }
-        return Plan(request, self.snapshot.generation, steps, changed, self.layout.offers)
+        return Plan(
+            request, self.snapshot.generation, steps, changed,
+            (*self.allotment.offers, *self.layout.offers),
+            self.allotment.after, self.allotment.retired,
+        )  # fmt: skip
 
 
 def order_pins(pins: list[PinVcpu], dedicated: Collection[GuestId]) -> list[PinVcpu]:

@@ -107,6 +107,8 @@ class Stock:
         if address in self.strangers:
             found.append(f"{self.strangers[address]} has it, which this agent did not give it")
         for sibling in self.inventory.group_of(address):
+            if sibling.vfs:
+                found.append(f"{sibling.address} of its IOMMU group would lose its VFs")
             if sibling.address in self.strangers:
                 name = self.strangers[sibling.address]
                 found.append(f"{name} has {sibling.address} of its IOMMU group")

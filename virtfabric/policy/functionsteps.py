@@ -1,0 +1,224 @@
+"""Steps of functions: what it takes to bring one to a guest, to pass it on, or to give it back.
+
+Owns their order: detached, reset, its group bound to vfio-pci, set up, link limited, attached. It
+must not choose functions (`policy.functions`). What is given back comes last and is optional: a
+function that cannot be restored is the host's trouble (quarantine), not the guests'.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Final
+
+from virtfabric.model.device import VFIO_PCI, Found, HeldFunction, VfSettings
+from virtfabric.model.devicesteps import (
+    AttachFunction,
+    BindDriver,
+    LimitLink,
+    Presence,
+    ResetFunction,
+    SetUpVf,
+)
+from virtfabric.policy.functions import replaced_settings
+from virtfabric.policy.pools import pool_of
+
+if TYPE_CHECKING:
+    from collections.abc import Iterable, Mapping
+
+    from virtfabric.model.device import PciAddress, PciFunction
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.ids import GuestId
+    from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.step import Step
+    from virtfabric.policy.functions import Allotment
+
+_STUB: Final = "pci-stub"
+"""Keeps nobody from the group (drivers/vfio/vfio_main.c, `vfio_dev_driver_allowed`)."""
+
+
+@dataclass
+class FunctionSteps:
+    """Steps by phase, for functions that come and go.
+
+    Attributes:
+        after: every function that somebody holds afterwards.
+        detaches: need a guest, and cannot be withdrawn.
+        prepares: of the host, before anybody is given anything.
+        attaches: need a guest.
+        returns: of the host, for functions that nobody has afterwards.
+    """
+
+    snapshot: HostSnapshot
+    after: Mapping[PciAddress, HeldFunction]
+    deadline_s: float
+    detaches: list[Step] = field(default_factory=list)
+    prepares: list[Step] = field(default_factory=list)
+    attaches: list[Step] = field(default_factory=list)
+    returns: list[Step] = field(default_factory=list)
+    _handled: set[PciAddress] = field(default_factory=set)
+
+    def carry_out(self, allotment: Allotment) -> None:
+        """All that an allotment moves."""
+        coming = {move.function.address for move in allotment.coming}
+        for guest, held in allotment.leaving:
+            self.leave(guest, held, passes=held.address in coming)
+        for guest, held in allotment.coming:
+            state = self.snapshot.guests.get(guest)
+            if state is not None and state.active:
+                self.come(state, held)
+
+    def leave(self, guest: GuestId, held: HeldFunction, *, passes: bool) -> None:
+        """A function leaves a guest that runs or has gone; `passes`: another one gets it."""
+        state, function = self._state(guest), self._function(held.address)
+        name = state.name if state else ""
+        attached = state is not None and state.active and is_attached(state, held.address)
+        if attached:
+            self.detaches.append(
+                self._attachment(guest, name, held.address, Presence.ATTACHED, Presence.ABSENT)
+            )
+        if function is None:
+            return
+        used = attached or function.driver == VFIO_PCI
+        if passes:
+            if used:
+                # the next guest must not find anything of this one
+                self.prepares.append(
+                    ResetFunction(guest=guest, name=name, address=held.address, optional=False)
+                )
+            return
+        if used:
+            self.returns.append(ResetFunction(guest=guest, name=name, address=held.address))
+            self._unlimit(guest, name, held.found)
+        self._restore(guest, name, held, function)
+
+    def come(self, state: GuestState, held: HeldFunction) -> None:
+        """A function comes to a guest that runs."""
+        function = self._function(held.address)
+        if function is None:
+            return
+        group = (held.address, *(address for address, _ in held.found.siblings))
+        for address in group:
+            self._bind(state, address)
+        pool = pool_of(self.snapshot.devices, held.address)
+        before = replaced_settings(function, pool)
+        if pool is not None and function.pf is not None and before != pool.settings:
+            self.prepares.append(
+                SetUpVf(
+                    guest=state.uuid, name=state.name, address=held.address,
+                    before=before, after=pool.settings,
+                )
+            )  # fmt: skip
+        self._limit(state, held.found)
+        self.attaches.append(
+            self._attachment(
+                state.uuid, state.name, held.address, Presence.ABSENT, Presence.ATTACHED
+            )
+        )
+
+    # -- parts ------------------------------------------------------------------------------
+
+    def _bind(self, state: GuestState, address: PciAddress) -> None:
+        function = self._function(address)
+        if function is None or address in self._handled or function.driver in (VFIO_PCI, _STUB):
+            return
+        self._handled.add(address)
+        self.prepares.append(
+            BindDriver(
+                guest=state.uuid, name=state.name, address=address,
+                before=function.driver or "", after=VFIO_PCI,
+            )
+        )  # fmt: skip
+
+    def _limit(self, state: GuestState, found: Found) -> None:
+        if found.port is None or found.port in self._handled or self._is_limited(found.port):
+            return
+        self._handled.add(found.port)
+        self.prepares.append(
+            LimitLink(
+                guest=state.uuid, name=state.name, address=found.port, before=0, after=found.speed
+            )
+        )
+
+    def _is_limited(self, port: PciAddress) -> bool:
+        """Whether a function that was prepared for a guest has had the link limited."""
+        return any(
+            held.found.port == port and self._is_prepared(guest, held)
+            for guest, holding in self.snapshot.books.holdings.items()
+            for held in holding.functions
+        )
+
+    def _is_prepared(self, guest: GuestId, held: HeldFunction) -> bool:
+        state, function = self._state(guest), self._function(held.address)
+        if state is not None and is_attached(state, held.address):
+            return True
+        bound = function is not None and function.driver == VFIO_PCI
+        return bound and held.found.driver not in (VFIO_PCI, None)
+
+    def _restore(
+        self, guest: GuestId, name: str, held: HeldFunction, function: PciFunction
+    ) -> None:
+        """Bring a function and its group back to what was found."""
+        found = held.found
+        pool = pool_of(self.snapshot.devices, held.address)
+        if found.settings and function.pf is not None:
+            now = pool.settings if pool else VfSettings()
+            if function.settings is not None:
+                now = replaced_settings(function, pool)
+            if now != found.settings:
+                self.returns.append(
+                    SetUpVf(
+                        guest=guest, name=name, address=held.address, optional=True,
+                        before=now, after=found.settings,
+                    )
+                )  # fmt: skip
+        if any(one.address in self.after for one in self._group(held.address)):
+            return  # it shares a group with one that a guest keeps
+        for address, driver in ((held.address, found.driver), *found.siblings):
+            self._unbind(guest, name, address, driver)
+
+    def _unlimit(self, guest: GuestId, name: str, found: Found) -> None:
+        if found.port is None or found.port in self._handled:
+            return
+        if any(held.found.port == found.port for held in self.after.values()):
+            return
+        self._handled.add(found.port)
+        self.returns.append(
+            LimitLink(
+                guest=guest, name=name, address=found.port, optional=True,
+                before=found.speed, after=0,
+            )
+        )  # fmt: skip
+
+    def _unbind(self, guest: GuestId, name: str, address: PciAddress, driver: str | None) -> None:
+        function = self._function(address)
+        now = (function.driver or "") if function else None
+        if driver is None or now is None or now == driver or address in self._handled:
+            return
+        self._handled.add(address)
+        self.returns.append(
+            BindDriver(
+                guest=guest, name=name, address=address, optional=True, before=now, after=driver
+            )
+        )
+
+    def _attachment(
+        self, guest: GuestId, name: str, address: PciAddress, before: Presence, after: Presence
+    ) -> AttachFunction:
+        return AttachFunction(
+            guest=guest, name=name, address=address, before=before, after=after,
+            deadline_s=self.deadline_s,
+        )  # fmt: skip
+
+    def _state(self, guest: GuestId) -> GuestState | None:
+        return self.snapshot.guests.get(guest)
+
+    def _function(self, address: PciAddress) -> PciFunction | None:
+        return self.snapshot.devices.functions.get(address)
+
+    def _group(self, address: PciAddress) -> Iterable[PciFunction]:
+        return self.snapshot.devices.group_of(address)
+
+
+def is_attached(state: GuestState, address: PciAddress) -> bool:
+    """Whether the running guest has it now."""
+    return any(device.address == address for device in state.devices)
