@@ -12,7 +12,7 @@ from virtfabric.daemon.undertaking import new_request
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.decision import Decision
 from virtfabric.model.device import Found, Quarantine, device_key
-from virtfabric.model.devicesteps import AttachFunction, ResetFunction
+from virtfabric.model.devicesteps import AttachFunction, BindDriver, ResetFunction, SetUpVf
 from virtfabric.model.ledger import Residue
 from virtfabric.model.plan import SetVcpuCount
 from virtfabric.policy.loans import depart, settle
@@ -84,19 +84,24 @@ def released(books: Books, address: PciAddress) -> Books:
     )
 
 
-def after_plan(books: Books, plan: Plan, skipped: Iterable[tuple[Step, str]], at: float) -> Books:
+def after_plan(
+    books: Books, before: Books, plan: Plan, skipped: Iterable[tuple[Step, str]], at: float
+) -> Books:
     """The books after a plan was carried out: functions moved, doubtful ones in quarantine.
 
     Args:
         books: with the amounts of after.
+        before: as they were.
         plan: what was done.
         skipped: optional steps that did not come about, with why.
         at: UNIX seconds.
     """
     books = with_functions(books, plan.functions)
+    ways_back = {f.address: f.found for h in before.holdings.values() for f in h.functions}
     for step, why in skipped:
-        if isinstance(step, ResetFunction):
-            books = quarantined(books, step.address, f"it could not be reset: {why}", at)
+        if isinstance(step, ResetFunction | BindDriver | SetUpVf):
+            found = ways_back.get(step.address)
+            books = quarantined(books, step.address, f"failed: {step} ({why})", at, found)
     for address in plan.retired:
         why = "a guest has had it, and its pool is for one use (one_time_use)"
         books = quarantined(books, address, why, at)

@@ -19,13 +19,13 @@ from virtfabric.daemon.homeward import homeward, user_of
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.model.device import VFIO_PCI, alias_of, device_key
 from virtfabric.model.errors import Refusal, VirtfabricError
-from virtfabric.model.guest import RunState
-from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
+from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.policy.arbiter import choose_allocation
 from virtfabric.policy.pools import pool_of
+from virtfabric.policy.wishes import unmet_wishes
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Mapping
 
     from virtfabric.daemon.conductor import Conductor
     from virtfabric.daemon.errands import Errands
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import Books, HostSnapshot
-    from virtfabric.model.policy import DevicePolicy
+    from virtfabric.model.request import Want
     from virtfabric.ports import AuditLog, Clock, Journal
 
 log = logging.getLogger(__name__)
@@ -246,67 +246,49 @@ class DeviceWatch:
     def _satisfy(self) -> None:
         """Try what policies ask for and guests do not have, the highest priority first."""
         self._tell_quarantine()
-        unmet: set[str] = set()
-        for guest, wish in list(self._wishes()):
-            topic = f"wish {guest.uuid} {wish.capability}"
-            why = self._try_wish(guest, wish)
-            if why:
-                unmet.add(topic)
-                self._notices.alert(
-                    topic,
-                    f"guest {guest.name} has not all of {wish.count} {wish.capability} that its "
-                    f"policy asks for: {why}",
-                )
-        for topic in self._unmet - unmet:
-            self._notices.settle(topic)
-        self._unmet = unmet
+        for guest, wants in unmet_wishes(self._observatory.snapshot()).items():
+            state = self._observatory.guest(guest)
+            if state is not None:
+                self._conduct(self._wish(state, wants)).ended.wait()
+        self._tell_unmet()
 
-    def _wishes(self) -> Iterator[tuple[GuestState, DevicePolicy]]:
-        snapshot = self._observatory.snapshot()
-        running = (
-            g for g in snapshot.guests.values()
-            if g.policy is not None and g.policy.devices and g.state is RunState.RUNNING
-        )  # fmt: skip
-        for guest in sorted(running, key=lambda g: (-g.policy.priority if g.policy else 0, g.uuid)):
-            for wish in guest.policy.devices if guest.policy else ():
-                if self._lack(guest, wish):
-                    yield guest, wish
-
-    def _lack(self, guest: GuestState, wish: DevicePolicy) -> int:
-        """How many functions are missing; none for a guest that was not taken over yet."""
-        holding = self._ledger.view().books.holdings.get(guest.uuid)
-        if holding is None or guest.detained:
-            return 0
-        return max(0, wish.count - holding.amounts[device_key(wish.capability)])
-
-    def _try_wish(self, guest: GuestState, wish: DevicePolicy) -> str:
-        """Why it cannot be met in full now; empty when it is met."""
+    def _wish(self, guest: GuestState, wants: Mapping[str, Want]) -> Undertaking:
         request = Request(
-            new_request(), guest.uuid, AGENT, Origin.AGENT, partial=True,
-            devices={wish.capability: Want(Mode.TO, wish.count)},
-        )  # fmt: skip
+            new_request(), guest.uuid, AGENT, Origin.AGENT, partial=True, devices=wants
+        )
 
         def decide(snapshot: HostSnapshot, caps: Caps) -> Decision | Refusal:
             return choose_allocation(snapshot, request, caps=caps)
 
-        work = Undertaking(
+        return Undertaking(
             request.id,
-            f"{wish.capability} for {guest.name}, as its policy asks",
+            f"{', '.join(wants)} for {guest.name}, as its policy asks",
             self._conductor.place_decision(request.deadline_s),
             decide,
             deadline_s=request.deadline_s,
             body={"asked": request.to_json(), "name": guest.name, "origin": "agent"},
         )
-        answer = self._conductor.consider(work)
-        if isinstance(answer, Refusal):
-            return answer.detail
-        if answer[1] is None or not answer[1].delta:
-            return "none is free"
-        job = self._conduct(work)
-        job.ended.wait()
-        if job.state is not JobState.DONE:
-            return str((job.error or {}).get("detail", "the agent failed"))
-        return "there are no more" if self._lack(guest, wish) else ""
+
+    def _tell_unmet(self) -> None:
+        """An alert for each guest that lacks functions, until it has them or stops."""
+        holdings = self._ledger.view().books.holdings
+        unmet: dict[str, str] = {}
+        for guest in self._observatory.guests.values():
+            holding = holdings.get(guest.uuid)
+            if holding is None or guest.policy is None or not guest.active:
+                continue
+            for wish in guest.policy.devices:
+                held = holding.amounts[device_key(wish.capability)]
+                if held < wish.count:
+                    unmet[f"wish {guest.uuid} {wish.capability}"] = (
+                        f"guest {guest.name} has {held} of the {wish.count} {wish.capability} that "
+                        "its policy asks for; it gets more when they are free (virtfabric devices)"
+                    )
+        for topic in self._unmet - unmet.keys():
+            self._notices.settle(topic)
+        for topic, text in unmet.items():
+            self._notices.alert(topic, text)
+        self._unmet = set(unmet)
 
     def _conduct(self, work: Undertaking) -> Job:
         return self._jobs.start(

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.daemon.custody import departed
 from virtfabric.daemon.intake import parse_policy_changes
 from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.domxml.policy import format_bare_policy, format_policy
@@ -21,6 +20,7 @@ from virtfabric.model.plan import Definition, SetPolicy
 from virtfabric.model.policy import Placement
 from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
 from virtfabric.policy.arbiter import choose_admission, choose_allocation
+from virtfabric.policy.loans import depart
 from virtfabric.policy.placement import plan_convergence, plan_decision, plan_lift
 from virtfabric.policy.standing import ceiling_of, floor_of
 
@@ -166,7 +166,6 @@ class PolicyDesk:
     def _lift(self, guest: GuestState, progress: Progress) -> Json:
         request = new_request()
         now = self._clock.now()
-        why = f"{guest.name} became unmanaged while it had it"
 
         def place(snapshot: HostSnapshot, _: Decision | None) -> Plan | Refusal:
             return _writing(plan_lift(snapshot, guest.uuid, request), snapshot, guest.uuid, "")
@@ -175,7 +174,7 @@ class PolicyDesk:
             request,
             f"lift of {guest.name}",
             place,
-            settle_books=lambda books: departed(books, guest.uuid, why, now),
+            settle_books=lambda books: depart(books, guest.uuid, now),
             body={"guest": guest.uuid, "name": guest.name},
         )
         outcome = self._conductor.conduct(work, progress)

@@ -6,24 +6,25 @@ it may go is for who calls to know.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from virtfabric.daemon.custody import released
 from virtfabric.daemon.undertaking import Undertaking, new_request
-from virtfabric.model.device import VFIO_PCI
-from virtfabric.model.devicesteps import BindDriver, LimitLink, ResetFunction, SetUpVf
+from virtfabric.model.device import HeldFunction
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.ids import GuestId
 from virtfabric.model.plan import Plan
+from virtfabric.policy.functionrepairs import held_after
+from virtfabric.policy.functions import NO_CHANGE
+from virtfabric.policy.functionsteps import FunctionSteps
+from virtfabric.policy.stepper import DEADLINE_S
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from virtfabric.model.decision import Decision
-    from virtfabric.model.device import DeviceInventory, Quarantine
+    from virtfabric.model.device import Quarantine
     from virtfabric.model.ids import RequestId
     from virtfabric.model.ledger import HostSnapshot
-    from virtfabric.model.step import Step
 
 NO_GUEST = GuestId("00000000-0000-0000-0000-000000000000")
 """Whom the steps of a function are for that no guest has."""
@@ -46,7 +47,7 @@ def homeward(entry: Quarantine, by: str, *, lift: bool) -> Undertaking:
         if holder:
             detail = f"{holder} has {address}; take it away from there first"
             return Refusal(Reason.DEVICE_IN_USE, detail)
-        return plan_home(snapshot.devices, entry, request, snapshot.generation)
+        return plan_home(snapshot, entry, request)
 
     return Undertaking(
         request,
@@ -68,32 +69,10 @@ def user_of(snapshot: HostSnapshot, entry: Quarantine) -> str:
     return ""
 
 
-def plan_home(
-    devices: DeviceInventory, entry: Quarantine, request: RequestId, generation: int
-) -> Plan:
-    """The steps of it; none for a function that is not there any more."""
-    return Plan(request, generation, tuple(_steps(devices, entry)))
-
-
-def _steps(devices: DeviceInventory, entry: Quarantine) -> Iterator[Step]:
-    function, found = devices.functions.get(entry.address), entry.found
-    if function is None:
-        return
-    if function.resets:
-        yield ResetFunction(guest=NO_GUEST, name=NOBODY, address=function.address, optional=False)
-    if found.port is not None and found.port in devices.functions:
-        yield LimitLink(
-            guest=NO_GUEST, name=NOBODY, address=found.port, before=found.speed, after=0
-        )
-    if found.settings and function.settings:
-        yield SetUpVf(
-            guest=NO_GUEST, name=NOBODY, address=function.address, before=function.settings,
-            after=found.settings,
-        )  # fmt: skip
-    homes = ((function.address, found.driver), *found.siblings)
-    for address, driver in homes:
-        now = devices.functions.get(address)
-        if driver is not None and now is not None and now.driver == VFIO_PCI != driver:
-            yield BindDriver(
-                guest=NO_GUEST, name=NOBODY, address=address, before=VFIO_PCI, after=driver
-            )
+def plan_home(snapshot: HostSnapshot, entry: Quarantine, request: RequestId) -> Plan:
+    """All of it or nothing; no step for a function that is not there any more."""
+    steps = FunctionSteps(snapshot, held_after(snapshot, NO_CHANGE), DEADLINE_S)
+    function = HeldFunction("", entry.address, entry.found)
+    steps.leave(NO_GUEST, function, passes=False)
+    strict = tuple(replace(step, name=NOBODY, optional=False) for step in steps.returns)
+    return Plan(request, snapshot.generation, strict)

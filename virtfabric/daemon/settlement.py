@@ -88,7 +88,8 @@ class Settlement:
         took = self._clock.monotonic() - began
         final: list[Books] = []
 
-        def change(books: Books) -> Books:
+        def change(before: Books) -> Books:
+            books = before
             if decision is not None:
                 books = settle(
                     books, decision, grant=work.ends, new_grant=grant, loan_ids=loans, at=now,
@@ -98,7 +99,7 @@ class Settlement:
                 books = _with_orders(books, plan.orders)
             if work.settle_books is not None:
                 books = work.settle_books(books)
-            books = after_plan(books, plan, execution.skipped, now)
+            books = after_plan(books, before, plan, execution.skipped, now)
             residues = (*execution.residues, *self._residues(books, plan.guests, now))
             return with_residues(books, plan.guests, residues)
 
