@@ -165,6 +165,7 @@ class Agent:
         self._authority.configure(settings.group, settings.ceiling_for)
         self._world.audit.append("agent.reconfigured", [], {})
         self._lifecycle.converge(None, "placement after a new configuration")
+        self._lifecycle.devices.satisfy_soon()
 
     # -- the tick ---------------------------------------------------------------------------
 

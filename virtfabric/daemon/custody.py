@@ -6,13 +6,19 @@ Owns the quarantine's entries and what plans leave behind. It decides nothing an
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from virtfabric.daemon.undertaking import new_request
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.decision import Decision
 from virtfabric.model.device import Found, Quarantine, device_key
-from virtfabric.model.devicesteps import AttachFunction, BindDriver, ResetFunction, SetUpVf
+from virtfabric.model.devicesteps import (
+    AttachFunction,
+    BindDriver,
+    LimitLink,
+    ResetFunction,
+    SetUpVf,
+)
 from virtfabric.model.ledger import Residue
 from virtfabric.model.plan import SetVcpuCount
 from virtfabric.policy.loans import depart, settle
@@ -28,6 +34,32 @@ if TYPE_CHECKING:
 
 DEVICE: Final = "device"
 """`Residue.what` of functions that a guest does not let go."""
+
+
+class Undone(NamedTuple):
+    """A step of an undo.
+
+    Attributes:
+        left: what its guest has not given back, in what its handler counts.
+        withheld: not undone at all, see `is_withheld`.
+    """
+
+    step: Step
+    left: int = 0
+    withheld: bool = False
+
+
+def is_withheld(step: Step, undone: Iterable[Undone]) -> bool:
+    """Whether a step must not be undone since its guest keeps a function that it was to lose.
+
+    What was prepared for that guest stays as it is: a function that QEMU has open cannot change its
+    driver, none of its group may go back to the host, and without its VLAN it would be in another
+    network. All of these go to quarantine, with the way back.
+    """
+    return isinstance(step, BindDriver | SetUpVf | LimitLink) and any(
+        one.left and isinstance(one.step, AttachFunction) and one.step.guest == step.guest
+        for one in undone
+    )
 
 
 def residues_of(step: Step, left: int, at: float, why: str) -> list[Residue]:
@@ -108,18 +140,29 @@ def after_plan(
     return books
 
 
-def after_undo(books: Books, steps: Iterable[tuple[Step, int]], at: float) -> Books:
-    """The books after an undo: what a guest kept of an attach is not anybody else's.
-
-    Args:
-        books: as they are.
-        steps: those undone, with what their undo left.
-        at: UNIX seconds.
-    """
-    for step, left in steps:
-        if left and isinstance(step, AttachFunction):
-            why = f"{step.name or step.guest} did not let go of it when its attach was undone"
-            books = quarantined(books, step.address, why, at)
+def after_undo(books: Books, undone: Collection[Undone], at: float) -> Books:
+    """The books after an undo: what a guest kept, and what was prepared with it, is nobody's."""
+    kept = {u.step.guest: u.step for u in undone if u.left and isinstance(u.step, AttachFunction)}
+    ways_back: dict[PciAddress, Found] = {}
+    for step in (u.step for u in undone if u.withheld):
+        own = kept[step.guest].address
+        match step:
+            case BindDriver():
+                found = ways_back.get(step.address, Found())
+                ways_back[step.address] = replace(found, driver=step.before)
+            case SetUpVf():
+                found = ways_back.get(step.address, Found())
+                ways_back[step.address] = replace(found, settings=step.before)
+            case LimitLink():
+                found = ways_back.get(own, Found())
+                ways_back[own] = replace(found, port=step.address, speed=step.after)
+    for one in undone:
+        if one.left and isinstance(one.step, AttachFunction):
+            ways_back.setdefault(one.step.address, Found())
+    for address, found in ways_back.items():
+        names = {s.name or s.guest: s.address for s in kept.values()}
+        who = ", ".join(f"{name} did not let go of {one}" for name, one in names.items())
+        books = quarantined(books, address, f"{who} when its attach was undone", at, found)
     return books
 
 

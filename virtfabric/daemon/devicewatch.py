@@ -79,6 +79,8 @@ class DeviceWatch:
         self._looking = threading.Event()
         self._satisfying = threading.Event()
         self._quarantine: dict[PciAddress, Quarantine] = {}
+        self._telling = threading.Lock()
+        self._tried: set[PciAddress] = set()
         self._unmet: set[str] = set()
         conductor.tell_moves(self.satisfy_soon)
 
@@ -109,7 +111,6 @@ class DeviceWatch:
     def start(self) -> None:
         """See what became of the functions in the books while nobody looked."""
         self._look()
-        self._return_strays()
 
     def _look(self) -> None:
         """Read all functions anew; what guests held of those that are gone is lost."""
@@ -129,13 +130,14 @@ class DeviceWatch:
             self._lose(guest, address, "it is gone from the host", doubtful=False)
 
     def _return_strays(self) -> None:
-        """What is bound for guests, has a way back and no guest: a cut-off run left it so."""
+        """What is bound for guests, has a way back and no guest goes home; tried once each."""
         snapshot = self._observatory.snapshot()
         for address, entry in snapshot.books.quarantine.items():
             function = snapshot.devices.functions.get(address)
             bound = function is not None and function.driver == VFIO_PCI
-            if bound and entry.found.driver is not None and not user_of(snapshot, entry):
-                self._send_home(entry, lift=False)
+            stray = bound and entry.found.driver is not None and not user_of(snapshot, entry)
+            if stray and address not in self._tried:
+                self._send_home(entry)
 
     # -- functions that left their guest -----------------------------------------------------
 
@@ -170,10 +172,10 @@ class DeviceWatch:
 
         self._ledger.commit(None, change, self._journal.store_books)
         self._tell_loss(guest, function, why)
+        self._tell_quarantine()
         entry = self._ledger.view().books.quarantine.get(address)
         if doubtful and entry is not None:
-            # its state is certain again once it was reset and went back to its driver
-            self._send_home(entry, lift=not self._is_for_one_use(address))
+            self._send_home(entry)
         self.satisfy_soon()
 
     def _tell_loss(self, guest: GuestId, function: HeldFunction, why: str) -> None:
@@ -194,7 +196,10 @@ class DeviceWatch:
         pool = pool_of(self._observatory.devices, address)
         return pool is not None and pool.one_time_use
 
-    def _send_home(self, entry: Quarantine, *, lift: bool) -> None:
+    def _send_home(self, entry: Quarantine) -> None:
+        """Where all of it is done and verified, its state is certain again."""
+        self._tried.add(entry.address)
+        lift = not self._is_for_one_use(entry.address)
         work = homeward(entry, "virtfabricd", lift=lift)
         job = self._conduct(work)
         job.ended.wait()
@@ -246,6 +251,7 @@ class DeviceWatch:
     def _satisfy(self) -> None:
         """Try what policies ask for and guests do not have, the highest priority first."""
         self._tell_quarantine()
+        self._return_strays()
         for guest, wants in unmet_wishes(self._observatory.snapshot()).items():
             state = self._observatory.guest(guest)
             if state is not None:
@@ -297,17 +303,18 @@ class DeviceWatch:
 
     def _tell_quarantine(self) -> None:
         """An alert for each function in quarantine, an audit record for each that came or went."""
-        found = self._ledger.view().books.quarantine
-        for address in found.keys() - self._quarantine.keys():
-            entry = found[address]
-            self._record("device.quarantined", entry)
-            self._notices.alert(
-                f"quarantine {address}", f"{address} is in quarantine: {entry.why}; {entry.remedy}"
-            )
-        for address in self._quarantine.keys() - found.keys():
-            self._record("device.freed", self._quarantine[address])
-            self._notices.settle(f"quarantine {address}")
-        self._quarantine = dict(found)
+        with self._telling:
+            found = self._ledger.view().books.quarantine
+            for address in found.keys() - self._quarantine.keys():
+                entry = found[address]
+                self._record("device.quarantined", entry)
+                text = f"{address} is in quarantine: {entry.why}; {entry.remedy}"
+                self._notices.alert(f"quarantine {address}", text)
+            for address in self._quarantine.keys() - found.keys():
+                self._record("device.freed", self._quarantine[address])
+                self._notices.settle(f"quarantine {address}")
+                self._tried.discard(address)
+            self._quarantine = dict(found)
 
     def _record(self, kind: str, entry: Quarantine) -> None:
         body: dict[str, Any] = {"address": entry.address, "why": entry.why}

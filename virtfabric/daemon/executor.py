@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from virtfabric.daemon.custody import residues_of
+from virtfabric.daemon.custody import Undone, is_withheld, residues_of
 from virtfabric.model.errors import (
     JournalError,
     ShortfallError,
@@ -102,7 +102,7 @@ class Execution:
     Attributes:
         residues: what undos could not bring about.
         skipped: optional steps that did not come about, with why.
-        undone: steps that were undone, with what their undo left.
+        undone: steps that were undone, newest first.
         outside: times what is not ours (the handlers' `apply`: libvirt, and waiting for guests).
     """
 
@@ -125,7 +125,7 @@ class Execution:
         self._total = 0
         self.residues: list[Residue] = []
         self.skipped: list[tuple[Step, str]] = []
-        self.undone: list[tuple[Step, int]] = []
+        self.undone: list[Undone] = []
         self.outside = outside
 
     @property
@@ -201,6 +201,9 @@ class Execution:
         while self._done:
             index, step = self._done.pop()
             self._progress.progress(0.0, f"undoing: {step.inverse()}")
+            if is_withheld(step, self.undone):
+                self._note(index, Undone(step, withheld=True))
+                continue
             try:
                 left = self._handlers.for_step(step).undo(step)
             except VirtfabricError as error:
@@ -215,9 +218,13 @@ class Execution:
                 log.debug("cannot undo %s", step, exc_info=True)
                 problems.append(f"{step.inverse()}: {why}")
                 continue
-            self.undone.append((step, left))
-            self.residues += residues_of(step, left, self._clock.now(), "left by an undo")
-            with contextlib.suppress(JournalError):
-                # the disk may be full: the undo is what counts, and repeating it is safe
-                self._journal.mark(self._txn, index, StepState.UNDONE)
+            self._note(index, Undone(step, left))
         return problems
+
+    def _note(self, index: int, undone: Undone) -> None:
+        self.undone.append(undone)
+        now = self._clock.now()
+        self.residues += residues_of(undone.step, undone.left, now, "left by an undo")
+        with contextlib.suppress(JournalError):
+            # the disk may be full: the undo is what counts, and repeating it is safe
+            self._journal.mark(self._txn, index, StepState.UNDONE)

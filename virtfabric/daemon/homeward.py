@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from virtfabric.daemon.custody import released
 from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.model.device import HeldFunction
+from virtfabric.model.devicesteps import ResetFunction
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.ids import GuestId
 from virtfabric.model.plan import Plan
@@ -74,5 +75,11 @@ def plan_home(snapshot: HostSnapshot, entry: Quarantine, request: RequestId) -> 
     steps = FunctionSteps(snapshot, held_after(snapshot, NO_CHANGE), DEADLINE_S)
     function = HeldFunction("", entry.address, entry.found)
     steps.leave(NO_GUEST, function, passes=False)
-    strict = tuple(replace(step, name=NOBODY, optional=False) for step in steps.returns)
+    found = snapshot.devices.functions.get(entry.address)
+    strict = tuple(
+        replace(step, name=NOBODY, optional=False)
+        for step in steps.returns
+        # where the kernel knows no reset, whoever releases it vouches for it
+        if not isinstance(step, ResetFunction) or (found is not None and found.resets)
+    )
     return Plan(request, snapshot.generation, strict)

@@ -6,12 +6,18 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from virtfabric.daemon.custody import after_undo, residues_of, with_residues
+from virtfabric.daemon.custody import (
+    Undone,
+    after_undo,
+    is_withheld,
+    residues_of,
+    with_residues,
+)
 from virtfabric.model.errors import VirtfabricError
 from virtfabric.ports import StepState, TransactionState
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Collection
 
     from virtfabric.model.ledger import Books, Residue
     from virtfabric.model.step import Step
@@ -46,30 +52,31 @@ def recover(
         books = replace(books, generation=books.generation + 1)
         outcome = {"state": "undone", "why": "the agent was cut off", "recovered": True}
         journal.close(transaction.id, TransactionState.UNDONE, outcome, books)
-        touched = {step.guest for step, _ in left}
+        touched = {one.step.guest for one in left}
         _record(audit, transaction, [r for r in books.residues if r.guest in touched])
     return books
 
 
-def undo_transaction(
-    transaction: JournalledTransaction, handlers: Handlers
-) -> list[tuple[Step, int]]:
-    """Undo the steps that were touched, newest first.
-
-    Returns:
-        Each with what its guest has not given back: a residue.
+def undo_transaction(transaction: JournalledTransaction, handlers: Handlers) -> list[Undone]:
+    """Undo the steps that were touched; what is answered is in that order, newest first.
 
     Raises:
         VirtfabricError: a step could not be undone; repeating is safe.
     """
-    touched = (entry.step for entry in reversed(transaction.steps) if entry.state in TOUCHED)
-    return [(step, _undo(step, handlers)) for step in touched]
+    undone: list[Undone] = []
+    for step in (entry.step for entry in reversed(transaction.steps) if entry.state in TOUCHED):
+        if is_withheld(step, undone):
+            undone.append(Undone(step, withheld=True))
+        else:
+            undone.append(Undone(step, _undo(step, handlers)))
+    return undone
 
 
-def books_after(books: Books, left: Sequence[tuple[Step, int]], at: float, why: str) -> Books:
+def books_after(books: Books, undone: Collection[Undone], at: float, why: str) -> Books:
     """The books after these steps were undone: residues, and functions that are in doubt."""
-    residues = [r for step, amount in left for r in residues_of(step, amount, at, why)]
-    return after_undo(with_residues(books, {step.guest for step, _ in left}, residues), left, at)
+    residues = [r for one in undone for r in residues_of(one.step, one.left, at, why)]
+    books = with_residues(books, {one.step.guest for one in undone}, residues)
+    return after_undo(books, undone, at)
 
 
 def _undo(step: Step, handlers: Handlers) -> int:

@@ -208,7 +208,7 @@ class Settlement:
         except JournalError as full:
             self._unfinished.add(txn)
             log.error("undone, but the journal cannot take it (%s); tried again later", full)
-        if any(left for step, left in execution.undone if isinstance(step, AttachFunction)):
+        if any(isinstance(one.step, AttachFunction) for one in execution.undone):
             self._moved()
         try:
             self._observatory.refresh(touched)

@@ -57,7 +57,7 @@ class Unfinished:
 
     def _finish_one(self, transaction: JournalledTransaction) -> None:
         left = undo_transaction(transaction, self._handlers)
-        touched = {step.guest for step, _ in left}
+        touched = {one.step.guest for one in left}
         now = self._clock.now()
         outcome = {"state": "undone", "why": "undone at a later try"}
         self._ledger.commit(

@@ -22,7 +22,7 @@ from virtfabric.model.amounts import Amounts
 from virtfabric.model.errors import HypervisorGoneError, JournalError, VirtfabricError
 from virtfabric.model.host import Capacity
 from virtfabric.model.ids import GuestId, JobId
-from virtfabric.model.policy import CpuPolicy, GuestPolicy, MemoryPolicy, Placement
+from virtfabric.model.policy import CpuPolicy, DevicePolicy, GuestPolicy, MemoryPolicy, Placement
 from virtfabric.model.request import Offerable, Principal
 from virtfabric.model.units import GIB, MIB, Bytes, CpuSet, MilliCpu
 
@@ -57,6 +57,8 @@ def make_spec(
     vcpus_max: int = 4,
     balloon: bool = False,
     running: bool = True,
+    devices: tuple[DevicePolicy, ...] = (),
+    ports: int = 4,
 ) -> GuestSpec:
     return GuestSpec(
         uuid_of(number),
@@ -73,7 +75,9 @@ def make_spec(
             priority=priority,
             cpu=CpuPolicy(MilliCpu(cpu[0]), MilliCpu(cpu[1]), placement=placement),
             memory=MemoryPolicy(Bytes(memory_mib[0] * MIB), Bytes(memory_mib[1] * MIB)),
+            devices=devices,
         ),
+        ports=ports,
     )
 
 
@@ -315,14 +319,22 @@ class AgentWorld:
     def live(self, name: str) -> Any:
         return next(g for g in self.host.read_guests().values() if g.name == name)
 
+    def functions_of(self, name: str) -> list[str]:
+        """What QEMU really has."""
+        kernel = self.host.kernel(self.spec(name).uuid)
+        return sorted(kernel.functions) if kernel else []
+
     def frozen(self) -> dict[str, Any]:
         """What is live, without process numbers: to compare before and after."""
         return {
             g.name: (
                 g.state, g.vcpus_online, dict(g.vcpu_affinity), g.emulator_affinity,
                 g.scheduler, g.memory_current, tuple(d.requested for d in g.virtio_mem),
+                tuple(d.address for d in g.devices),
             )
             for g in self.host.read_guests().values()
+        } | {
+            f.address: (f.driver, f.settings) for f in self.host.devices.read_functions().values()
         }  # fmt: skip
 
 

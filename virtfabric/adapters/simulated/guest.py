@@ -128,6 +128,7 @@ class SimulatedGuest:
 
     Attributes:
         unplugging: functions that it was asked to let go and has not yet.
+        halted: paused by an error, not by anybody.
     """
 
     def __init__(self, spec: GuestSpec, cpus: CpuSet) -> None:
@@ -136,6 +137,7 @@ class SimulatedGuest:
         self.pid: int | None = None
         self.job: str | None = None
         self.unplugging: set[PciAddress] = set()
+        self.halted = False
         self._cpus = cpus
         self.said = self._fresh()
         self.real = self._fresh()
@@ -150,6 +152,7 @@ class SimulatedGuest:
         """No process, no job."""
         self.pid = self.job = None
         self.unplugging.clear()
+        self.halted = False
         self.state = RunState.SHUTOFF
         self.said, self.real = self._fresh(), self._fresh()
 
@@ -233,6 +236,7 @@ class SimulatedGuest:
             config_devices=spec.functions if spec.persistent else (),
             free_ports=self.free_ports,
             locked_memory=spec.locked_memory,
+            halted=self.halted,
         )  # fmt: skip
 
     def _fresh(self) -> Hardware:

@@ -237,10 +237,18 @@ class SimulatedHost:
             self.running(guest).state = RunState.PAUSED
             self.tell(EventKind.SUSPENDED, guest)
 
+    def halt_guest(self, guest: GuestId) -> None:
+        """QEMU stops it for an internal error, such as a fatal error of a PCI function."""
+        with self.lock:
+            self.running(guest).state = RunState.PAUSED
+            self.running(guest).halted = True
+            self.tell(EventKind.SUSPENDED, guest)
+
     def resume_guest(self, guest: GuestId) -> None:
         """Let its vCPUs go on."""
         with self.lock:
             self.running(guest).state = RunState.RUNNING
+            self.running(guest).halted = False
             self.tell(EventKind.RESUMED, guest)
 
     def rename_guest(self, guest: GuestId, name: str) -> None:
