@@ -59,6 +59,24 @@ class DeviceTree(Protocol):
         """Stop watching; safe to repeat."""
 
 
+class VfMaker(Protocol):
+    """Makes VFs where a PF has none; repeating is safe."""
+
+    def ensure(self, pf: PciAddress, count: int) -> int:
+        """Give a PF `count` VFs if it has none; how many it has now, which may be another number.
+
+        Raises:
+            DeviceGoneError, DeviceError: it can have none, or not so many.
+        """
+
+    def ensure_nvme(self, pf: PciAddress, queues: int) -> None:
+        """Give each VF of an NVMe PF `queues` queues and bring it online.
+
+        Raises:
+            DeviceGoneError, DeviceError: too little to distribute, or the host uses the PF.
+        """
+
+
 class GuestReader(Protocol):
     """Reads guests; repeating is safe. May block while a hook of the same guest runs."""
 

@@ -9,13 +9,20 @@ import pytest
 from tests.contract.handler_contract import OF_THE_HOST, Context, HandlerContract
 from virtfabric.adapters.registry import HandlerRegistry
 from virtfabric.adapters.simulated.clock import SimulatedClock
-from virtfabric.adapters.simulated.devices import NO_SETTINGS, small_devices
+from virtfabric.adapters.simulated.devices import NO_SETTINGS, SimulatedFunction, small_devices
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase, SimulatedCrash
 from virtfabric.adapters.simulated.guest import GuestSpec
 from virtfabric.adapters.simulated.host import build_simulated_host
 from virtfabric.adapters.simulated.machines import DATABASE, make_topology, small_guests
 from virtfabric.domxml.policy import format_bare_policy
-from virtfabric.model.device import GuestDevice, HostUse, PciAddress, UseKind, VfSettings
+from virtfabric.model.device import (
+    GuestDevice,
+    HostUse,
+    PciAddress,
+    PciFunction,
+    UseKind,
+    VfSettings,
+)
 from virtfabric.model.devicesteps import (
     AttachFunction,
     BindDriver,
@@ -418,3 +425,33 @@ def test_tree_tells_of_changes(world):
     world.host.remove_function(VF)
     assert len(calls) == 2
     assert CRYPTO not in world.host.devices.read_functions()
+
+
+def test_guest_whose_function_is_not_to_be_had_does_not_start(world):
+    """And what libvirt had bound for it already goes back."""
+    spec = GuestSpec(
+        GuestId("00000000-0000-4000-8000-000000000003"), "byhand",
+        functions=(GuestDevice(VF, managed=True), GuestDevice(DISK, managed=True)),
+    )  # fmt: skip
+    with pytest.raises(HypervisorError, match="nvme0n1p1 on /"):
+        world.host.start_guest(spec)
+    functions = world.host.devices.read_functions()
+    assert (functions[VF].driver, functions[DISK].driver) == (None, "nvme")
+    assert world.host.kernel(spec.uuid) is None
+
+
+def test_vfs_are_made_once(world):
+    pf = PciAddress("0000:05:00.0")
+    world.host.devices.plug(
+        SimulatedFunction(PciFunction(pf, class_code=0x020000, driver="igb", group=50, vfs_max=7))
+    )
+    assert [world.host.devices.ensure(pf, count) for count in (3, 3, 5)] == [3, 3, 3]
+    functions = world.host.devices.read_functions()
+    vfs = [functions[address] for address in functions[pf].vfs]
+    assert [vf.address for vf in vfs] == ["0000:05:10.0", "0000:05:10.1", "0000:05:10.2"]
+    assert [(vf.pf, vf.vf_index, vf.driver, vf.settings) for vf in vfs] == [
+        (pf, index, None, NO_SETTINGS) for index in range(3)
+    ]
+    assert len({f.group for f in functions.values()} - {None}) == len(functions)
+    with pytest.raises(DeviceError, match="it can have 7"):
+        world.host.devices.ensure(pf, 8)

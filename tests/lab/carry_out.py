@@ -1,10 +1,8 @@
 """Runs in a lab: carries out steps by the real handlers, and prints what came of each as JSON.
 
-    python3 carry_out.py < orders.json
-
-`orders.json` is a list of `[verb, argument]`: `apply` (apply and verify), `undo` and `step` with a
-step's journal encoding, `vfs` with `[PF, count]`, `nvme` with `[PF, queues]`, `settings` with a VF,
-`offered` with a port.
+Orders are lines of stdin: `[verb, argument]`, with `apply` (apply and verify) or `undo` and a
+step's journal encoding, `vfs` and `[PF, count]`, `nvme` and `[PF, queues]`, `settings` and a VF,
+`offered` and a port. It goes on until stdin ends: under TCG its start alone takes many seconds.
 """
 
 from __future__ import annotations
@@ -67,7 +65,9 @@ def main() -> None:
         "settings": lambda given: str(VfSettingsFiles(files).read(PciAddress(given))),
         "offered": lambda given: LinkSpeeds(files).offered(PciAddress(given)),
     }
-    for verb, argument in json.load(sys.stdin):
+    print("ready", flush=True)
+    for line in sys.stdin:
+        verb, argument = json.loads(line)
         began = time.monotonic()
         try:
             result = {"result": verbs[verb](argument)}

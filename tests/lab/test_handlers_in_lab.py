@@ -36,18 +36,15 @@ DEVICES = "/sys/bus/pci/devices"
 
 
 def carry_out(lab: RunningLab, *orders: tuple[str, Any]) -> list[dict[str, Any]]:
-    """Carry out orders in one process in the lab; what came of each."""
-    given = [[verb, a.to_json() if hasattr(a, "to_json") else a] for verb, a in orders]
-    script = "/opt/virtfabric/checkout/tests/lab/carry_out.py"
-    said = lab.run(
-        f"printf %s {shlex.quote(json.dumps(given))} | python3 {script} 2> /tmp/carry_out.log"
-        " || { cat /tmp/carry_out.log; exit 1; }",
-        timeout_s=400,
-    )
-    answers = [json.loads(line) for line in said.splitlines()]
-    for answer in answers:
-        print(answer)
-    return answers
+    """Have the one process in the lab carry out orders; what came of each."""
+    given = [json.dumps([verb, a.to_json() if hasattr(a, "to_json") else a]) for verb, a in orders]
+    before = int(lab.run("wc -l < /tmp/answers"))
+    lab.run(f"printf '%s\\n' {' '.join(map(shlex.quote, given))} > /tmp/orders")
+    wanted = before + len(given)
+    lab.wait(f"[ $(wc -l < /tmp/answers) -ge {wanted} ]", timeout_s=180)
+    answers = lab.run(f"tail -n +{before + 1} /tmp/answers").splitlines()
+    print(*answers, sep="\n")
+    return [json.loads(line) for line in answers]
 
 
 def done(answers: list[dict[str, Any]]) -> list[Any]:
@@ -78,6 +75,17 @@ def inside(lab: RunningLab) -> str:
     return lab.run("virsh qemu-monitor-command guest --hmp 'info pci'")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def worker(passthrough: RunningLab) -> None:
+    """The process that carries out orders; whoever holds the pipe open keeps it waiting."""
+    script = "/opt/virtfabric/checkout/tests/lab/carry_out.py"
+    passthrough.run(
+        "mkfifo /tmp/orders; (sleep infinity > /tmp/orders) > /dev/null 2>&1 < /dev/null & "
+        f"python3 {script} < /tmp/orders > /tmp/answers 2> /tmp/carry_out.log & disown -a"
+    )
+    passthrough.wait("grep -qs ready /tmp/answers", timeout_s=120)
+
+
 @pytest.fixture(scope="module")
 def guest(passthrough: RunningLab) -> GuestId:
     passthrough.run("virsh -q create /opt/virtfabric/lab/guest.xml")
@@ -95,7 +103,7 @@ def goes_in_and_out(
     *between: Step,
 ) -> None:  # fmt: skip
     """Bind, attach, look; detach, reset, bind back, look."""
-    assert driver(lab, address) == (original or "none")
+    assert driver(lab, address) == (original or "none"), address
     bind = BindDriver(guest=guest, name="guest", address=address, before=original, after="vfio-pci")
     attach = AttachFunction(
         guest=guest, name="guest", address=address, before=Presence.ABSENT,

@@ -330,6 +330,15 @@ class TestLockedMemory:
         host.write_proc(limit=str(160 * MIB + GIB))
         attach(host)
 
+    def test_libvirts_own_refusal_has_the_advice(self, host):
+        host.refusal = (
+            "cannot limit locked memory of process 96 to 5368709120: Operation not permitted",
+            libvirt.VIR_ERR_SYSTEM_ERROR,
+        )
+        with pytest.raises(HypervisorError, match="cannot limit") as caught:
+            attach(host)
+        assert "LimitMEMLOCK" in caught.value.advice
+
     def test_daemon_that_is_not_found_is_left_to_try(self, host):
         host.write_proc(limit="65536")
         attach(host)

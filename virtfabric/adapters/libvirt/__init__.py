@@ -23,6 +23,8 @@ from virtfabric.adapters.libvirt.waiting import Pulse
 from virtfabric.adapters.pci.functionfiles import FunctionFiles
 from virtfabric.adapters.pci.handlers import pci_handlers
 from virtfabric.adapters.pci.holders import VfioHolders
+from virtfabric.adapters.pci.inuse import HostUses
+from virtfabric.adapters.pci.vfs import VfPools
 from virtfabric.adapters.registry import HandlerRegistry
 from virtfabric.adapters.sysfs import Sysfs
 
@@ -34,7 +36,10 @@ __all__ = ["LibvirtAdapters", "open_libvirt"]
 
 @dataclass(frozen=True, slots=True)
 class LibvirtAdapters:
-    """Every role that libvirt plays, over one connection (and one more for events)."""
+    """Every role that libvirt plays, over one connection (and one more for events).
+
+    The PCI functions of its host come along, as its guests get them.
+    """
 
     connection: LibvirtConnection
     guests: LibvirtGuests
@@ -43,6 +48,7 @@ class LibvirtAdapters:
     policy: LibvirtPolicyWriter
     handlers: Handlers
     stats: LibvirtStats
+    vfs: VfPools
 
     @property
     def version(self) -> str:
@@ -94,4 +100,5 @@ def open_libvirt(
         policy=LibvirtPolicyWriter(connection),
         handlers=HandlerRegistry((*libvirt_handlers(around), *pci_handlers(sys, proc))),
         stats=LibvirtStats(connection),
+        vfs=VfPools(functions, HostUses(functions, proc)),
     )

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Final
 import libvirt
 
 from virtfabric.adapters.libvirt.handler import LibvirtHandler, Surroundings, has_code
+from virtfabric.adapters.libvirt.memlock import ADVICE, REFUSAL
 from virtfabric.adapters.libvirt.residence import Residence, format_strays, read_residence
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.hostdev import format_function
@@ -118,12 +119,20 @@ class FunctionHandler(LibvirtHandler[AttachFunction]):
         pid = self.find_pid(step)
         self.host.locked_memory.check(state, pid)
         before = self._read_residence(pid)
-        with self.host.connection.domain(step.guest) as dom:
-            dom.attachDeviceFlags(format_function(step.address), _LIVE)
+        self._request(step)
         # Nothing more to wait for: QEMU has the function now, and only the guest's own driver
         # (it may have none) knows when it is in use.
         with self._lock:
             self._before[step.guest, step.address] = before
+
+    def _request(self, step: AttachFunction) -> None:
+        try:
+            with self.host.connection.domain(step.guest) as dom:
+                dom.attachDeviceFlags(format_function(step.address), _LIVE)
+        except HypervisorError as error:
+            if REFUSAL in str(error):
+                error.advice = error.advice or ADVICE
+            raise
 
     def _read_residence(self, pid: int) -> Residence:
         return read_residence(self.host.proc, pid, self.host.processes.read_nodes(pid, pid))

@@ -3,7 +3,9 @@
 libvirt raises QEMU's limit itself (prlimit(2)), for which its daemon needs CAP_SYS_RESOURCE; in a
 container or an unprivileged session it has none, and the attach fails in the middle of things.
 
-Source: libvirt, qemuDomainGetMemLockLimitBytes: the guest's memory and 1 GiB for the devices.
+Source: libvirt, qemuDomainGetMemLockLimitBytes: the guest's memory and 1 GiB for the devices. (With
+an IOMMU of the guest's own it is the memory once for each function; there libvirt's own refusal is
+what is seen: `REFUSAL`.)
 """
 
 from __future__ import annotations
@@ -19,6 +21,12 @@ if TYPE_CHECKING:
 
     from virtfabric.model.guest import GuestState
 
+REFUSAL: Final = "cannot limit locked memory"
+"""libvirt's words when prlimit(2) fails."""
+ADVICE: Final = (
+    "raise LimitMEMLOCK of libvirt's daemon and start the guest again, or set "
+    "<memtune><hard_limit> in the guest's definition"
+)
 _DEVICES: Final = 1 * GIB
 _CAP_SYS_RESOURCE: Final = 24
 _DAEMONS: Final = ("libvirtd.pid", "virtqemud.pid", "libvirt/libvirtd.pid", "libvirt/virtqemud.pid")
@@ -41,12 +49,11 @@ class LockedMemory:
         raise HypervisorError(
             f"{guest.name}: a function needs {needed} of locked memory, QEMU's limit is "
             f"{Bytes(limit)} and libvirt's daemon may not raise it (no CAP_SYS_RESOURCE)",
-            advice="raise LimitMEMLOCK of libvirt's daemon and start the guest again, or set "
-            "<memtune><hard_limit> in the guest's definition",
+            advice=ADVICE,
         )
 
     def read_limit(self, pid: int) -> int | None:
-        """Bytes that a process may lock; None for no limit.
+        """Bytes up to which a process's limit can be raised by anybody; None for no limit.
 
         Raises:
             GuestGoneError: the process is gone.
@@ -55,7 +62,7 @@ class LockedMemory:
             text = (self._proc / str(pid) / "limits").read_text()
         except OSError:
             raise GuestGoneError(f"process {pid} is gone") from None
-        match = re.search(r"^Max locked memory\s+(\S+)", text, re.MULTILINE)
+        match = re.search(r"^Max locked memory\s+\S+\s+(\S+)", text, re.MULTILINE)
         return int(match[1]) if match and match[1].isdecimal() else None
 
     def _may_raise(self) -> bool:

@@ -27,7 +27,7 @@ _POLL_S: Final = 0.02
 
 
 class VfPools:
-    """Makes VFs, and gives NVMe ones what they need to work."""
+    """Implements `ports.VfMaker`."""
 
     def __init__(
         self,

@@ -29,6 +29,10 @@ NO_SETTINGS: Final = VfSettings(mac="00:00:00:00:00:00", vlan=0, trust=False, sp
 """What igb keeps for a VF that nobody has set up."""
 
 
+_NETWORK: Final = 0x02
+"""PCI class."""
+
+
 @dataclass
 class SimulatedFunction:
     """One function.
@@ -51,7 +55,7 @@ class SimulatedFunction:
 
 
 class SimulatedDevices:
-    """Implements `ports.DeviceTree`; what changes is told to `watch`'s caller."""
+    """Implements `ports.DeviceTree` and `VfMaker`; what changes is told to `watch`'s caller."""
 
     def __init__(self, lock: threading.RLock, functions: Iterable[SimulatedFunction] = ()) -> None:
         self._lock = lock
@@ -72,6 +76,32 @@ class SimulatedDevices:
     def close(self) -> None:
         """Call nobody any more; safe to repeat."""
         self._changed = None
+
+    def ensure(self, pf: PciAddress, count: int) -> int:
+        """Make VFs where there are none."""
+        with self._lock:
+            shown = self.find(pf).shown
+            if not 0 < count <= shown.vfs_max:
+                raise DeviceError(f"PF {pf}: {count} VFs asked for, it can have {shown.vfs_max}")
+            if shown.vfs:
+                return len(shown.vfs)
+            domain, bus, slot, _ = shown.address.parts
+            first_group = 1 + max((o.shown.group or 0 for o in self._functions.values()), default=0)
+            for index in range(count):
+                place = f"{domain:04x}:{bus:02x}:{slot + 16 + index // 8:02x}.{index % 8}"
+                vf = replace(
+                    shown, address=PciAddress(place), driver=None, group=first_group + index,
+                    pf=pf, vf_index=index, vfs_max=0, uses=(), interfaces=(), resets=("flr",),
+                    settings=NO_SETTINGS if shown.class_code >> 16 == _NETWORK else None,
+                )  # fmt: skip
+                self._functions[vf.address] = SimulatedFunction(vf)
+                shown = replace(shown, vfs=(*shown.vfs, vf.address))
+            self.change(pf, vfs=shown.vfs)
+            return count
+
+    def ensure_nvme(self, pf: PciAddress, queues: int) -> None:
+        """Any controller has enough."""
+        self.find(pf)
 
     # -- what happens beside the agent ----------------------------------------------------------
 

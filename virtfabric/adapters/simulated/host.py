@@ -19,6 +19,7 @@ from virtfabric.adapters.simulated.faults import Faults
 from virtfabric.adapters.simulated.guest import GuestSpec, Hardware, SimulatedGuest, write_policy
 from virtfabric.adapters.simulated.handlers import SimulatedHandler, simulated_handlers
 from virtfabric.model.errors import (
+    DeviceError,
     GuestGoneError,
     HypervisorError,
     HypervisorGoneError,
@@ -206,11 +207,15 @@ class SimulatedHost:
 
     def _adopt_functions(self, guest: SimulatedGuest) -> None:
         """What its definition names: `managed='yes'` is bound by libvirt, else it has to be."""
-        for device in guest.spec.functions:
-            if device.managed:
-                self.devices.adopt(device.address, guest.spec.uuid)
-            else:
-                self.devices.open(device.address, guest.spec.uuid)
+        try:
+            for device in guest.spec.functions:
+                if device.managed:
+                    self.devices.adopt(device.address, guest.spec.uuid)
+                else:
+                    self.devices.open(device.address, guest.spec.uuid)
+        except (DeviceError, HypervisorError) as error:
+            self.devices.release(guest.spec.uuid)
+            raise HypervisorError(f"{guest.spec.name}: {error}") from error
 
     def let_go(self, guest: GuestId, address: PciAddress) -> None:
         """A guest lets a function go, when it is asked or long after."""
