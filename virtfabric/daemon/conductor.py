@@ -45,7 +45,15 @@ WAIT_SLICE_S: Final = 1.0
 """Longest wait for another plan before cancellation and deadline are looked at again."""
 UNLIMITED: Final = 1 << 40
 """Of anything: more than a host has."""
-RETRY: Final = frozenset({Reason.BUSY, Reason.NO_CAPACITY, Reason.NO_PLACEMENT})
+RETRY: Final = frozenset(
+    {
+        Reason.BUSY,
+        Reason.NO_CAPACITY,
+        Reason.NO_PLACEMENT,
+        Reason.DEVICE_IN_USE,
+        Reason.GROUP_NOT_VIABLE,
+    }
+)
 """Refusals that a running plan may turn into a yes when it ends."""
 
 

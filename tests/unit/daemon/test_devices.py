@@ -467,7 +467,7 @@ def test_two_who_ask_at_once_never_get_the_same(world):
         for name in ("batch", "web")
     ]
     done = [world.finish(job) for job in jobs]
-    assert [job["state"] for job in done] == ["done", "done"], done
+    assert [job["state"] for job in done] == ["done", "done"], [j["error"] for j in done]
     assert len({*world.functions_of("batch"), *world.functions_of("web")}) == 4
 
 
