@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from dataclasses import replace
 from typing import Any
 
 import agent_world as aw
@@ -16,11 +17,21 @@ from hypothesis import Phase as Search
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
+from virtfabric.adapters.simulated.devices import SimulatedFunction, small_devices
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase
+from virtfabric.model.device import (
+    VFIO_PCI,
+    DevicePool,
+    Match,
+    PciAddress,
+    PciFunction,
+    VfSettings,
+    device_key,
+)
 from virtfabric.model.errors import InvalidValueError, RefusedError
 from virtfabric.model.ids import JobId
 from virtfabric.model.plan import PinVcpu
-from virtfabric.model.policy import GuestPolicy, Placement
+from virtfabric.model.policy import DevicePolicy, GuestPolicy, Placement
 from virtfabric.model.units import MIB, CpuSet
 
 CORES = 6
@@ -40,7 +51,25 @@ POLICIES = (
     {"placement": "shared"},
 )
 
+PF = PciAddress("0000:01:00.0")
+POOLS = (
+    DevicePool("net.vf", Match(pf=PF), VfSettings(vlan=7, trust=True)),
+    DevicePool("crypto.aes", Match(ids=frozenset({"1234:11e8"})), one_time_use=True),
+    DevicePool("storage.nvme", Match(class_prefix="0108")),
+)
+"""The last one's only function is the host's boot disk."""
+WISHES = {
+    "batch": (DevicePolicy("net.vf", 2, reclaimable=True),),
+    "web": (DevicePolicy("net.vf", 1), DevicePolicy("crypto.aes", 1, reclaimable=True)),
+    "pinned": (DevicePolicy("storage.nvme", 1),),
+}
+ASSIGNABLE = tuple(f.shown.address for f in small_devices() if f.shown.pf or not f.shown.driver)
+CAPABILITIES = ("net.vf", "crypto.aes", "storage.nvme")
+
 MUCH = (
+    {"cpu": "+1", "memory": "+512M", "device:net.vf": "+1"},
+    {"memory": "+64M", "device:crypto.aes": "+1"},
+    {"device:net.vf": "-1"},
     {"cpu": "+1", "memory": "+512M"},
     {"cpu": "+500m", "memory": "+128M"},
     {"memory": "+64M"},
@@ -56,11 +85,14 @@ phases = st.sampled_from([Phase.APPLY, Phase.APPLIED, Phase.VERIFY, Phase.VERIFI
 
 def _specs() -> tuple[object, ...]:
     return (
-        aw.make_spec(10, "batch", 10, vcpus=2, initial_mib=512),
-        aw.make_spec(50, "web", 50, initial_mib=256),
+        aw.make_spec(10, "batch", 10, vcpus=2, initial_mib=512, devices=WISHES["batch"]),
+        aw.make_spec(50, "web", 50, initial_mib=256, devices=WISHES["web"]),
         aw.make_spec(90, "database", 90),
-        aw.make_spec(70, "pinned", 70, cpu=(1000, 3000), placement=Placement.DEDICATED),
-    )
+        aw.make_spec(
+            70, "pinned", 70, cpu=(1000, 3000), placement=Placement.DEDICATED,
+            devices=WISHES["pinned"],
+        ),
+    )  # fmt: skip
 
 
 def _words(policy: GuestPolicy) -> dict[str, str]:
@@ -81,7 +113,13 @@ class Life(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.world = aw.AgentWorld(specs=_specs(), cores=CORES, memory_mib=MEMORY_MIB).start()
+        self.world = aw.AgentWorld(
+            specs=_specs(), cores=CORES, memory_mib=MEMORY_MIB, functions=small_devices(),
+            settings={"pools": POOLS},
+        )  # fmt: skip
+        self.at_home = {a: (f.driver, f.settings) for a, f in self._functions().items()}
+        self.taken_out: list[SimulatedFunction] = []
+        self.world.start()
         self.world.settle()
 
     def teardown(self) -> None:
@@ -89,6 +127,13 @@ class Life(RuleBasedStateMachine):
 
     def _running(self, name: str) -> bool:
         return bool(self.world.live(name).active)
+
+    def _functions(self) -> dict[PciAddress, PciFunction]:
+        return self.world.host.devices.read_functions()
+
+    def _quarantine(self) -> list[str]:
+        found = self.world.agent.devices(aw.ROOT)
+        return [f["address"] for f in found if f["quarantine"]]
 
     def _find_much(self) -> tuple[str, dict[str, str], int] | None:
         """Something that would be granted now: for whom, what, and in how many steps."""
@@ -124,12 +169,36 @@ class Life(RuleBasedStateMachine):
         if job["state"] == "refused":
             assert self.world.frozen() == before
 
+    @rule(
+        name=names,
+        capability=st.sampled_from(CAPABILITIES),
+        want=st.sampled_from(["+1", "-1", "0", "2", "+3"]),
+        partial=st.sampled_from(["yes", "no"]),
+        lease=st.booleans(),
+    )
+    def allocate_functions(
+        self, name: str, capability: str, want: str, partial: str, lease: bool
+    ) -> None:
+        wants = {f"device:{capability}": want, "deadline": "2", "partial": partial}
+        if lease:
+            wants["for"] = f"{LEASE_S}s"
+        before = self.world.frozen()
+        job = self.world.allocate(name, **wants)
+        assert job["state"] in ("done", "refused"), job
+        if job["state"] == "refused":
+            assert self.world.frozen() == before
+
+    @rule()
+    def quarantine_is_released(self) -> None:
+        for address in self._quarantine():
+            with contextlib.suppress(RefusedError):
+                job = self.world.agent.device_release(aw.ROOT, address)["job"]
+                assert self.world.finish(job)["state"] == "done"
+
     @rule(first=names, second=names)
     def two_ask_at_once(self, first: str, second: str) -> None:
-        jobs = [
-            self.world.agent.allocate(aw.ROOT, name, {"cpu": "+1", "memory": "+384M"})["job"]
-            for name in (first, second)
-        ]
+        wants = {"cpu": "+1", "memory": "+384M", "device:net.vf": "+1"}
+        jobs = [self.world.agent.allocate(aw.ROOT, name, wants)["job"] for name in (first, second)]
         for job in jobs:
             assert self.world.finish(job)["state"] in ("done", "refused")
 
@@ -194,6 +263,56 @@ class Life(RuleBasedStateMachine):
         self.world.host.faults.clear()
         if job["state"] != "done":
             assert self.world.frozen() == before
+
+    @rule(name=names, late=st.booleans())
+    def keep_functions(self, name: str, late: bool) -> None:
+        """The guest ignores the request to let one go, and perhaps follows it long after."""
+        guest = aw.uuid_of(NAMES[name])
+        self.world.host.faults.keeps_functions.add(guest)
+        had = self.world.functions_of(name)
+        done = self.world.finish(self._ask_for("database", {"device:net.vf": "+2"}))
+        assert done["state"] in ("done", "refused"), done
+        self.world.settle()
+        assert set(had) <= set(self.world.functions_of(name))
+        self.world.host.faults.clear()
+        if late and had:
+            self.world.host.let_go(guest, PciAddress(had[0]))
+
+    @rule(name=names, resets=st.booleans())
+    def let_go_unasked(self, name: str, resets: bool) -> None:
+        had = self.world.functions_of(name)
+        if not had:
+            return
+        if not resets:
+            self.world.host.faults.add(Fault(Effect.FAIL, kind="reset-function"))
+        self.world.host.let_go(aw.uuid_of(NAMES[name]), PciAddress(had[0]))
+        self.world.settle()
+        self.world.host.faults.clear()
+
+    @rule(which=st.sampled_from(ASSIGNABLE))
+    def taken_out_of_the_host(self, which: PciAddress) -> None:
+        if self.world.host.devices.knows(which):
+            found = self.world.host.devices.find(which)
+            self.world.host.remove_function(which)
+            shown = replace(found.shown, driver=None, driver_override=None)
+            driver, settings = self.at_home[which]
+            fresh = replace(shown, driver=driver, settings=settings)
+            self.taken_out.append(SimulatedFunction(fresh, limits=found.limits))
+
+    @rule()
+    def put_in_again(self) -> None:
+        if self.taken_out:
+            self.world.host.devices.plug(self.taken_out.pop())
+
+    @rule(name=names)
+    def an_attach_fails_and_cannot_be_undone(self, name: str) -> None:
+        guest = aw.uuid_of(NAMES[name])
+        self.world.host.faults.keeps_functions.add(guest)
+        self.world.host.faults.add(Fault(Effect.FAIL, Phase.VERIFY, kind="attach-function"))
+        done = self.world.finish(self._ask_for(name, {"device:net.vf": "+1"}))
+        assert done["state"] in ("refused", "failed"), done
+        self.world.host.faults.clear()
+        self.world.agent._lifecycle.enqueue(self.world.agent._audit_host)
 
     @rule(name=names, cpu=st.integers(0, CORES - 1))
     def pinned_by_hand(self, name: str, cpu: int) -> None:
@@ -310,6 +429,27 @@ class Life(RuleBasedStateMachine):
             if guest not in own:
                 for cpus in guest.vcpu_affinity.values():
                     assert not cpus & set(taken)
+
+    @invariant()
+    def no_function_is_lost_leaked_or_shared(self) -> None:
+        self.world.settle()
+        books = self.world.agent._ledger.view().books
+        holdings = {g: h for g, h in books.holdings.items() if h.functions}
+        held = [f.address for h in holdings.values() for f in h.functions]
+        attached = {n: self.world.functions_of(n) for n in NAMES if self._running(n)}
+        assert len(held) == len(set(held))
+        assert sorted(held) == sorted(a for functions in attached.values() for a in functions)
+        for holding in books.holdings.values():
+            for capability in CAPABILITIES:
+                count = sum(f.capability == capability for f in holding.functions)
+                assert holding.amounts[device_key(capability)] == count, holding
+        for address, function in self._functions().items():
+            if address in held:
+                assert function.driver == VFIO_PCI
+            elif address not in books.quarantine:
+                assert (function.driver, function.settings) == self.at_home[address], address
+        assert "0000:02:00.0" not in {*held, *books.quarantine}  # the boot disk
+        assert not set(held) & books.quarantine.keys()
 
     @invariant()
     def journal_and_audit_are_whole(self) -> None:
