@@ -21,7 +21,8 @@ from virtfabric.policy.changes import (
     refuse_short,
     wanted_changes,
 )
-from virtfabric.policy.loans import Homecoming, consume, newest_first, repay_parts
+from virtfabric.policy.homecoming import Homecoming, repay_parts
+from virtfabric.policy.loans import consume, newest_first
 from virtfabric.policy.standing import (
     charge_of,
     free,

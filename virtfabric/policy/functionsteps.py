@@ -59,9 +59,8 @@ class FunctionSteps:
 
     def carry_out(self, allotment: Allotment) -> None:
         """All that an allotment moves."""
-        coming = {move.function.address for move in allotment.coming}
         for guest, held in allotment.leaving:
-            self.leave(guest, held, passes=held.address in coming)
+            self.leave(guest, held, passes=held.address in self.after)
         for guest, held in allotment.coming:
             state = self.snapshot.guests.get(guest)
             if state is not None and state.active:

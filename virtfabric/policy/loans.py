@@ -1,7 +1,7 @@
-"""Loans: which go home with a decision, and what the books say after one.
+"""Loans: what the books say after a decision.
 
 Owns the life of grants and loans. It decides no amounts beyond what a loan says (the arbiter does)
-and no CPUs. Everything is a function from books to books.
+and neither CPUs nor functions. Everything is a function from books to books.
 
 The rule that conserves: a loan is a claim, the amounts themselves are in the holdings. When a
 grant ends while its borrower was itself reclaimed from, it gives back less than it got. By that
@@ -13,25 +13,19 @@ it back (stopped, or at its ceiling) ends unpaid: the amounts are free.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from virtfabric.model.amounts import Amounts, Key
-from virtfabric.model.decision import Return
-from virtfabric.model.device import Quarantine, capability_of
+from virtfabric.model.device import Quarantine
 from virtfabric.model.ids import GrantId, GuestId, LoanId
 from virtfabric.model.ledger import Books, Grant, Holding, Loan
-from virtfabric.policy.deviceterms import check_taker, spare_ports
-from virtfabric.policy.standing import line_of
-from virtfabric.policy.stock import device_amounts
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping, Sequence
 
     from virtfabric.model.decision import Decision
     from virtfabric.model.device import HeldFunction, PciAddress
-    from virtfabric.model.guest import GuestState
-    from virtfabric.model.ledger import HostSnapshot
 
     Budget = dict[Key, int]
 
@@ -53,100 +47,6 @@ def consume(grants: Iterable[Grant], given: Amounts) -> list[tuple[Grant, Amount
         rest = rest - part
         parts.append((grant, part))
     return parts
-
-
-@dataclass(slots=True)
-class Homecoming:
-    """Collects what goes home with one decision.
-
-    Attributes:
-        spare: what of free capacity may top up a return (a victim of whole CPUs gave more than
-            the borrower got; the rest became free then and is needed again now).
-        passable: how many of the functions given up can go to another guest, by capability.
-        arrived: by victim.
-        returns: in the order they are paid.
-    """
-
-    snapshot: HostSnapshot
-    spare: Amounts
-    passable: dict[Key, int] = field(default_factory=dict)
-    arrived: dict[GuestId, Amounts] = field(default_factory=dict)
-    returns: list[Return] = field(default_factory=list)
-
-    def repay(self, loans: Iterable[Loan], came_back: Amounts, *, spare: Amounts) -> None:
-        """Pay these loans, by priority of the victim, highest first, then UUID.
-
-        Args:
-            loans: open loans of one grant.
-            came_back: what the borrower gives up.
-            spare: most that may be added from free capacity.
-        """
-        added = Amounts({key: max(0, min(spare[key], self.spare[key])) for key in spare})
-        budget = dict((came_back + added).items())
-        for loan in sorted(loans, key=self._turn):
-            paid = self._payment(loan, budget)
-            if not paid:
-                continue
-            self.returns.append(Return(loan.id, loan.victim, paid))
-            self.arrived[loan.victim] = self.arrived.get(loan.victim, Amounts()) + paid
-            for key, amount in paid.items():
-                budget[key] -= amount
-                if key in self.passable:
-                    self.passable[key] -= amount
-        unused = Amounts({key: min(added[key], max(0, budget[key])) for key in budget})
-        self.spare = self.spare - (added - unused)
-
-    def _turn(self, loan: Loan) -> tuple[int, GuestId, float, LoanId]:
-        victim = self.snapshot.guests.get(loan.victim)
-        priority = victim.policy.priority if victim and victim.policy else -1
-        return -priority, loan.victim, loan.since, loan.id
-
-    def _payment(self, loan: Loan, budget: Budget) -> Amounts:
-        victim = self.snapshot.guests.get(loan.victim)
-        takes_part = victim is not None and victim.managed and victim.active
-        if victim is None or not takes_part or victim.uuid not in self.snapshot.books.holdings:
-            return Amounts()
-        arrived = self.arrived.get(victim.uuid, Amounts())
-        paid: Budget = {}
-        for key, owed in loan.amounts.items():
-            line = line_of(victim, key, self.snapshot)
-            room = line.ceiling - line.held - arrived[key]
-            most = max(0, min(owed, budget.get(key, 0), room))
-            if capability_of(key) is not None:
-                most = min(most, self._passing(victim, key, arrived, paid))
-            paid[key] = most // line.granule * line.granule
-        return Amounts(paid)
-
-    def _passing(self, victim: GuestState, key: Key, arrived: Amounts, paid: Budget) -> int:
-        """How many functions the victim can take back: it may have no port for them by now."""
-        if check_taker(victim, self.snapshot) is not None:
-            return 0
-        coming = sum(device_amounts(arrived + Amounts(paid)).values())
-        room = spare_ports(victim, self.snapshot) - coming
-        return max(0, min(room, self.passable.get(key, 0)))
-
-
-def repay_parts(
-    home: Homecoming, borrower: GuestId, parts: Sequence[tuple[Grant, Amounts]], given: Amounts
-) -> None:
-    """Send home the loans of these parts of grants, then loans that belong to no grant.
-
-    Args:
-        home: collects the returns.
-        borrower: who gives up.
-        parts: as `consume` says.
-        given: all that the borrower gives up.
-    """
-    books = home.snapshot.books
-    borrowed = [loan for loan in books.loans.values() if loan.borrower == borrower]
-    if not borrowed:
-        return
-    rest = given
-    for grant, part in parts:
-        rest = rest - part
-        own = [loan for loan in borrowed if loan.grant == grant.id]
-        home.repay(own, part, spare=(_total(own) - grant.amounts).positive())
-    home.repay((n for n in borrowed if n.grant not in books.grants), rest, spare=Amounts())
 
 
 def settle(
@@ -185,7 +85,7 @@ def settle(
         raise ValueError(f"{len(decision.takes)} takes need as many loan ids: {loan_ids!r}")
     draft = _Draft(books)
     draft.move(decision, orders, functions or {})
-    draft.retire(retired, at)
+    draft.quarantine |= {address: _used_once(address, at) for address in retired}
     draft.pay(decision)
     if grant is not None:
         draft.end_grant(grant, (grant.amounts + decision.delta).positive())
@@ -200,7 +100,7 @@ def settle(
     return draft.finish()
 
 
-def depart(books: Books, guest: GuestId, at: float) -> Books:
+def depart(books: Books, guest: GuestId, at: float, *, retired: Iterable[PciAddress] = ()) -> Books:
     """The books after a guest stopped (what could go home did with `choose_departure`).
 
     Its holding, grants and residues go. What it still owes passes on to those who borrowed from
@@ -210,8 +110,10 @@ def depart(books: Books, guest: GuestId, at: float) -> Books:
         books: as they are.
         guest: who stopped; unknown to the books is fine.
         at: UNIX seconds, the beginning of claims that are passed on.
+        retired: as for `settle`.
     """
     draft = _Draft(books)
+    draft.quarantine |= {address: _used_once(address, at) for address in retired}
     draft.holdings.pop(guest, None)
     draft.grants = {k: g for k, g in draft.grants.items() if g.guest != guest}
     owed = [loan for loan in draft.loans.values() if loan.borrower == guest]
@@ -238,13 +140,6 @@ class _Draft:
             self.generation + 1, self.holdings, self.grants, self.loans, self.residues,
             self.quarantine,
         )  # fmt: skip
-
-    def retire(self, addresses: Iterable[PciAddress], at: float) -> None:
-        """Functions that a guest had, of a pool that is used once only."""
-        for address in addresses:
-            why = "a guest had it, and its pool is one_time_use"
-            remedy = f"check it, then virtfabric devices release {address}"
-            self.quarantine[address] = Quarantine(address, why, remedy, at)
 
     def move(
         self,
@@ -304,7 +199,7 @@ class _Draft:
 
     def claims_of(self, guest: GuestId) -> Amounts:
         """What it lent in all."""
-        return _total(loan for loan in self.loans.values() if loan.victim == guest)
+        return total_of(loan for loan in self.loans.values() if loan.victim == guest)
 
     def hand_on(
         self, guest: GuestId, owed: Iterable[Loan], shortfall: Amounts, *, at: float | None = None
@@ -327,7 +222,9 @@ class _Draft:
                 cuts.append((claim, cut))
                 self.keep(claim, claim.amounts - cut)
         # What a victim of whole CPUs gave beyond the need is owed as well, and comes out of free.
-        extra = _total(loan for loan, _ in debts) - _total(replace(n, amounts=c) for n, c in cuts)
+        extra = total_of(loan for loan, _ in debts) - total_of(
+            replace(n, amounts=c) for n, c in cuts
+        )
         for claim, cut in cuts:
             more = Amounts({k: max(0, extra[k]) for k in cut})
             extra = extra - more
@@ -358,9 +255,15 @@ class _Draft:
         return name
 
 
+def _used_once(address: PciAddress, at: float) -> Quarantine:
+    why = "a guest had it, and its pool is one_time_use"
+    return Quarantine(address, why, f"check it, then virtfabric devices release {address}", at)
+
+
 def _age(loan: Loan) -> tuple[float, LoanId]:
     return loan.since, loan.id
 
 
-def _total(loans: Iterable[Loan]) -> Amounts:
+def total_of(loans: Iterable[Loan]) -> Amounts:
+    """The amounts of all of these."""
     return sum((loan.amounts for loan in loans), Amounts())

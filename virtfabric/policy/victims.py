@@ -175,7 +175,7 @@ def _survey_functions(
         give = 0
         if verdict is None and line.held:
             give, verdict = _detachable(stock, guest, key)
-            give = min(give, line.slack, caps[uuid][key] if key in caps.get(uuid, ()) else give)
+            give = min(give, line.slack, caps[uuid][key] if uuid in caps else give)
         if give > 0:
             held, floor = line.held, line.floor
             candidates.append(

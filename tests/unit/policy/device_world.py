@@ -1,0 +1,265 @@
+"""A host with PCIe functions on which plans are carried out, step by step, and undone.
+
+The simulated host objects where a real one would: a function that is attached keeps its driver,
+nobody is attached to a group that a host driver is in, every step finds what it expects.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from host_data import BOOT_MEMORY, guest_id, load_host, make_guest, snapshot_of
+
+from virtfabric.model.amounts import Amounts
+from virtfabric.model.decision import Decision
+from virtfabric.model.device import (
+    DeviceInventory,
+    DevicePool,
+    GuestDevice,
+    HostUse,
+    Match,
+    PciAddress,
+    PciFunction,
+    UseKind,
+    VfSettings,
+    alias_of,
+)
+from virtfabric.model.errors import Refusal
+from virtfabric.model.guest import GuestState, RunState
+from virtfabric.model.ids import GrantId, GuestId, LoanId, RequestId
+from virtfabric.model.ledger import Books, Grant, Holding, HostSnapshot
+from virtfabric.model.plan import (
+    AttachFunction,
+    BindDriver,
+    LimitLink,
+    Plan,
+    Presence,
+    ResetFunction,
+    SetNodeset,
+    SetUpVf,
+)
+from virtfabric.model.policy import DevicePolicy
+from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
+from virtfabric.policy.loans import depart, settle
+from virtfabric.policy.placement import plan_decision
+
+if TYPE_CHECKING:
+    from virtfabric.model.step import Step
+    from virtfabric.model.units import CpuSet
+
+NET, NVME = "net.vf", "storage.nvme"
+IN_USE = (HostUse(UseKind.NETWORK, "eth0 is up"),)
+OLD = VfSettings(mac="52:54:00:00:00:09", vlan=0, trust=False)
+WANTED = VfSettings(vlan=7, trust=True)
+
+
+def at(number: int) -> PciAddress:
+    return PciAddress(f"0000:01:{number:02x}.0")
+
+
+def nic(number: int, group: int | None = None, **fields: Any) -> PciFunction:
+    """A VF of a PF that is not in any group of theirs."""
+    defaults: dict[str, Any] = {
+        "class_code": 0x020000, "driver": "igbvf", "node": 0, "parent": at(30), "pf": at(31),
+        "group": number if group is None else group, "settings": OLD,
+    }  # fmt: skip
+    return PciFunction(at(number), **defaults | fields)
+
+
+def disk(number: int, group: int | None = None, **fields: Any) -> PciFunction:
+    defaults: dict[str, Any] = {
+        "class_code": 0x010802, "driver": "nvme", "node": 1, "parent": at(29),
+        "group": number if group is None else group,
+    }  # fmt: skip
+    return PciFunction(at(number), **defaults | fields)
+
+
+def inventory_of(*functions: PciFunction, **pool: Any) -> DeviceInventory:
+    """With two ports and a PF, the pools net.vf (`pool` for its fields) and storage.nvme."""
+    ports = (
+        PciFunction(at(29), bridge=True, class_code=0x060400, group=129, driver="pcieport"),
+        PciFunction(at(30), bridge=True, class_code=0x060400, group=130, driver="pcieport"),
+    )
+    pf = PciFunction(at(31), class_code=0x020000, driver="igb", group=131, uses=IN_USE)
+    pools = (
+        DevicePool(NET, Match(class_prefix="0200", vfs=True), **{"settings": WANTED} | pool),
+        DevicePool(NVME, Match(class_prefix="0108"), link_speed=8000),
+    )
+    return DeviceInventory({f.address: f for f in (*ports, pf, *functions)}, pools)
+
+
+def device_guest(number: int, *wishes: DevicePolicy, priority: int = 50, **fields: Any) -> Any:
+    guest = make_guest(number, **{"free_ports": 4, "priority": priority} | fields)
+    return replace(guest, policy=replace(guest.policy, devices=wishes))
+
+
+def ask_for(
+    guest: GuestId, mode: Mode = Mode.BY, *, partial: bool = False, **wants: int
+) -> Request:
+    names = {"net": NET, "nvme": NVME}
+    devices = {names.get(name, name): Want(mode, n) for name, n in wants.items()}
+    return Request(RequestId("req-1"), guest, AGENT, Origin.DBUS, devices=devices, partial=partial)
+
+
+@dataclass
+class Host:
+    """What a plan changes: drivers, settings of VFs, links, and who has what attached."""
+
+    inventory: DeviceInventory
+    drivers: dict[PciAddress, str] = field(default_factory=dict)
+    settings: dict[PciAddress, VfSettings] = field(default_factory=dict)
+    links: dict[PciAddress, int] = field(default_factory=dict)
+    attached: dict[PciAddress, GuestId] = field(default_factory=dict)
+    nodes: dict[GuestId, CpuSet] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, inventory: DeviceInventory) -> Host:
+        found = inventory.functions.items()
+        return cls(
+            inventory,
+            {a: f.driver or "" for a, f in found},
+            {a: f.settings for a, f in found if f.settings is not None},
+        )
+
+    def state(self) -> tuple[Any, ...]:
+        links = {port: speed for port, speed in self.links.items() if speed}
+        return copy.deepcopy((self.drivers, self.settings, links, self.attached, self.nodes))
+
+    def run(self, step: Step) -> None:
+        match step:
+            case BindDriver():
+                assert step.address not in self.attached
+                mates = (one.address for one in self.inventory.group_of(step.address))
+                assert step.after == "vfio-pci" or not any(mate in self.attached for mate in mates)
+                assert self.drivers[step.address] == step.before != step.after
+                self.drivers[step.address] = step.after
+            case SetUpVf():
+                assert step.address not in self.attached
+                now = self.settings[step.address]
+                for name in ("mac", "vlan", "trust", "spoofchk", "rate"):
+                    before, after = getattr(step.before, name), getattr(step.after, name)
+                    assert before is None or getattr(now, name) == before
+                    if after is not None:
+                        now = replace(now, **{name: after})
+                self.settings[step.address] = now
+            case LimitLink():
+                assert self.links.get(step.address, 0) == step.before != step.after
+                self.links[step.address] = step.after
+            case ResetFunction():
+                assert step.address not in self.attached
+            case AttachFunction(after=Presence.ATTACHED):
+                self._attach(step.address, step.guest)
+            case AttachFunction():
+                assert self.attached.pop(step.address) == step.guest
+            case SetNodeset():
+                assert step.guest not in self.attached.values(), "its pages are pinned"
+                assert self.nodes[step.guest] == step.before
+                self.nodes[step.guest] = step.after
+
+    def _attach(self, address: PciAddress, guest: GuestId) -> None:
+        assert address not in self.attached
+        assert self.drivers[address] == "vfio-pci"
+        for mate in self.inventory.group_of(address):
+            assert mate.bridge or self.drivers[mate.address] in ("vfio-pci", "")
+            assert self.attached.get(mate.address, guest) == guest
+            assert not mate.uses
+        self.attached[address] = guest
+
+
+@dataclass
+class World:
+    """Host, guests and books, from decision to decision."""
+
+    host: Host
+    guests: dict[GuestId, GuestState]
+    books: Books
+    by_hand: dict[PciAddress, GuestId] = field(default_factory=dict)
+    now: int = 0
+
+    @classmethod
+    def of(cls, inventory: DeviceInventory, *guests: GuestState) -> World:
+        amounts = Amounts.of(cpu=500, memory=BOOT_MEMORY)
+        held = {
+            g.uuid: Holding(g.uuid, amounts)
+            for g in guests if g.managed and g.active
+        }  # fmt: skip
+        host = Host.of(inventory)
+        host.nodes = {g.uuid: g.numa_nodes for g in guests}
+        return cls(host, {g.uuid: g for g in guests}, Books(7, held))
+
+    def snapshot(self, host: str = "two-sockets") -> HostSnapshot:
+        functions = {
+            a: replace(f, driver=self.host.drivers[a] or None, settings=self.host.settings.get(a))
+            for a, f in self.host.inventory.functions.items()
+        }
+        found = [self._seen(guest) for guest in self.guests.values()]
+        snapshot = snapshot_of(load_host(host), found)
+        inventory = replace(self.host.inventory, functions=functions)
+        return replace(snapshot, books=self.books, devices=inventory)
+
+    def _seen(self, guest: GuestState) -> GuestState:
+        ours = [a for a, g in self.host.attached.items() if g == guest.uuid]
+        hand = [a for a, g in self.by_hand.items() if g == guest.uuid]
+        devices = (
+            *(GuestDevice(a, alias_of(a)) for a in ours),
+            *(GuestDevice(a, "hostdev0", managed=True) for a in hand),
+        )
+        nodes = self.host.nodes[guest.uuid]
+        free = max(0, guest.free_ports - len(devices))
+        return replace(guest, devices=devices, free_ports=free, numa_nodes=nodes)
+
+    def carry_out(self, plan: Plan) -> None:
+        """All steps; and, on a copy, back from the end through every prefix."""
+        trail = [self.host.state()]
+        for step in plan.steps:
+            self.host.run(step)
+            trail.append(self.host.state())
+        back = copy.deepcopy(self.host)
+        for index in reversed(range(len(plan.steps))):
+            back.run(plan.steps[index].inverse())
+            assert back.state() == trail[index], plan.steps[index]
+
+    def commit(self, decision: Decision, ends: Grant | None = None) -> tuple[Plan, Grant]:
+        snapshot = self.snapshot()
+        plan = plan_decision(snapshot, decision)
+        assert isinstance(plan, Plan), plan
+        assert plan == plan_decision(snapshot, decision)
+        self.carry_out(plan)
+        self.now += 1
+        gain = decision.delta.positive()
+        grant = Grant(GrantId(f"g{self.now}"), decision.guest, gain, decision.request, self.now)
+        self.books = settle(
+            self.books, decision, grant=ends, new_grant=grant if gain else None,
+            loan_ids=[LoanId(f"l{self.now}.{n}") for n in range(len(decision.takes))],
+            at=self.now, orders=plan.orders, functions=plan.functions, retired=plan.retired,
+        )  # fmt: skip
+        return plan, grant
+
+    def stop(self, guest: GuestId) -> None:
+        self.guests[guest] = replace(self.guests[guest], state=RunState.SHUTOFF, pid=None)
+        for address in [a for a, g in self.host.attached.items() if g == guest]:
+            del self.host.attached[address]
+
+    def departed(self, guest: GuestId) -> None:
+        self.books = depart(self.books, guest, self.now)
+
+    def held(self, guest: GuestId) -> list[PciAddress]:
+        holding = self.books.holdings.get(guest)
+        return [f.address for f in holding.functions] if holding else []
+
+
+def decided(answer: Decision | Refusal) -> Decision:
+    assert isinstance(answer, Decision), answer
+    return answer
+
+
+def refused(answer: Decision | Plan | Refusal) -> Refusal:
+    assert isinstance(answer, Refusal), answer
+    return answer
+
+
+A, B, C = (guest_id(n) for n in (1, 2, 3))
+YIELDS = DevicePolicy(NET, 2, reclaimable=True)
+KEEPS = DevicePolicy(NET, 2)
