@@ -210,3 +210,21 @@ def test_a_function_without_a_reset_of_its_own(passthrough: RunningLab) -> None:
     answer = carry_out(passthrough, ("apply", ResetFunction(guest=NOBODY, address=first)))[0]
     assert answer["error"] == "DeviceError", answer
     assert "cannot be reset" in answer["text"]
+
+
+def test_a_guest_that_does_not_answer(passthrough: RunningLab, guest: GuestId) -> None:
+    """It is asked once, hears of it when it runs again, and lets go then."""
+    bind = BindDriver(guest=guest, name="guest", address=EDU, before="", after="vfio-pci")
+    attach = AttachFunction(
+        guest=guest, name="guest", address=EDU, before=Presence.ABSENT, after=Presence.ATTACHED,
+        deadline_s=4.0,
+    )  # fmt: skip
+    done(carry_out(passthrough, ("apply", bind), ("apply", attach)))
+    passthrough.run("virsh -q suspend guest")
+    answers = carry_out(passthrough, ("apply", attach.inverse()), ("apply", attach.inverse()))
+    assert [answer.get("error") for answer in answers] == ["ShortfallError"] * 2, answers
+    assert live_hostdevs(passthrough) == 1
+    passthrough.run("virsh -q resume guest")
+    passthrough.wait("! virsh -q dumpxml guest | grep -q '<hostdev '", timeout_s=60)
+    done(carry_out(passthrough, ("apply", attach.inverse()), ("undo", bind)))
+    assert driver(passthrough, EDU) == "none"
