@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 
 from virtfabric.adapters.clock import SystemClock
+from virtfabric.adapters.simulated.faults import SimulatedCrash
 from virtfabric.adapters.simulated.guest import GuestSpec, MemoryDevice
 from virtfabric.adapters.simulated.host import SimulatedHost, build_simulated_host
 from virtfabric.adapters.simulated.machines import make_topology
@@ -164,6 +165,10 @@ class Process:
             self._calls += 1
         try:
             yield
+        except SimulatedCrash:
+            # dead at once: no other thread of it finds out what this one leaves behind
+            self._killed = True
+            raise
         finally:
             with self._changed:
                 self._calls -= 1
