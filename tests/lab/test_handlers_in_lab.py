@@ -139,6 +139,8 @@ def goes_in_and_out(
 
 def test_vf_of_a_nic(passthrough: RunningLab, guest: GuestId) -> None:
     assert done(carry_out(passthrough, ("vfs", [IGB, 2]), ("vfs", [IGB, 3]))) == [2, 2]
+    # udev has the VFs' driver loaded, and it stays away from them
+    passthrough.wait("udevadm settle && [ -d /sys/bus/pci/drivers/igbvf ]")
     passthrough.run(f"ip link set $(ls {DEVICES}/{IGB}/net) up")
     before = VfSettings.parse(done(carry_out(passthrough, ("settings", IGB_VF)))[0])
     settings = SetUpVf(

@@ -58,14 +58,11 @@ class VfPools:
         return self._read_count(pf, "sriov_numvfs")
 
     def _make(self, pf: PciAddress, count: int) -> None:
-        probe = self._files.read(pf, "sriov_drivers_autoprobe")
-        if probe == "1":
+        # It stays off: udev loads the VFs' driver when it hears of them, and would bind them then
+        # (measured: igbvf, with autoprobe back on right after). An override still binds any driver.
+        if self._files.has(pf, "sriov_drivers_autoprobe"):
             self._files.write(pf, "sriov_drivers_autoprobe", "0")
-        try:
-            self._files.write(pf, "sriov_numvfs", str(count))
-        finally:
-            if probe == "1":
-                self._files.write(pf, "sriov_drivers_autoprobe", "1")
+        self._files.write(pf, "sriov_numvfs", str(count))
 
     def _read_count(self, pf: PciAddress, name: str) -> int:
         text = self._files.read(pf, name)
