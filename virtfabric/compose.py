@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         HostLoad,
         HostReader,
         PolicyWriter,
+        VfMaker,
     )
 
 log = logging.getLogger(__name__)
@@ -102,6 +103,7 @@ class _Outside:
     host: HostReader
     guests: GuestReader
     devices: DeviceTree
+    vfs: VfMaker
     policies: PolicyWriter
     events: EventSource
     handlers: Handlers
@@ -147,8 +149,8 @@ class Composition:
         self._stack.callback(audit.close)
         topology = outside.host.read_topology()
         world = World(
-            guests=outside.guests, devices=outside.devices, policies=outside.policies,
-            events=outside.events,
+            guests=outside.guests, devices=outside.devices, vfs=outside.vfs,
+            policies=outside.policies, events=outside.events,
             handlers=outside.handlers, journal=journal, audit=audit, clock=outside.clock,
             load=outside.load, stats=outside.stats,
         )  # fmt: skip
@@ -171,14 +173,14 @@ class Composition:
         opened = open_libvirt(self.config.agent.uri)
         self._stack.callback(opened.close)
         return _Outside(
-            opened.host, opened.guests, SysfsDeviceTree(), opened.policy, opened.events,
+            opened.host, opened.guests, SysfsDeviceTree(), opened.vfs, opened.policy, opened.events,
             opened.handlers, SystemClock(), PsutilLoad(), opened.stats, opened.version,
         )  # fmt: skip
 
     def _open_simulated(self) -> _Outside:
         host = small_host(SystemClock())
         return _Outside(
-            host, host, host.devices, host, host.events, host.handlers, host.clock,
+            host, host, host.devices, host.devices, host, host.events, host.handlers, host.clock,
             host.load, host.stats, "simulated",
         )  # fmt: skip
 

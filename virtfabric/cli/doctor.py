@@ -9,12 +9,18 @@ import fcntl
 import os
 import shutil
 import subprocess
-from dataclasses import dataclass
-from enum import StrEnum
 from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from virtfabric.cli.devicechecks import (
+    check_iommu,
+    check_pools,
+    check_ports,
+    check_quarantine,
+    check_vfio,
+)
+from virtfabric.cli.findings import Finding, Verdict
 from virtfabric.cli.hooks import read_status
 from virtfabric.cli.install import BUS_POLICY
 from virtfabric.cli.screen import Table, print_json, print_lines, print_tables
@@ -32,31 +38,6 @@ _CONTROLLERS: Final = ("cpu", "cpuset")
 _KVM_GET_API_VERSION: Final = 0xAE00
 _KVM_CREATE_VM: Final = 0xAE01
 """linux/kvm.h: _IO(KVMIO, 0x01)."""
-
-
-class Verdict(StrEnum):
-    """How a check ended."""
-
-    OK = "ok"
-    WARN = "warn"
-    FAIL = "fail"
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """The outcome of one check. `mend` is empty where there is nothing to do."""
-
-    name: str
-    verdict: Verdict
-    detail: str
-    mend: str = ""
-
-    def to_json(self) -> dict[str, str]:
-        """For `--json`."""
-        return {
-            "check": self.name, "verdict": self.verdict.value,
-            "detail": self.detail, "mend": self.mend,
-        }  # fmt: skip
 
 
 def format_version(number: int) -> str:
@@ -226,6 +207,18 @@ def check_agent(args: argparse.Namespace) -> Iterator[Finding]:
         yield Finding("agent", Verdict.OK, detail)
 
 
+def check_devices(args: argparse.Namespace, config: Config) -> Iterator[Finding]:
+    """Pools, quarantine and free ports, as the agent sees them; nothing while it is away."""
+    try:
+        functions, guests = ask(args, "ListDevices"), ask(args, "ListGuests")
+    except VirtfabricError:
+        return
+    yield from check_pools(config.pools, functions)
+    yield from check_quarantine(functions)
+    if config.pools:
+        yield from check_ports(guests)
+
+
 def check_apparmor(root: Path = Path("/")) -> Iterator[Finding]:
     """AppArmor is expected on Debian and Ubuntu; its profile lets libvirt run hooks."""
     switch = root / "sys/module/apparmor/parameters/enabled"
@@ -275,7 +268,10 @@ def examine(args: argparse.Namespace) -> list[Finding]:
         lambda: check_hooks(config),
         lambda: check_bus_policy(config),
         lambda: check_state_dir(config),
+        lambda: check_iommu(wanted=bool(config.pools)),
+        lambda: check_vfio(wanted=bool(config.pools)),
         lambda: check_agent(args),
+        lambda: check_devices(args, config),
     )
     for check in checks:
         findings.extend(check())
@@ -298,7 +294,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def add_parsers(subparsers: Any) -> None:
     """Register `doctor`."""
-    text = "check libvirt, cgroups, KVM, hooks, bus and state, and say how to mend each"
+    text = "check libvirt, cgroups, KVM, hooks, bus, state and devices, and say how to mend each"
     parser = subparsers.add_parser("doctor", help=text, description=text)
     parser.add_argument(
         "--config", type=Path, default=CONFIG_DIR, metavar="PATH",

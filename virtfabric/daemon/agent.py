@@ -25,6 +25,7 @@ from virtfabric.daemon.notices import Notices
 from virtfabric.daemon.observatory import Observatory
 from virtfabric.daemon.recovery import recover
 from virtfabric.daemon.story import tell
+from virtfabric.daemon.vfcounts import make_vfs
 from virtfabric.daemon.views import grants_view, guests_view, host_view, loans_view
 from virtfabric.model.errors import (
     HypervisorGoneError,
@@ -118,6 +119,7 @@ class Agent:
             HypervisorGoneError: libvirt is not there.
         """
         self._world.devices.watch(self._lifecycle.devices.look_soon)
+        self._make_vfs()
         self._observatory.refresh_devices()
         done = self._lifecycle.enqueue(lambda: self._lifecycle.resync(place=True))
         self._world.events.start(self._on_event)
@@ -128,6 +130,9 @@ class Agent:
         self._drift.check()
         self._leases.start()
         self._ticker.start()
+
+    def _make_vfs(self) -> None:
+        make_vfs(self._world.vfs, self._settings.pools, self._notices, self._world.audit)
 
     def _on_event(self, event: Any) -> None:
         if event.kind.value in ("connected", "disconnected"):
@@ -165,7 +170,8 @@ class Agent:
         self._authority.configure(settings.group, settings.ceiling_for)
         self._world.audit.append("agent.reconfigured", [], {})
         self._lifecycle.converge(None, "placement after a new configuration")
-        self._lifecycle.devices.satisfy_soon()
+        self._make_vfs()
+        self._lifecycle.devices.look_soon()
 
     # -- the tick ---------------------------------------------------------------------------
 

@@ -103,6 +103,7 @@ def guest_view(snapshot: HostSnapshot, guest: GuestState) -> Json:
         },
         "cpus": str(holding.cpus) if holding and dedicated else "",
         "devices": _devices_view(guest, holding),
+        "free_ports": guest.free_ports if guest.active else None,
         "busy": guest.uuid in snapshot.busy, "job": guest.job,
         "residues": [r.to_json() for r in snapshot.books.residues if r.guest == guest.uuid],
     }  # fmt: skip

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         HostLoad,
         Journal,
         PolicyWriter,
+        VfMaker,
     )
 
 
@@ -32,6 +33,7 @@ class World:
 
     guests: GuestReader
     devices: DeviceTree
+    vfs: VfMaker
     policies: PolicyWriter
     events: EventSource
     handlers: Handlers

@@ -246,7 +246,8 @@ class AgentWorld:
         self._process = Process()
         host = self._process.wrap(self.host, GONE)
         world = World(
-            guests=host, devices=self._process.wrap(self.host.devices, GONE), policies=host,
+            guests=host, devices=self._process.wrap(self.host.devices, GONE),
+            vfs=self._process.wrap(self.host.devices, GONE), policies=host,
             events=self.host.events,
             handlers=_Handlers(self._process, self.host.handlers),
             journal=self._process.wrap(self.journal, CUT_OFF),

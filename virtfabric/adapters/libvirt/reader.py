@@ -29,6 +29,9 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_HALTED: Final = frozenset({libvirt.VIR_DOMAIN_PAUSED_UNKNOWN, libvirt.VIR_DOMAIN_PAUSED_CRASHED})
+"""QEMU stopped by itself, as vfio makes it do after a fatal AER error (`vm_stop` with
+RUN_STATE_INTERNAL_ERROR, hw/vfio/pci.c); `virsh suspend` is PAUSED_USER."""
 _PAUSED: Final = frozenset({libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED})
 MIGRATION_IN: Final = "migration-in"
 _OPERATIONS: Final[dict[int, str]] = {
@@ -91,9 +94,11 @@ class LibvirtGuests:
         default = next(iter(state.vcpu_affinity.values()), state.emulator_affinity)
         job = read_job(dom)
         shares = state.scheduler.shares
+        run_state, reason = dom.state()
         return replace(
             state,
-            state=RunState.PAUSED if dom.state()[0] in _PAUSED else RunState.RUNNING,
+            state=RunState.PAUSED if run_state in _PAUSED else RunState.RUNNING,
+            halted=run_state == libvirt.VIR_DOMAIN_PAUSED and reason in _HALTED,
             pid=pid,
             # After an unplug that QEMU finished late, libvirt may count the vCPU for ever (9.0
             # with QEMU 7.2 under TCG: no DEVICE_DELETED comes), so the threads are the measure.
