@@ -485,3 +485,27 @@ def test_a_crash_at_any_step_leaves_nothing(build, phase, step):
     assert world.frozen() == before
     assert quarantine(world) == {}
     assert allocate(world, "web")["state"] == "done"
+
+
+def test_pools_get_their_vfs_once(build):
+    few = replace(NET, vf_count=2)
+    bare = tuple(
+        SimulatedFunction(replace(f.shown, vfs=()), limits=f.limits)
+        for f in small_devices()
+        if f.shown.pf is None
+    )
+    world = build(pools=(few,), functions=bare)
+    made = [a for a, f in world.host.devices.read_functions().items() if f.pf == PF]
+    assert len(made) == 2
+    job = allocate(world, "web", want="2")
+    assert job["state"] == "done", job["error"]
+    settings = replace(world.agent._settings, pools=(replace(few, vf_count=4),))
+    world.agent.reconfigure(settings, world.topology, world.capacity)
+    world.settle()
+    assert len(world.functions_of("web")) == 2
+    assert any("has 2 VFs and [[device]] asks for 4" in a for a in alerts(world))
+
+
+def test_a_pool_whose_pf_is_not_there_is_an_alert(build):
+    world = build(pools=(replace(NET, vf_count=2),), functions=())
+    assert any("net.vf" in a and PF in a for a in alerts(world))
