@@ -9,6 +9,7 @@ import pytest
 
 from virtfabric.adapters.simulated.devices import SimulatedFunction, small_devices
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase
+from virtfabric.adapters.simulated.records import MemoryJournal
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.device import (
     VFIO_PCI,
@@ -18,7 +19,7 @@ from virtfabric.model.device import (
     VfSettings,
     device_key,
 )
-from virtfabric.model.errors import InvalidValueError, Reason, RefusedError
+from virtfabric.model.errors import InvalidValueError, JournalError, Reason, RefusedError
 from virtfabric.model.policy import DevicePolicy
 from virtfabric.model.request import Offerable
 
@@ -509,3 +510,47 @@ def test_pools_get_their_vfs_once(build):
 def test_a_pool_whose_pf_is_not_there_is_an_alert(build):
     world = build(pools=(replace(NET, vf_count=2),), functions=())
     assert any("net.vf" in a and PF in a for a in alerts(world))
+
+
+def test_what_is_attached_beside_the_books_is_taken_home(world):
+    """The journal was moved away while a guest had a function of ours."""
+    allocate(world, "web")
+    [address] = world.functions_of("web")
+    world.kill_agent()
+    world.journal = MemoryJournal()
+    world.restart_agent()
+    world.settle()
+    assert held(world, "web") == []
+    assert world.functions_of("web") == []
+    assert not shown(world, address)["holder"]
+    assert allocate(world, "database", want="4")["state"] == "done"
+
+
+def test_a_guest_that_became_unmanaged_by_hand_keeps_its_function_in_quarantine(world):
+    allocate(world, "web")
+    [address] = world.functions_of("web")
+    world.host.write_policy(aw.uuid_of(50), None)
+    world.settle()
+    assert world.functions_of("web") == [address]
+    assert "became unmanaged" in quarantine(world)[address]
+    assert allocate(world, "database", want="4")["state"] == "refused"
+    world.host.stop_guest(aw.uuid_of(50))
+    world.agent._lifecycle.enqueue(world.agent._audit_host)
+    world.settle()
+    assert quarantine(world) == {}
+    assert drivers(world)[address] is None
+
+
+def test_a_departure_that_fails_leaves_the_functions_to_a_later_try(world):
+    allocate(world, "web")
+    [address] = world.functions_of("web")
+    world.journal.failure = JournalError("disk full")
+    world.host.stop_guest(aw.uuid_of(50))
+    world.host.events.drain()
+    assert world.agent._lifecycle._errands.drain(aw.DEADLINE_S)
+    world.journal.failure = None
+    world.agent._lifecycle.enqueue(world.agent._audit_host)
+    world.settle()
+    assert held(world, "web") == []
+    assert drivers(world)[address] is None
+    assert quarantine(world) == {}

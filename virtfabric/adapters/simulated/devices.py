@@ -91,7 +91,8 @@ class SimulatedDevices:
                 place = f"{domain:04x}:{bus:02x}:{slot + 16 + index // 8:02x}.{index % 8}"
                 vf = replace(
                     shown, address=PciAddress(place), driver=None, group=first_group + index,
-                    pf=pf, vf_index=index, vfs=(), vfs_max=0, uses=(), interfaces=(), resets=("flr",),
+                    pf=pf, vf_index=index, vfs=(), vfs_max=0, uses=(), interfaces=(),
+                    resets=("flr",),
                     settings=NO_SETTINGS if shown.class_code >> 16 == _NETWORK else None,
                 )  # fmt: skip
                 self._functions[vf.address] = SimulatedFunction(vf)
