@@ -228,6 +228,12 @@ class TestHostUses:
             mounts.write("22 1 259:1 / /srv rw - ext4 /dev/nvme0n1p1 rw\n")
         assert self.uses(machine) == ("nvme0n1p1 is on /srv",)
 
+    def test_path_of_a_multipath_disk_has_no_number(self, machine):
+        """Linux 6.12 shows nvme0c1n1 below the controller, hidden, without `dev`."""
+        part = self.add_disk(machine, machine.add(NIC) / "nvme" / "nvme0")
+        (part / "dev").unlink()
+        assert self.uses(machine) == ()
+
     def test_a_disk_of_another_function_does_not_count(self, machine):
         other = a("0000:02:00.0")
         self.add_disk(machine, machine.add(other) / "nvme" / "nvme0")

@@ -17,6 +17,14 @@ if TYPE_CHECKING:
 _IFF_UP: Final = 1
 
 
+def _read_number(device: Path) -> str:
+    """`major:minor`; empty for a path of a multipath disk (nvme0c1n1), which has none."""
+    try:
+        return (device / "dev").read_text().strip()
+    except OSError:
+        return ""
+
+
 class HostUses:
     """Asks sysfs and /proc; called with an address it tells the uses, for people."""
 
@@ -49,8 +57,8 @@ class HostUses:
         for device in sorted((self._files.root / "class" / "block").glob("*")):
             if not any(device.resolve().is_relative_to(place) for place in places):
                 continue
-            number = (device / "dev").read_text().strip()
-            if mount := mounts.get(number) or mounts.get(device.name):
+            mount = mounts.get(_read_number(device)) or mounts.get(device.name)
+            if mount:
                 yield f"{device.name} is on {mount}"
             if device.name in swaps:
                 yield f"{device.name} is swap"
