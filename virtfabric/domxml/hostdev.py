@@ -23,14 +23,20 @@ _PORTS: Final = ("pcie-root-port", "pcie-switch-downstream-port")
 _HOSTDEVS: Final = ("devices/hostdev[@type='pci']", "devices/interface[@type='hostdev']")
 
 
-def format_function(address: PciAddress) -> str:
-    """A `<hostdev>` for a function that vfio-pci holds already: libvirt is to bind nothing."""
-    return render("hostdev.xml.j2", type="pci", address=address.parts, alias=alias_of(address))
+def format_function(address: PciAddress, port: int | None = None) -> str:
+    """A `<hostdev>` for a function that vfio-pci holds already: libvirt is to bind nothing.
+
+    Args:
+        address: where it is on the host.
+        port: index of the guest's port to put it behind; None leaves that to libvirt.
+    """
+    values = {"address": address.parts, "alias": alias_of(address), "port": port}
+    return render("hostdev.xml.j2", type="pci", **values)
 
 
 def format_mdev(uuid: str, alias: str) -> str:
     """A `<hostdev>` for a mediated device that exists already."""
-    return render("hostdev.xml.j2", type="mdev", uuid=uuid, alias=alias)
+    return render("hostdev.xml.j2", type="mdev", uuid=uuid, alias=alias, port=None)
 
 
 def format_vf_network(name: str, vfs: Iterable[PciAddress]) -> str:
@@ -81,8 +87,8 @@ def _read_address(element: etree._Element, field: str) -> PciAddress:
     return PciAddress.parse(f"{domain:04x}:{bus:02x}:{slot:02x}.{function:x}", field=field)
 
 
-def count_free_ports(root: etree._Element) -> int:
-    """PCIe ports with nothing behind them that take a device while the guest runs.
+def find_free_ports(root: etree._Element) -> tuple[int, ...]:
+    """Indexes of the PCIe ports with nothing behind them that take a device while the guest runs.
 
     A port's bus is its controller's index; `hotplug='off'` takes nothing.
     """
@@ -90,10 +96,10 @@ def count_free_ports(root: etree._Element) -> int:
         int(address.get("bus", "0"), 0)
         for address in root.findall("devices/*/address[@type='pci']")
     }
-    return sum(
-        1
+    return tuple(
+        index
         for port in root.findall("devices/controller[@type='pci']")
         if port.get("model") in _PORTS
-        and int(port.get("index", "-1")) not in taken
+        and (index := int(port.get("index", "-1"))) not in taken
         and port.find("target[@hotplug='off']") is None
     )

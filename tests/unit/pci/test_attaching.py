@@ -378,3 +378,15 @@ class TestResidence:
     def test_process_that_ended(self, tmp_path):
         with pytest.raises(GuestGoneError):
             read_residence(tmp_path, 1, CpuSet())
+
+
+def test_conventional_function_is_put_behind_a_port(host):
+    """libvirt would look for a slot that a PCIe guest has not; a PCIe function it places itself."""
+    host.devices = "<controller type='pci' index='4' model='pcie-root-port'/>"
+    attach(host)
+    assert host.devices == format_function(CARD, 4)
+    host.let_go()
+    host.devices = "<controller type='pci' index='4' model='pcie-root-port'/>"
+    (host.machine.path(CARD) / "max_link_speed").write_text("8.0 GT/s PCIe\n")
+    attach(host)
+    assert host.devices == format_function(CARD)

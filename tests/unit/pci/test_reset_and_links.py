@@ -48,8 +48,19 @@ def test_reset_by_the_kernel(slot, reset, context):
 
 def test_reset_that_fails_is_told(slot, reset, context):
     (slot.path(ONE) / "reset").touch()
+    slot.files.fails["reset"] = errno.ETIMEDOUT
+    with pytest.raises(DeviceError, match=r"0000:03:00.0: writing '1' to reset: Connection timed"):
+        reset.apply(RESET, context)
+
+
+def test_file_without_a_method_behind_it(slot, reset, context):
+    (slot.path(ONE) / "reset").touch()
     slot.files.fails["reset"] = errno.ENOTTY
-    with pytest.raises(DeviceError, match=r"0000:03:00.0: writing '1' to reset: Inappropriate"):
+    reset.apply(RESET, context)
+    assert any("reset its bus on closing" in note for note in context.notes)
+    open_by_guest(slot, TWO)
+    slot.files.fails["reset"] = errno.ENOTTY
+    with pytest.raises(DeviceError, match="cannot be reset"):
         reset.apply(RESET, context)
 
 

@@ -111,6 +111,7 @@ CASES = {
     "policy.xml": lambda: format_policy(POLICY),
     "policy-default.xml": lambda: format_policy(GuestPolicy()),
     "hostdev-pci.xml": lambda: format_function(PciAddress("0000:01:10.2")),
+    "hostdev-pci-behind-a-port.xml": lambda: format_function(PciAddress("0000:02:00.0"), 4),
     "hostdev-mdev.xml": lambda: format_mdev(MDEV, "ua-virtfabric-mdev0"),
     "network-vfs.xml": lambda: format_vf_network("vfs", VFS),
     "interface-vf.xml": lambda: format_vf_interface(

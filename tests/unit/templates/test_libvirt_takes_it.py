@@ -9,7 +9,13 @@ import pytest
 libvirt = pytest.importorskip("libvirt")
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
-DEVICES = ("hostdev-pci", "hostdev-mdev", "interface-vf", "interface-vf-default")
+DEVICES = (
+    "hostdev-pci",
+    "hostdev-pci-behind-a-port",
+    "hostdev-mdev",
+    "interface-vf",
+    "interface-vf-default",
+)
 
 
 @pytest.fixture(scope="module")

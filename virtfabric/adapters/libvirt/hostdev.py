@@ -18,7 +18,8 @@ from virtfabric.adapters.libvirt.handler import LibvirtHandler, Surroundings, ha
 from virtfabric.adapters.libvirt.memlock import ADVICE, REFUSAL
 from virtfabric.adapters.libvirt.residence import Residence, format_strays, read_residence
 from virtfabric.domxml.domain import parse_domain
-from virtfabric.domxml.hostdev import format_function
+from virtfabric.domxml.hostdev import find_free_ports, format_function
+from virtfabric.domxml.parse import parse_xml
 from virtfabric.model.device import VFIO_PCI
 from virtfabric.model.devicesteps import AttachFunction, Presence
 from virtfabric.model.errors import (
@@ -128,11 +129,22 @@ class FunctionHandler(LibvirtHandler[AttachFunction]):
     def _request(self, step: AttachFunction) -> None:
         try:
             with self.host.connection.domain(step.guest) as dom:
-                dom.attachDeviceFlags(format_function(step.address), _LIVE)
+                port = self._choose_port(step.address, dom.XMLDesc(0))
+                dom.attachDeviceFlags(format_function(step.address, port), _LIVE)
         except HypervisorError as error:
             if REFUSAL in str(error):
                 error.advice = error.advice or ADVICE
             raise
+
+    def _choose_port(self, address: PciAddress, xml: str) -> int | None:
+        """A port for a function that is no PCIe one; libvirt finds one for all others.
+
+        Left to itself libvirt wants a conventional slot for it ("No more available PCI slots",
+        libvirt 11.3); named, it takes a PCIe port.
+        """
+        if self.host.functions.has(address, "max_link_speed"):
+            return None
+        return next(iter(find_free_ports(parse_xml(xml, what="domain XML"))), None)
 
     def _read_residence(self, pid: int) -> Residence:
         return read_residence(self.host.proc, pid, self.host.processes.read_nodes(pid, pid))
