@@ -64,6 +64,15 @@ def test_plain_functions_share_groups_where_the_topology_says_so(passthrough: Ru
     assert [size for size in sizes if size > 1] == [2, 2]
 
 
+def test_a_port_without_acs_is_in_one_group_with_what_is_behind_it(
+    passthrough: RunningLab,
+) -> None:
+    port, behind = "0000:00:10.4", "0000:06:00.0"
+    assert [members for members in groups(passthrough).values() if port in members] == [
+        {port, behind}
+    ]
+
+
 def passthrough_class(lab: RunningLab, address: str) -> str:
     """The PCI class of a function."""
     return lab.run(f"cat /sys/bus/pci/devices/{address}/class")

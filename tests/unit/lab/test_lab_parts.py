@@ -15,6 +15,7 @@ from virtfabric.shim.lab.machine import format_arguments
 from virtfabric.shim.lab.payload import choose_files
 from virtfabric.shim.lab.place import LabError, Place, Record, find_places, place_of
 from virtfabric.shim.lab.remote import Keys, Remote
+from virtfabric.shim.topology.kernel import kernel_arguments
 from virtfabric.shim.topology.shipped import read_shipped_topology, shipped_topologies
 
 IMAGE = LabImage(Path("/c/vmlinux"), Path("/c/initrd"), Path("/c/root.ext4"))
@@ -39,7 +40,8 @@ def test_the_command_line_has_the_root_first_and_nothing_twice(place: Place, nam
     assert all("snapshot=on" in word for word in words if word.startswith("file=/c/root"))
     assert words.count("-machine") == words.count("-smp") == words.count("-append") == 1
     assert "restrict=on,hostfwd=tcp:127.0.0.1:2222-:22" in " ".join(words)
-    assert "vflab.name=one vflab.epoch=7" in words[words.index("-append") + 1]
+    told = words[words.index("-append") + 1].split()
+    assert {*kernel_arguments(topology), "vflab.name=one", "vflab.epoch=7"} <= {*told}
 
 
 def test_kvm_needs_a_split_irqchip_for_the_iommu(place: Place) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 from virtfabric.shim.lab.recipe import CMDLINE
 from virtfabric.shim.topology.arguments import qemu_arguments
+from virtfabric.shim.topology.kernel import kernel_arguments
 
 if TYPE_CHECKING:
     from virtfabric.shim.lab.image import LabImage
@@ -28,13 +29,14 @@ def format_arguments(
         port: on 127.0.0.1, forwarded to the lab's sshd; nothing else goes in or out.
         epoch: the time the lab's clock starts at, in seconds.
     """
+    own = (f"vflab.name={place.name}", f"vflab.epoch={epoch}")
     return (
         *("-name", f"virtfabric-lab-{place.name}", "-nodefaults", "-display", "none"),
         *("-pidfile", str(place.pid_file), "-no-reboot", "-accel", _format_accel(accel)),
         # hypervisor=off: the CXL driver commits no region in a guest that sees a hypervisor
         *("-cpu", "host,hypervisor=off" if accel == "kvm" else "max,hypervisor=off"),
         *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
-        *("-append", f"{CMDLINE} vflab.name={place.name} vflab.epoch={epoch}"),
+        *("-append", " ".join((CMDLINE, *kernel_arguments(topology), *own))),
         *qemu_arguments(topology, place.directory),
         *_format_disk("root", f"{image.disk},snapshot=on"),
         *_format_disk("payload", f"{place.payload},snapshot=on"),
