@@ -84,7 +84,9 @@ def prepare(text: str, settings: Path | None, report: Callable[[str], None]) -> 
         InvalidValueError: there is no such topology, or it is wrong.
     """
     title, topology = read_topology(text)
-    emulator = choose_outer(device_needs(topology), report).ensure_emulator()
+    # libvirt starts TCG with a thread for each vCPU, and offers no choice
+    several = topology.cpu.max_vcpus > 1
+    emulator = choose_outer(device_needs(topology), report, threads=several).ensure_emulator()
     box = ensure_box(report)
     if settings:
         state = cache_root() / "lab" / "vagrant" / title
