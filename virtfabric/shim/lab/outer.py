@@ -13,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -115,7 +116,12 @@ def choose_outer(
         BuildError: none has it; `log` names what is missing where.
     """
     tried: list[str] = []
-    for qemu in _candidates(report):
+    for find in _finders(report):
+        try:
+            qemu = find()
+        except BuildError as error:  # testing may be broken for a while; the next suite is not
+            tried += [str(error), *error.log]
+            continue
         lacks = [*qemu.read_lacks(needs)]
         if threads and not qemu.has_safe_threads():
             lacks.append("safe threads")
@@ -125,12 +131,11 @@ def choose_outer(
     raise BuildError("no QEMU here can carry this topology", log=tried)
 
 
-def _candidates(report: Callable[[str], None]) -> Iterator[OuterQemu]:
-    system = shutil.which(_NAME)
-    if system:
-        yield OuterQemu((system,), "the system's")
+def _finders(report: Callable[[str], None]) -> Iterator[Callable[[], OuterQemu]]:
+    if system := shutil.which(_NAME):
+        yield partial(OuterQemu, (system,), "the system's")
     for suite in UNPACKED_SUITES:
-        yield _unpacked(suite, report)
+        yield partial(_unpacked, suite, report)
 
 
 def _unpacked(suite: str, report: Callable[[str], None]) -> OuterQemu:
