@@ -45,7 +45,7 @@ def test_a_running_guest_gets_a_vf(passthrough: RunningLab) -> None:
     console = "/var/log/libvirt/qemu/guest-console.log"
     passthrough.run(f"echo 1 > {IGB}/sriov_numvfs")
     passthrough.run("virsh -q create /opt/virtfabric/lab/guest.xml")
-    passthrough.wait(f"grep -qs VFREADY {console}", timeout_s=120)
+    passthrough.wait(f"grep -qs VFREADY {console}", timeout_s=300)
     passthrough.run(f"cat > /tmp/vf.xml <<'X'\n{VF}\nX")
     passthrough.run("virsh -q attach-device guest /tmp/vf.xml --live")
     driver = passthrough.run("readlink /sys/bus/pci/devices/0000:01:10.0/driver")
