@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 VENV := .venv/bin
 # what fits CI of the lab tests; `make lab` runs all
-CI_LABS := tests/lab/test_lab_life.py
+CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life cxl_lab passthrough_lab small_lab)
 
 .PHONY: help demo test check lab vagrant-box bench clean setup setup-checks setup-lab setup-vagrant
 
