@@ -225,7 +225,7 @@ class Host:
         if self.agent is None:
             raise HostError("there is no agent")
         self.agent.send_signal(number)
-        code = self.agent.wait(timeout_s)
+        code = self.agent.wait(timeout_s * checker.PATIENCE)
         self.agent = None
         return code
 
@@ -273,6 +273,11 @@ class Host:
     def console(self, name: str) -> Path:
         """Where this host sees the guest's console log."""
         return self.box.path(f"{_CONSOLES}/{name}.log")
+
+    @property
+    def unplugs(self) -> bool:
+        """Whether a vCPU leaves its guest when it is asked to: with KVM only."""
+        return choose_domain_type(ensure_guest_image()) == "kvm"
 
     def define(self, guest: Guest) -> None:
         """Writes and defines a guest."""

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, cast
 
 from virtfabric.shim.guestimage import READY_LINE, guest_cache
+from virtfabric.shim.patience import allow
 
 if TYPE_CHECKING:
     from virtfabric.shim.guestimage import GuestImage
@@ -90,7 +91,7 @@ def _boots(image: GuestImage, first_s: float, timeout_s: float) -> bool:
 
 def _prints(output: IO[bytes], wanted: bytes, timeout_s: float) -> bool:
     seen = b""
-    deadline = time.monotonic() + timeout_s
+    deadline = time.monotonic() + allow(timeout_s)
     while wanted not in seen:
         ready, _, _ = select.select([output], [], [], max(0.0, deadline - time.monotonic()))
         chunk = os.read(output.fileno(), 4096) if ready else b""
