@@ -50,6 +50,7 @@ class Guest:
         virtio_mem: size of the device; None makes it a balloon guest.
         cpu, reserve: the policy's CPU and memory, `RESERVATION:LIMIT` and a size; no policy
             element at all when `priority` is None.
+        nodes: NUMA nodes of its memory, which the agent may move within them; None: anywhere.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Guest:
     admission: str = "lax"
     drift: str = "report"
     shares: int = 100
+    nodes: str | None = None
 
     @property
     def policy_xml(self) -> str:
@@ -293,6 +295,8 @@ class Host:
             virtio_mem_mib=guest.virtio_mem,
             virtio_mem_requested_mib=guest.plugged,
             console_log=f"{_CONSOLES}/{guest.name}.log",
+            numatune_mode="restrictive" if guest.nodes else None,
+            numatune_nodeset=guest.nodes or "",
             metadata_xml=guest.policy_xml,
         )
         path = self.box.root / f"{guest.name}.xml"
