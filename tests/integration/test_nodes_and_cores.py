@@ -25,7 +25,7 @@ OWN = Guest(
     name="own", priority=90, cpu="2:4", vcpus=2, max_vcpus=4, virtio_mem=None,
     placement="dedicated", nodes="1",
 )  # fmt: skip
-FLOATING = Guest(name="floating", cpu="300m:300m", max_vcpus=1, virtio_mem=None)
+FLOATING = Guest(name="floating", cpu="1:1", max_vcpus=1, virtio_mem=None)
 MOVABLE = Guest(
     name="movable", cpu="1:4", vcpus=4, max_vcpus=4, virtio_mem=None, nodes="0-1"
 )  # fmt: skip
