@@ -69,6 +69,13 @@ BALLOON = GuestId("aaaaaaaa-0000-4000-8000-000000000002")
 SPEC = {VMEM: "vmem", BALLOON: "balloon"}
 NOBODY = GuestId("aaaaaaaa-0000-4000-8000-00000000ffff")
 ALIAS = "virtiomem0"
+SLOW_QEMU = """\
+#!/bin/sh
+case "$*" in
+  *guest=slow,*) touch /run/at-the-gate; while [ -e /run/gate ]; do sleep 0.1; done ;;
+esac
+exec /usr/bin/qemu-system-x86_64 "$@"
+"""
 
 
 @dataclass
@@ -463,6 +470,39 @@ def test_stats(lab: Lab) -> None:
     sample = lab.adapters.stats.sample()
     assert set(sample) == {VMEM, BALLOON}
     assert sample[BALLOON]["balloon.maximum"] == 160 * MIB
+
+
+def test_a_guest_that_takes_long_to_start_keeps_nobody_waiting(lab: Lab) -> None:
+    """Its QEMU says nothing until a file is gone: libvirt's job lasts, and others are read."""
+    slow, gate = GuestId("aaaaaaaa-0000-4000-8000-000000000003"), lab.box.path("/run/gate")
+    wrapper = lab.box.path("/run/slow-qemu")
+    wrapper.write_text(SLOW_QEMU)
+    wrapper.chmod(0o755)
+    spec = replace(
+        spec_of(BALLOON), name="slow", uuid=slow, emulator="/run/slow-qemu", memory_mib=96,
+        console_log="/var/log/libvirt/slow.log",
+    )  # fmt: skip
+    (lab.box.root / "slow.xml").write_text(format_guest_xml(spec))
+    lab.box.run(["virsh", "define", str(lab.box.root / "slow.xml")])  # asks QEMU what it can do
+    gate.touch()
+    starting = lab.box.popen(["virsh", "start", "slow"])
+    try:
+        wait_until(lab.box.path("/run/at-the-gate").exists, "QEMU is started")
+        began = time.monotonic()
+        guests = lab.adapters.guests.read_guests()
+        assert time.monotonic() - began < allow(5)
+        assert starting.poll() is None, "it is still being started"
+        assert (guests[slow].job, guests[slow].detained) == ("start", True)
+        assert guests[VMEM].job is None
+    finally:
+        gate.unlink()
+        starting.wait(allow(60))
+    assert starting.returncode == 0
+    guest = lab.adapters.guests.read_guest(slow)
+    assert guest is not None
+    assert (guest.state, guest.job) == (RunState.RUNNING, None)
+    lab.box.run(["virsh", "destroy", "slow"])
+    lab.box.run(["virsh", "undefine", "slow"])
 
 
 def test_a_guest_nobody_knows(lab: Lab) -> None:
