@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Self
 from virtfabric.adapters.clock import SystemClock
 from virtfabric.adapters.hook_socket import HookServer, read_missed_calls
 from virtfabric.adapters.libvirt import open_libvirt
-from virtfabric.adapters.simulated.machines import small_host
 from virtfabric.adapters.sqlite.audit import SqliteAuditLog
 from virtfabric.adapters.sqlite.journal import SqliteJournal
 from virtfabric.adapters.statelock import StateLock
@@ -171,6 +170,9 @@ class Composition:
         )  # fmt: skip
 
     def _open_simulated(self) -> _Outside:
+        # a machine that no production run sees: a tenth of the agent's start
+        from virtfabric.adapters.simulated.machines import small_host
+
         host = small_host(SystemClock())
         return _Outside(
             host, host, host, host.events, host.handlers, host.clock, host.load, host.stats,
