@@ -2,9 +2,9 @@
 SHELL := /bin/bash
 VENV := .venv/bin
 # what fits CI of the lab tests; `make lab` runs all
-CI_LABS := tests/lab/test_lab_life.py
+CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life cxl_lab passthrough_lab small_lab)
 
-.PHONY: help demo test check lab vagrant-box bench clean setup setup-checks setup-lab setup-vagrant
+.PHONY: help demo test check lab lab-agent vagrant-box bench clean setup setup-checks setup-lab setup-vagrant
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
@@ -35,8 +35,11 @@ test: setup-lab check  ## checks, integration tests on real guests, the labs tha
 	$(VENV)/pytest -q tests/integration
 	$(VENV)/pytest -q --timeout 1200 $(CI_LABS)
 
-lab: setup-vagrant  ## all lab tests
-	$(VENV)/pytest -q --timeout 7200 tests/lab
+lab: setup-vagrant  ## all lab tests but the next
+	$(VENV)/pytest -q --timeout 7200 tests/lab --ignore tests/lab/test_agent_in_lab.py
+
+lab-agent: setup-lab  ## the agent's integration tests in the `small` lab; in work, hours under TCG
+	$(VENV)/pytest -q tests/lab/test_agent_in_lab.py
 
 vagrant-box: setup-vagrant  ## build the Vagrant box of this checkout into the cache
 	@vagrant/build-box

@@ -30,7 +30,9 @@ MIB = 1 << 20
 MEMORY_TOLERANCE = 4 * MIB
 _UNITS = {"b": 1, "bytes": 1, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 _VCPU_THREAD = re.compile(r"CPU (\d+)/(?:TCG|KVM)")
-_POLL_S = 0.1
+PATIENCE = float(os.environ.get("VIRTFABRIC_PATIENCE", "1"))
+"""Factor on every deadline here: more on a slow machine (see docs/testing.md)."""
+_POLL_S = 0.1 * PATIENCE
 
 
 class CheckerError(Exception):
@@ -257,7 +259,9 @@ def read_live_xml(place: Place, guest: str) -> ET.Element:
         CheckerError: virsh says no.
     """
     command = [*place.prefix, "virsh", "-c", "qemu:///system", "dumpxml", guest]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, check=False, capture_output=True, text=True, timeout=60 * PATIENCE
+    )
     if done.returncode:
         raise CheckerError(f"virsh dumpxml {guest}: {done.stderr.strip()}")
     return ET.fromstring(done.stdout)
@@ -324,8 +328,11 @@ def _count(console: Path) -> int:
 
 
 def wait_until(condition: Callable[[], bool], timeout_s: float) -> bool:
-    """Polls; False when `condition` did not hold in time. What cannot be observed is not true."""
-    deadline = time.monotonic() + timeout_s
+    """Polls; False when `condition` did not hold in time (`timeout_s` times `PATIENCE`).
+
+    What cannot be observed is not true.
+    """
+    deadline = time.monotonic() + timeout_s * PATIENCE
     while True:
         with contextlib.suppress(CheckerError):
             if condition():

@@ -50,6 +50,7 @@ class Guest:
         virtio_mem: size of the device; None makes it a balloon guest.
         cpu, reserve: the policy's CPU and memory, `RESERVATION:LIMIT` and a size; no policy
             element at all when `priority` is None.
+        nodes: NUMA nodes of its memory, which the agent may move within them; None: anywhere.
     """
 
     name: str
@@ -65,6 +66,7 @@ class Guest:
     admission: str = "lax"
     drift: str = "report"
     shares: int = 100
+    nodes: str | None = None
 
     @property
     def policy_xml(self) -> str:
@@ -225,7 +227,7 @@ class Host:
         if self.agent is None:
             raise HostError("there is no agent")
         self.agent.send_signal(number)
-        code = self.agent.wait(timeout_s)
+        code = self.agent.wait(timeout_s * checker.PATIENCE)
         self.agent = None
         return code
 
@@ -274,6 +276,11 @@ class Host:
         """Where this host sees the guest's console log."""
         return self.box.path(f"{_CONSOLES}/{name}.log")
 
+    @property
+    def unplugs(self) -> bool:
+        """Whether a vCPU leaves its guest when it is asked to: with KVM only."""
+        return choose_domain_type(ensure_guest_image()) == "kvm"
+
     def define(self, guest: Guest) -> None:
         """Writes and defines a guest."""
         image = ensure_guest_image()
@@ -288,6 +295,8 @@ class Host:
             virtio_mem_mib=guest.virtio_mem,
             virtio_mem_requested_mib=guest.plugged,
             console_log=f"{_CONSOLES}/{guest.name}.log",
+            numatune_mode="restrictive" if guest.nodes else None,
+            numatune_nodeset=guest.nodes or "",
             metadata_xml=guest.policy_xml,
         )
         path = self.box.root / f"{guest.name}.xml"

@@ -65,7 +65,7 @@ class Demo:
 
     def judge(self, expect: Callable[[Seen], list[Finding]], before: Seen | None = None) -> Seen:
         """Looks, after each guest has spoken again, until all is right or patience ends."""
-        deadline = time.monotonic() + self._patience_s
+        deadline = time.monotonic() + self._patience_s * checker.PATIENCE
         seen = self.host.observe_all(fresh=True)
         while not all(ok for ok, _ in expect(seen)) and time.monotonic() < deadline:
             checker.wait_for_news(map(self.host.console, seen), lines=1)
@@ -174,7 +174,7 @@ class Demo:
         began = checker.wait_until(lambda: self._has_begun(before), self._patience_s)
         self.stage.command("kill -9 $(pidof virtfabricd)")
         self.host.kill_agent(signal.SIGKILL)
-        self.stage.output(*reversed(client.communicate(timeout=60)))
+        self.stage.output(*reversed(client.communicate(timeout=60 * checker.PATIENCE)))
         half_done = self.host.observe_all()
         self.stage.say("What the dead agent left behind:")
         self.stage.compare(before, half_done)
@@ -196,9 +196,8 @@ class Demo:
         )
         before = self.host.observe_all()
         self.expect_code(self.run(f"release {self._grant}"), 0)
-        self.judge(
-            lambda seen: scenario.expect_shares(seen, scenario.AFTER_RELEASE, self._first), before
-        )
+        shares = scenario.released_shares(unplugs=self.host.unplugs)
+        self.judge(lambda seen: scenario.expect_shares(seen, shares, self._first), before)
         self.run("loans")
 
     def act_dedicated(self) -> None:
@@ -212,7 +211,7 @@ class Demo:
 
         def expect(seen: Seen) -> list[Finding]:
             alone = checker.expect_apart(seen["database"], [seen["batch"], seen["web"]])
-            wanted = scenario.dedicated_shares(seen)
+            wanted = scenario.dedicated_shares(seen, unplugs=self.host.unplugs)
             return [alone, *scenario.expect_shares(seen, wanted, self._first)]
 
         self.judge(expect, before)

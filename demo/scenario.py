@@ -59,9 +59,14 @@ AFTER_ALLOCATE = {
 TOO_MUCH_CPU = 500
 # Act 4: batch could pay this (down to 160 MiB of boot memory), but the agent dies on the way.
 CRASH_CPU, CRASH_MEMORY = 100, 192
-# Act 5: the second vCPU stays plugged under the old cap. Taking one away needs KVM: QEMU 7.2 under
-# TCG loses count of its vCPUs then.
-AFTER_RELEASE = START | {"database": replace(START["database"], vcpus=2)}
+
+
+def released_shares(*, unplugs: bool) -> dict[str, Share]:
+    """Act 5: where vCPUs do not leave, the second one stays plugged, under the old cap.
+
+    Taking one away needs KVM: QEMU 7.2 under TCG loses count of its vCPUs then.
+    """
+    return START | {"database": replace(START["database"], vcpus=1 if unplugs else 2)}
 
 
 def expect_shares(
@@ -94,14 +99,14 @@ def expect_shares(
     return findings
 
 
-def dedicated_shares(seen: dict[str, Observation]) -> dict[str, Share]:
+def dedicated_shares(seen: dict[str, Observation], *, unplugs: bool) -> dict[str, Share]:
     """Act 6: the database has one pCPU, whichever the agent chose, the others the other one."""
     own = seen["database"].cpus if len(seen["database"].cpus) == 1 else frozenset({1})
     rest = CORNER - own
     return {
         "batch": replace(START["batch"], cpus=rest),
         "web": replace(START["web"], cpus=rest),
-        "database": replace(AFTER_RELEASE["database"], cpu=None, cpus=own),
+        "database": replace(released_shares(unplugs=unplugs)["database"], cpu=None, cpus=own),
     }
 
 

@@ -15,9 +15,18 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))
 from lab_host import LabHost
 
 from virtfabric.shim.guestimage import GuestImage, ensure_guest_image
+from virtfabric.shim.patience import allow
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """A test's own time limit is a deadline like any other."""
+    for item in items:
+        own = item.get_closest_marker("timeout")
+        seconds = float(own.args[0] if own else config.getini("timeout"))
+        item.add_marker(pytest.mark.timeout(allow(seconds)), append=False)
 
 
 @pytest.fixture(scope="session")

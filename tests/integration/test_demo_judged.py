@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from virtfabric.shim.patience import allow
+
 REPO = Path(__file__).resolve().parents[2]
 DEMO = REPO / "demo" / "run.py"
 NOOP = Path(__file__).with_name("noop_agent.py")
@@ -23,7 +25,7 @@ def play(*options: str, timeout_s: float = 280) -> subprocess.CompletedProcess[s
         check=False,
         capture_output=True,
         text=True,
-        timeout=timeout_s,
+        timeout=allow(timeout_s),
         env={**os.environ, "PYTHONPATH": path},
     )
 
@@ -107,5 +109,5 @@ def test_interrupted_demo_leaves_no_trace(needs_root: None, number: signal.Signa
                 demo.send_signal(number)
                 break
         demo.stdout.read()
-    assert demo.wait(60) != 0
+    assert demo.wait(allow(60)) != 0
     assert find_traces() <= before

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from lab_host import Guest, LabHost, checker
 
+from virtfabric.shim.patience import allow
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -57,7 +59,7 @@ def dump(host: LabHost, *options: str) -> Iterator[None]:
         yield
         while pipe.read(1 << 20):
             pass
-        said = client.communicate(timeout=60)[1]
+        said = client.communicate(timeout=allow(60))[1]
     assert client.returncode == 0, said
     host.box.run(["rm", "/run/dump"])
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 import pytest
 from lab_host import Guest, LabHost, checker
 
+from virtfabric.shim.patience import allow
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
     from pathlib import Path
@@ -84,7 +86,7 @@ def test_refused_by_the_destination(pair: Pair) -> None:
     assert books, "batch pays: they hold both pCPUs"
     assert before["batch"].quota < batch
     with pair.migrating() as migration:
-        said = migration.communicate(timeout=60)[1]
+        said = migration.communicate(timeout=allow(60))[1]
     assert migration.returncode != 0
     assert "virtfabric: database cannot start" in said
     assert "memory: needs" in said
@@ -136,7 +138,7 @@ def test_while_it_migrates_and_when_that_is_aborted(pair: Pair) -> None:
 
         assert migration.poll() is None, migration.communicate()
         source.virsh("domjobabort", "database")
-        migration.communicate(timeout=30)
+        migration.communicate(timeout=allow(30))
         assert migration.returncode != 0
     destination.wait(lambda: holds_nothing(destination, "database"), "the destination forgets it")
     assert source.cli("allocate", "database", "--cpu", "-100m").returncode == 0
@@ -151,7 +153,7 @@ def test_migration(pair: Pair) -> None:
     policy = source.virsh("metadata", "database", POLICY).stdout
     assert {"database"} < {g["name"] for g in source.cli_json("grants")}
     with pair.migrating("--persistent", "--undefinesource") as migration:
-        said = migration.communicate(timeout=60)
+        said = migration.communicate(timeout=allow(60))
     assert migration.returncode == 0, said
 
     source.wait(lambda: [g["name"] for g in source.cli_json("guests")] == ["batch"], "it has left")

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 import pytest
 from lab_host import CAPACITY, Guest, LabHost, checker
 
+from virtfabric.shim.patience import allow
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -126,7 +128,7 @@ def test_where_it_does_not_run_the_group_decides(
     host: LabHost, polkitd: subprocess.Popen[str]
 ) -> None:
     polkitd.terminate()
-    polkitd.wait(10)
+    polkitd.wait(allow(10))
     host.wait(lambda: not owns_name(host), "its name is free")
     expect_allowed(host, "operator")
     expect_denied(host, "alice", "allocate", "database", "--cpu", "-100m", action="allocate")

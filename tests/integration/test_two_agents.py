@@ -10,6 +10,7 @@ import pytest
 from lab_host import Guest, LabHost, checker
 
 from demo.host import AGENT, CONFIG
+from virtfabric.shim.patience import allow
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -73,7 +74,7 @@ def test_race_for_the_last_memory(host: LabHost) -> None:
     """Exactly one wins, whichever; the kernel shows it, and the loser lost nothing."""
     before = host.observe_all(fresh=True)
     clients = {name: host.start_cli("allocate", name, "--memory", f"+{ASKED}M") for name in before}
-    said = {name: client.communicate(timeout=90) for name, client in clients.items()}
+    said = {name: client.communicate(timeout=allow(90)) for name, client in clients.items()}
     codes = {name: client.returncode for name, client in clients.items()}
     assert sorted(codes.values()) == [0, 3], said
     winner = next(name for name, code in codes.items() if code == 0)

@@ -8,7 +8,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from running_lab import COMMAND, UP_S, RunningLab, lab_command
@@ -21,6 +21,11 @@ TINY = {
     "cpu": {"sockets": 1, "cores": 1, "threads": 1},
     "memory": "512MiB",
 }
+CARD = {
+    "ports": [{"id": "rp0"}, {"id": "rp1"}],
+    "cards": [{"id": "card0", "management": "rp0", "slices": ["rp1"]}],
+}
+"""Only a QEMU that is run from the cache, in a mount namespace of its own, has vfio-user."""
 
 
 @pytest.fixture
@@ -93,10 +98,14 @@ def test_a_lab_from_a_file_comes_up_answers_and_goes(
     assert "there was no such lab" in lab_command("down", "one").stdout
 
 
+@pytest.mark.parametrize("addition", [{}, CARD], ids=["the system's QEMU", "an unpacked QEMU"])
 def test_down_cleans_up_after_an_up_that_was_killed(
-    labs_root: Path, clean: None, tiny: str
+    labs_root: Path, clean: None, tmp_path: Path, addition: dict[str, Any]
 ) -> None:
-    up = subprocess.Popen([*COMMAND, "up", tiny, "--name", "cut"], stderr=subprocess.DEVNULL)
+    path = tmp_path / "cut.json"
+    path.write_text(json.dumps(TINY | addition))
+    mounts = Path("/proc/self/mounts").read_text()
+    up = subprocess.Popen([*COMMAND, "up", str(path), "--name", "cut"], stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + UP_S
     while not qemus_of(labs_root):
         assert up.poll() is None, "it ended before its QEMU was there"
@@ -105,8 +114,12 @@ def test_down_cleans_up_after_an_up_that_was_killed(
     up.send_signal(signal.SIGKILL)
     up.wait()
     assert qemus_of(labs_root), "its QEMU lives on: that is what `down` is to end"
+    (listed,) = json.loads(lab_command("list", "--json").stdout)["labs"]
+    assert (listed["name"], listed["topology"]) == ("cut", "cut")
+    assert listed["state"] in ("starting", "dead")
     assert lab_command("down", "cut").returncode == 0
     assert qemus_of(labs_root) == []
+    assert Path("/proc/self/mounts").read_text() == mounts
 
 
 def test_a_lab_that_does_not_come_up_shows_its_last_words(

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 from functools import cache
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from typing import TYPE_CHECKING
 
 from virtfabric.resources import xml_template_dir
+
+if TYPE_CHECKING:
+    from jinja2 import Environment
 
 
 @cache
 def _environment() -> Environment:
+    # an eighth of the agent's start, and many a run of it writes no XML
+    from jinja2 import Environment, FileSystemLoader, StrictUndefined
+
     return Environment(
         loader=FileSystemLoader(xml_template_dir()),
         undefined=StrictUndefined,

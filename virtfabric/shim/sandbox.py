@@ -21,6 +21,7 @@ import sys
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Self, cast
 
+from virtfabric.shim.patience import allow
 from virtfabric.shim.sandbox_cgroups import Cgroup, read_cgroups, remove_cgroups
 from virtfabric.shim.sandbox_process import (
     CLONE_NEWPID,
@@ -191,7 +192,7 @@ class Sandbox:
                 stderr=log,
             )
         output = cast("IO[str]", self._init.stdout)
-        ready, _, _ = select.select([output], [], [], timeout_s)
+        ready, _, _ = select.select([output], [], [], allow(timeout_s))
         if not ready or output.readline() != "ready\n":
             raise SandboxError(
                 f"sandbox {self.name} did not start:\n{read_tail(self.root / 'init.log')}"
@@ -268,10 +269,12 @@ class Sandbox:
         process = self.popen(argv, cwd=cwd, env=env, stdin=pipe, stdout=pipe, stderr=pipe)
         with process:
             try:
-                out, err = process.communicate(stdin, timeout=timeout_s)
+                out, err = process.communicate(stdin, timeout=allow(timeout_s))
             except subprocess.TimeoutExpired as error:
                 process.kill()
-                raise SandboxError(f"{argv[0]} took over {timeout_s:g} s: {list(argv)}") from error
+                raise SandboxError(
+                    f"{argv[0]} took over {allow(timeout_s):g} s: {list(argv)}"
+                ) from error
             except BaseException:
                 process.kill()
                 raise
@@ -317,7 +320,7 @@ class Sandbox:
             raise SandboxError(f"sandbox {self.name} has no libvirtd")
         self._libvirtd.send_signal(sig)
         try:
-            self._libvirtd.wait(timeout_s)
+            self._libvirtd.wait(allow(timeout_s))
         except subprocess.TimeoutExpired as error:
             tail = read_tail(self.root / "libvirtd.log")
             raise SandboxError(f"libvirtd lives on after {sig.name}:\n{tail}") from error

@@ -12,12 +12,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, Final
 
+from virtfabric.shim.patience import allow
+
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
     from pathlib import Path
 
 CLONE_NEWPID: Final = 0x20000000  # linux/sched.h
-_POLL_S: Final = 0.01
+_POLL_S: Final = allow(0.01)
 
 
 class SandboxError(Exception):
@@ -28,8 +30,9 @@ def wait_until(condition: Callable[[], bool], what: str, *, timeout_s: float = 3
     """Polls `condition` until it holds.
 
     Raises:
-        SandboxError: it did not hold within `timeout_s` seconds.
+        SandboxError: it did not hold within `timeout_s` seconds (times this machine's patience).
     """
+    timeout_s = allow(timeout_s)
     deadline = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > deadline:

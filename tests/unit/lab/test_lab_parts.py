@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.shim.cache import BuildError, ensure_built, run_tool
+from virtfabric.shim.guestimage import GuestImage
 from virtfabric.shim.lab import faults, recipe
 from virtfabric.shim.lab.boot import is_ready, read_told
 from virtfabric.shim.lab.image import LabImage
+from virtfabric.shim.lab.lab import choose_accel
 from virtfabric.shim.lab.machine import format_arguments
+from virtfabric.shim.lab.outer import OuterQemu, choose_outer
 from virtfabric.shim.lab.payload import choose_files
 from virtfabric.shim.lab.place import LabError, Place, Record, find_places, place_of
 from virtfabric.shim.lab.remote import Keys, Remote
+from virtfabric.shim.topology.kernel import kernel_arguments
+from virtfabric.shim.topology.model import Cpu
+from virtfabric.shim.topology.needs import device_needs
 from virtfabric.shim.topology.shipped import read_shipped_topology, shipped_topologies
 
 IMAGE = LabImage(Path("/c/vmlinux"), Path("/c/initrd"), Path("/c/root.ext4"))
@@ -39,7 +46,8 @@ def test_the_command_line_has_the_root_first_and_nothing_twice(place: Place, nam
     assert all("snapshot=on" in word for word in words if word.startswith("file=/c/root"))
     assert words.count("-machine") == words.count("-smp") == words.count("-append") == 1
     assert "restrict=on,hostfwd=tcp:127.0.0.1:2222-:22" in " ".join(words)
-    assert "vflab.name=one vflab.epoch=7" in words[words.index("-append") + 1]
+    told = words[words.index("-append") + 1].split()
+    assert {*kernel_arguments(topology), "vflab.name=one", "vflab.epoch=7"} <= {*told}
 
 
 def test_kvm_needs_a_split_irqchip_for_the_iommu(place: Place) -> None:
@@ -47,6 +55,49 @@ def test_kvm_needs_a_split_irqchip_for_the_iommu(place: Place) -> None:
     words = format_arguments(topology, IMAGE, place, accel="kvm", port=1, epoch=0)
     assert words[words.index("-accel") + 1] == "kvm,kernel-irqchip=split"
     assert words[words.index("-cpu") + 1].startswith("host,")
+
+
+def fake_qemu(directory: Path, version: str) -> OuterQemu:
+    """A program that answers as a QEMU of this version, with every device of the lab with CXL."""
+    program = directory / "qemu-system-x86_64"
+    needs = device_needs(read_shipped_topology("cxl"))
+    devices = "".join(f'name "{need.driver}", bus PCI\n' for need in needs)
+    has = "".join(f"  {name}=<str>\n" for need in needs for name in need.properties)
+    program.write_text(
+        f"#!/bin/sh\ncase $* in\n--version) echo 'QEMU emulator version {version} (Debian)' ;;\n"
+        f"'-device help') echo '{devices}' ;;\n*) echo '{has}' ;;\nesac\n"
+    )
+    program.chmod(0o755)
+    return OuterQemu((str(program),), "a test's")
+
+
+@pytest.mark.parametrize(
+    ("version", "accel"),
+    [("7.2.22", "tcg with one thread"), ("10.0.13", "tcg with one thread"), ("11.1.2", "tcg")],
+)
+def test_vcpus_share_a_thread_where_several_hang(tmp_path: Path, version: str, accel: str) -> None:
+    outer = fake_qemu(tmp_path, version)
+    cxl = read_shipped_topology("cxl")
+    guest = GuestImage(Path("/c/vmlinux"), Path("/c/initrd"))
+    assert choose_accel(cxl, guest, outer) == accel
+    alone = replace(cxl, cpu=Cpu(sockets=1, cores=1, threads=1))
+    assert choose_accel(alone, guest, outer) == "tcg"
+
+
+def test_a_qemu_whose_threads_hang_is_passed_over_where_they_cannot_be_chosen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))  # no mmdebstrap: another QEMU cannot be unpacked
+    monkeypatch.setenv("VIRTFABRIC_CACHE", str(tmp_path / "cache"))
+    needs = device_needs(read_shipped_topology("cxl"))
+    old = fake_qemu(tmp_path, "10.0.13")
+    assert choose_outer(needs, [].append).argv == old.argv
+    with pytest.raises(BuildError, match="can carry") as caught:
+        choose_outer(needs, [].append, threads=True)
+    assert caught.value.log[0] == "the system's: QEMU 10.0.13 has no safe threads"
+    assert [line for line in caught.value.log[1:] if "mmdebstrap is not installed" in line]
+    new = fake_qemu(tmp_path, "11.1.2")
+    assert choose_outer(needs, [].append, threads=True).argv == new.argv
 
 
 @pytest.mark.parametrize("name", ["", "-x", "Upper", "a/b", "a.b", "x" * 32, "ümlaut"])

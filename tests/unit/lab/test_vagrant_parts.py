@@ -18,6 +18,7 @@ from virtfabric.shim.lab import recipe
 from virtfabric.shim.lab.box import Box
 from virtfabric.shim.lab.boxguests import GUESTS, format_box_guest
 from virtfabric.shim.lab.outer import OuterQemu
+from virtfabric.shim.lab.recipe import CMDLINE
 from virtfabric.shim.lab.vagrantbox import format_settings
 from virtfabric.shim.topology.shipped import (
     read_shipped_topology,
@@ -41,6 +42,8 @@ def test_a_topology_with_cxl_memory_is_never_carried_by_kvm(name: str) -> None:
     assert settings["driver"] == ("kvm" if topology.cxl is None else "qemu")
     assert sorted(settings["drivers"]) == (["kvm", "qemu"] if topology.cxl is None else ["qemu"])
     assert settings["box"]["name"] == "virtfabric-lab-1"
+    told = settings["provider"]["kernel_arguments"]
+    assert settings["cmdline"].split() == [*CMDLINE.split(), *told]
     assert settings["provider"] == json.loads(format_vagrant_settings(topology, Path("/c/state")))
 
 

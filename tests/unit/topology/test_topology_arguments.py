@@ -12,6 +12,7 @@ from hypothesis import given
 from topologies import SOME, WHOLE, topologies
 
 from virtfabric.shim.topology.arguments import backing_files, qemu_arguments
+from virtfabric.shim.topology.kernel import kernel_arguments
 from virtfabric.shim.topology.needs import device_needs, needs_tcg
 from virtfabric.shim.topology.shipped import read_shipped_topology
 from virtfabric.shim.topology.text import parse_topology
@@ -137,7 +138,7 @@ def test_backing_files_are_those_of_the_arguments() -> None:
     [
         ("small", {"igb"}, False),
         ("cxl", {"igb", "pxb-cxl", "cxl-upstream", "cxl-type3"}, True),
-        ("passthrough", {"pcie-root-port", "igb", "nvme", "edu"}, False),
+        ("passthrough", {"igb", "nvme", "edu"}, False),
         ("card", {"vfio-user-pci"}, False),
         ("big", set(), False),
     ],
@@ -153,11 +154,27 @@ def test_what_a_topology_needs(name: str, drivers: set[str], tcg: bool) -> None:
 
 @SOME
 @given(topologies())
+def test_the_kernel_is_told_where_the_ports_without_acs_are(topology: Topology) -> None:
+    devices = {one.get("id"): one for one in options(qemu_arguments(topology, STATE), "-device")}
+    buses = {"pcie.0": 0} | {bridge.id: bridge.bus for bridge in topology.bridges}
+    expected = []
+    for port in topology.ports:
+        if not port.acs:
+            slot, function = _place(devices[port.id]["addr"])
+            expected.append(f"{buses[devices[port.id]['bus']]:02x}:{slot:02x}.{function}")
+    arguments = kernel_arguments(topology)
+    found = [one.removeprefix("pci=disable_acs_redir=").split(";") for one in arguments]
+    assert found == ([expected] if expected else [])
+
+
+@SOME
+@given(topologies())
 def test_vagrant_and_libvirt_make_the_rest(topology: Topology) -> None:
     settings = json.loads(format_vagrant_settings(topology, STATE))
     assert settings["qemuargs"] == list(vagrant_qemuargs(topology, STATE))
     ours = options(qemu_arguments(topology, STATE), "-device")
     assert options(tuple(settings["qemuargs"]), "-device") == ours
+    assert settings["kernel_arguments"] == list(kernel_arguments(topology))
     assert settings["cpus"] == topology.cpu.max_vcpus
     nodes = [one for one in options(tuple(settings["qemuargs"]), "-numa") if one["kind"] == "node"]
     by_vagrant = sum(int(node["memory"]) for node in settings["numa_nodes"])

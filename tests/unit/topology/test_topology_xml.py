@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from lxml import etree
 from topologies import topologies
 
+from virtfabric.shim.topology.kernel import kernel_arguments
 from virtfabric.shim.topology.labxml import LabDomain, format_lab_xml
 from virtfabric.shim.topology.shipped import read_shipped_topology, shipped_topologies
 
@@ -55,7 +56,7 @@ def test_libvirt_takes_any_other(topology: Topology) -> None:
     text = format_lab_xml(topology, DOMAIN)
     connection.defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE).undefine()
     root = etree.fromstring(text)
-    assert root.findtext("os/cmdline") == DOMAIN.cmdline
+    assert root.findtext("os/cmdline") == " ".join((DOMAIN.cmdline, *kernel_arguments(topology)))
     controllers = root.findall("devices/controller[@type='pci']")
     indexes = [int(one.get("index", "-1")) for one in controllers]
     assert indexes == list(range(len(indexes)))

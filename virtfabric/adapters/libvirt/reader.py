@@ -34,6 +34,8 @@ _HALTED: Final = frozenset({libvirt.VIR_DOMAIN_PAUSED_UNKNOWN, libvirt.VIR_DOMAI
 RUN_STATE_INTERNAL_ERROR, hw/vfio/pci.c); `virsh suspend` is PAUSED_USER."""
 _PAUSED: Final = frozenset({libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PMSUSPENDED})
 MIGRATION_IN: Final = "migration-in"
+START: Final = "start"
+_STARTING_UP: Final = [libvirt.VIR_DOMAIN_PAUSED, libvirt.VIR_DOMAIN_PAUSED_STARTING_UP]
 _OPERATIONS: Final[dict[int, str]] = {
     value: name.removeprefix("VIR_DOMAIN_JOB_OPERATION_").lower().replace("_", "-")
     for name, value in vars(libvirt).items()
@@ -117,9 +119,10 @@ class LibvirtGuests:
     def _read_memory(self, dom: Any, state: GuestState, job: str | None) -> Bytes:
         """Balloon: asked of QEMU, as the XML follows events that come at most once a second.
 
-        Not while the guest migrates in: the call would wait for that, 30 s at most (libvirt 9.0).
+        Not while the guest starts or migrates in: the call would wait for that, 30 s at most
+        (libvirt 9.0).
         """
-        if state.mechanism is not MemoryMechanism.BALLOON or job == MIGRATION_IN:
+        if state.mechanism is not MemoryMechanism.BALLOON or job in (START, MIGRATION_IN):
             return state.memory_current
         try:
             actual = dom.memoryStats().get("actual")
@@ -130,7 +133,13 @@ class LibvirtGuests:
 
 
 def read_job(dom: Any) -> str | None:
-    """What libvirt is doing with a guest ("backup", "migration-out"), None when nothing."""
+    """What libvirt is doing with a guest ("backup", "migration-out"), None when nothing.
+
+    One whose QEMU is still being started is not asked: a start lets no other call beside it, and
+    this one would wait for its end, 30 s at most, and fail then (seen with libvirt 11.3).
+    """
+    if dom.state() == _STARTING_UP:
+        return START
     try:
         stats = dom.jobStats()
     except libvirt.libvirtError:

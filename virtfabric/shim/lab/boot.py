@@ -88,9 +88,11 @@ def wait_until_ready(place: Place, report: Callable[[str], None], timeout_s: flo
 
 def end_qemu(place: Place, timeout_s: float = 10.0) -> None:
     """End the lab's QEMU, as pulling the plug does; nothing happens when it is gone."""
-    pid = place.read_pid()
-    if pid is None:
-        return
+    for pid in place.find_qemus():
+        _end(pid, timeout_s)
+
+
+def _end(pid: int, timeout_s: float) -> None:
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:

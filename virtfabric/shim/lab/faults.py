@@ -187,8 +187,10 @@ def _crash_libvirtd(scene: Scene, _: str) -> str:
 
 
 def _kill_agent(scene: Scene, _: str) -> str:
+    # the brackets: the shell that runs this has the pattern among its arguments, and is no agent
     return scene.run(
-        'pids=$(pgrep -f virtfabric.cli.agentd) || { echo "no virtfabricd runs" >&2; exit 1; }; '
+        'pids=$(pgrep -f "[v]irtfabric.cli.agentd") || '
+        '{ echo "no virtfabricd runs" >&2; exit 1; }; '
         'kill -KILL $pids && echo "virtfabricd was sent SIGKILL"'
     )
 

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 
     from virtfabric.shim.guestimage import GuestImage
     from virtfabric.shim.lab.machine import Accel
+    from virtfabric.shim.lab.outer import OuterQemu
     from virtfabric.shim.topology.model import Topology
 
 BOOT_S: Final = 300.0
@@ -171,7 +172,7 @@ def _start(topology: Topology, place: Place, title: str, report: Callable[[str],
     outer = choose_outer(device_needs(topology), report)
     image = ensure_lab_image(report)
     guest = ensure_guest_image(report=report)
-    accel = choose_accel(topology, guest)
+    accel = choose_accel(topology, guest, outer)
     port = _choose_port()
     version = f"QEMU {outer.read_version()}, {outer.origin}"
     report(f"starting {place.name} ({title}) on {version}, with {accel}")
@@ -195,9 +196,12 @@ def _start(topology: Topology, place: Place, title: str, report: Callable[[str],
     wait_for_qemu(place, qemu)
 
 
-def choose_accel(topology: Topology, guest: GuestImage) -> Accel:
+def choose_accel(topology: Topology, guest: GuestImage, outer: OuterQemu) -> Accel:
     """KVM where it really runs a guest and the topology allows it."""
-    return "tcg" if needs_tcg(topology) or not probe_kvm(guest) else "kvm"
+    if not needs_tcg(topology) and probe_kvm(guest):
+        return "kvm"
+    alone = topology.cpu.max_vcpus == 1
+    return "tcg" if alone or outer.has_safe_threads() else "tcg with one thread"
 
 
 def _choose_port() -> int:

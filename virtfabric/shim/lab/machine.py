@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Final, Literal
 
 from virtfabric.shim.lab.recipe import CMDLINE
 from virtfabric.shim.topology.arguments import qemu_arguments
+from virtfabric.shim.topology.kernel import kernel_arguments
 
 if TYPE_CHECKING:
     from virtfabric.shim.lab.image import LabImage
     from virtfabric.shim.lab.place import Place
     from virtfabric.shim.topology.model import Topology
 
-Accel = Literal["kvm", "tcg"]
+Accel = Literal["kvm", "tcg", "tcg with one thread"]
+_ACCELS: Final[dict[Accel, str]] = {
+    "kvm": "kvm,kernel-irqchip=split",
+    "tcg": "tcg,thread=multi",
+    "tcg with one thread": "tcg,thread=single",
+}
 
 
 def format_arguments(
@@ -28,13 +34,14 @@ def format_arguments(
         port: on 127.0.0.1, forwarded to the lab's sshd; nothing else goes in or out.
         epoch: the time the lab's clock starts at, in seconds.
     """
+    own = (f"vflab.name={place.name}", f"vflab.epoch={epoch}")
     return (
         *("-name", f"virtfabric-lab-{place.name}", "-nodefaults", "-display", "none"),
-        *("-pidfile", str(place.pid_file), "-no-reboot", "-accel", _format_accel(accel)),
+        *("-pidfile", str(place.pid_file), "-no-reboot", "-accel", _ACCELS[accel]),
         # hypervisor=off: the CXL driver commits no region in a guest that sees a hypervisor
         *("-cpu", "host,hypervisor=off" if accel == "kvm" else "max,hypervisor=off"),
         *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
-        *("-append", f"{CMDLINE} vflab.name={place.name} vflab.epoch={epoch}"),
+        *("-append", " ".join((CMDLINE, *kernel_arguments(topology), *own))),
         *qemu_arguments(topology, place.directory),
         *_format_disk("root", f"{image.disk},snapshot=on"),
         *_format_disk("payload", f"{place.payload},snapshot=on"),
@@ -44,10 +51,6 @@ def format_arguments(
         *("-chardev", _format_console(place), "-serial", "chardev:console"),
         *("-qmp", f"unix:{place.monitor_socket},server=on,wait=off"),
     )
-
-
-def _format_accel(accel: Accel) -> str:
-    return "kvm,kernel-irqchip=split" if accel == "kvm" else "tcg,thread=multi"
 
 
 def _format_disk(name: str, file: str) -> tuple[str, ...]:

@@ -1,7 +1,8 @@
 """The QEMU that carries a lab: the system's if it knows the devices, else a newer one, unpacked.
 
-Owns choosing by asking each QEMU what it has, never by its version. A newer one is a Debian tree in
-the cache, run through its own loader: nothing on this machine is replaced.
+Owns choosing: by asking each QEMU what it has, and by its version only where several vCPUs hang. A
+newer one is a Debian tree in the cache, run through its own loader: nothing on this machine is
+replaced.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -35,10 +37,12 @@ _OWN_MODULES: Final = (
     'shift; exec "$@"'
 )
 UNPACKED_SUITES: Final = ("forky", "trixie")
-"""Asked in this order: 11.x has all, vfio-user too, and no lab of it was seen to hang at boot.
+"""Asked in this order: 11.x has all, vfio-user too, and safe threads."""
+_SAFE_THREADS: Final = 11
+"""The first version whose vCPUs may have a thread each under TCG.
 
-Under 10.0 and TCG a host of 8 vCPUs hangs at boot now and then (11 of 22: a timer's interrupt stays
-in service on idle vCPUs); of 11.1 none of 10 did.
+With 10.0 a host of 8 vCPUs then hangs in half of its boots: a timer's interrupt stays in service on
+idle vCPUs and is never acknowledged.
 """
 
 
@@ -48,6 +52,11 @@ class OuterQemu:
 
     argv: tuple[str, ...]
     origin: str
+
+    def has_safe_threads(self) -> bool:
+        """Whether TCG may give each vCPU a thread of its own."""
+        version = self.read_version()
+        return version[:1].isdigit() and int(version.split(".")[0]) >= _SAFE_THREADS
 
     def read_version(self) -> str:
         """Such as "10.0.13"."""
@@ -93,27 +102,40 @@ class OuterQemu:
         return path
 
 
-def choose_outer(needs: Collection[DeviceNeed], report: Callable[[str], None]) -> OuterQemu:
+def choose_outer(
+    needs: Collection[DeviceNeed], report: Callable[[str], None], *, threads: bool = False
+) -> OuterQemu:
     """The first QEMU that has what the topology needs; a tree is unpacked if it takes one.
+
+    Args:
+        needs: of the topology.
+        report: receives a line for each step.
+        threads: take only one with safe threads, where TCG cannot be told to use a single one.
 
     Raises:
         BuildError: none has it; `log` names what is missing where.
     """
     tried: list[str] = []
-    for qemu in _candidates(report):
-        lacks = qemu.read_lacks(needs)
+    for find in _finders(report):
+        try:
+            qemu = find()
+        except BuildError as error:  # testing may be broken for a while; the next suite is not
+            tried += [str(error), *error.log]
+            continue
+        lacks = [*qemu.read_lacks(needs)]
+        if threads and not qemu.has_safe_threads():
+            lacks.append("safe threads")
         if not lacks:
             return qemu
         tried.append(f"{qemu.origin}: QEMU {qemu.read_version()} has no {', '.join(lacks)}")
     raise BuildError("no QEMU here can carry this topology", log=tried)
 
 
-def _candidates(report: Callable[[str], None]) -> Iterator[OuterQemu]:
-    system = shutil.which(_NAME)
-    if system:
-        yield OuterQemu((system,), "the system's")
+def _finders(report: Callable[[str], None]) -> Iterator[Callable[[], OuterQemu]]:
+    if system := shutil.which(_NAME):
+        yield partial(OuterQemu, (system,), "the system's")
     for suite in UNPACKED_SUITES:
-        yield _unpacked(suite, report)
+        yield partial(_unpacked, suite, report)
 
 
 def _unpacked(suite: str, report: Callable[[str], None]) -> OuterQemu:

@@ -77,7 +77,7 @@ def _copy_guest(target: Path, guest: GuestImage) -> None:
 
 def choose_files() -> Iterator[tuple[str, str, int]]:
     """Where each file of the recipe goes, its text, its mode."""
-    for name in ("virtfabric", "virtfabricd"):
+    for name in ("virtfabric", "virtfabricd", "virtfabric-python"):
         yield f"bin/{name}", read_file("run-module"), 0o755
     for name in ("init", "press-memory"):
         yield f"lab/{name}", read_file(name), 0o755

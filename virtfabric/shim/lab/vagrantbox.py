@@ -24,6 +24,7 @@ from virtfabric.shim.lab.box import ensure_box
 from virtfabric.shim.lab.outer import choose_outer
 from virtfabric.shim.lab.recipe import CMDLINE
 from virtfabric.shim.topology.arguments import backing_files
+from virtfabric.shim.topology.kernel import kernel_arguments
 from virtfabric.shim.topology.needs import device_needs, needs_tcg
 from virtfabric.shim.topology.shipped import read_topology
 from virtfabric.shim.topology.vagrant import format_vagrant_settings
@@ -61,7 +62,7 @@ def format_settings(
     drivers = {name: value for name, value in DRIVERS.items() if not _refuses(topology, name)}
     settings = {
         "box": {key: str(value) for key, value in asdict(box).items()},
-        "cmdline": CMDLINE,
+        "cmdline": " ".join((CMDLINE, *kernel_arguments(topology))),
         "driver": default_driver if default_driver in drivers else "qemu",
         "drivers": drivers,
         "emulator": str(emulator),
@@ -83,7 +84,9 @@ def prepare(text: str, settings: Path | None, report: Callable[[str], None]) -> 
         InvalidValueError: there is no such topology, or it is wrong.
     """
     title, topology = read_topology(text)
-    emulator = choose_outer(device_needs(topology), report).ensure_emulator()
+    # libvirt starts TCG with a thread for each vCPU, and offers no choice
+    several = topology.cpu.max_vcpus > 1
+    emulator = choose_outer(device_needs(topology), report, threads=several).ensure_emulator()
     box = ensure_box(report)
     if settings:
         state = cache_root() / "lab" / "vagrant" / title

@@ -160,8 +160,7 @@ def _root_port(port: RootPort, seat: Seat, names: Mapping[str, str]) -> tuple[st
     shared = ",multifunction=on" if seat.multifunction and seat.function == 0 else ""
     place = f"bus={names.get(seat.bus, seat.bus)},addr={seat.address}{shared}"
     numbers = f"chassis={seat.number},slot={seat.number}"
-    acs = "" if port.acs else ",disable-acs=on"
-    return "-device", f"pcie-root-port,id={port.id},{place},{numbers}{acs}"
+    return "-device", f"pcie-root-port,id={port.id},{place},{numbers}"
 
 
 def _function_arguments(topology: Topology, state: Path) -> Iterator[str]:

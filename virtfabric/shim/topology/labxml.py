@@ -18,6 +18,7 @@ from markupsafe import Markup
 from virtfabric.domxml.templates import render
 from virtfabric.model.units import KIB
 from virtfabric.shim.topology.arguments import device_arguments, machine_options
+from virtfabric.shim.topology.kernel import kernel_arguments
 from virtfabric.shim.topology.seats import ROOT_BUS, choose_bridge_slots, choose_seats
 
 if TYPE_CHECKING:
@@ -36,6 +37,7 @@ class LabDomain:
 
     Attributes:
         state: the directory of the topology's backing files.
+        cmdline: the kernel's arguments; what the topology needs of them is added.
         disk: a raw image that becomes vda.
         console_log: where libvirt writes the serial console.
         domain_type: "kvm" only where it really runs and the topology does not need TCG.
@@ -70,6 +72,7 @@ def format_lab_xml(topology: Topology, domain: LabDomain) -> str:
     return render(
         "lab.xml.j2",
         domain=domain,
+        cmdline=" ".join((domain.cmdline, *kernel_arguments(topology))),
         cpu=topology.cpu,
         cpu_mode=_CPU_MODE[domain.domain_type],
         memory_kib=topology.total_memory // KIB,

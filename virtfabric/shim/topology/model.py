@@ -69,7 +69,8 @@ class RootPort:
 
     Attributes:
         bridge: the host bridge it is on; None means the machine's own, pcie.0.
-        acs: without it, everything behind the port and the port itself are one IOMMU group.
+        acs: without it, everything behind the port and the port itself are one IOMMU group (see
+            `kernel`), which ports without it in the same slot share.
     """
 
     id: str

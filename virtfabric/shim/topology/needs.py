@@ -34,8 +34,6 @@ def device_needs(topology: Topology) -> tuple[DeviceNeed, ...]:
     igb came with QEMU 8.0, volatile CXL memory with 8.1, NVMe VFs with 7.1, vfio-user with 10.1.
     """
     needs: list[DeviceNeed] = []
-    if not all(port.acs for port in topology.ports):
-        needs.append(DeviceNeed("pcie-root-port", frozenset({"disable-acs"})))
     if topology.igb:
         needs.append(DeviceNeed("igb"))
     if topology.nvme:

@@ -17,6 +17,7 @@ from virtfabric.shim.topology.arguments import (
     machine_options,
     node_arguments,
 )
+from virtfabric.shim.topology.kernel import kernel_arguments
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -45,7 +46,8 @@ def format_vagrant_settings(topology: Topology, state: Path) -> str:
     """What a Vagrantfile sets on its provider, as a JSON object.
 
     `cpus`, `memory` (MiB), `cputopology` and `numa_nodes` are in vagrant-libvirt's own words.
-    `memory_backing` is what to pass to `memorybacking`, in order; `qemuargs` is a list of values.
+    `memory_backing` is what to pass to `memorybacking`, in order; `qemuargs` is a list of values;
+    `kernel_arguments` belong on the kernel's command line.
     """
     cpu = topology.cpu
     with_cpus = [node for node in topology.nodes if node.cpus]
@@ -67,6 +69,7 @@ def format_vagrant_settings(topology: Topology, state: Path) -> str:
         if topology.shared_memory
         else [],
         "qemuargs": list(vagrant_qemuargs(topology, state)),
+        "kernel_arguments": list(kernel_arguments(topology)),
     }
     return json.dumps(settings, indent=2) + "\n"
 

@@ -1,0 +1,50 @@
+"""The agent's integration tests, once more, on a host of two nodes with SMT, cgroup v2 and KVM."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from running_lab import RunningLab
+
+FILES = {
+    "test_nodes_and_cores": 900,
+    "test_libvirt_adapter": 900,
+    "test_demo_judged": 1800,
+    "test_lifecycle": 1800,
+    "test_two_agents": 900,
+    "test_reactions": 1200,
+    "test_jobs": 900,
+    "test_marked_pins": 900,
+    "test_refusals": 1800,
+    "test_faults": 3600,
+    "test_migration": 1200,
+    "test_polkit": 900,
+}
+"""Seconds that each may take; docs/testing.md has what they took."""
+
+
+@pytest.fixture(scope="module")
+def prepared(small: RunningLab) -> RunningLab:
+    """Python is compiled and libvirtd knows QEMU: once, not in the first test's deadline."""
+    small.run("cd /opt/virtfabric/checkout && virtfabric-python -m compileall -q virtfabric demo")
+    small.run("virsh -q capabilities > /dev/null")
+    return small
+
+
+@pytest.mark.timeout(0)
+@pytest.mark.parametrize("name", FILES)
+def test_in_the_lab(prepared: RunningLab, name: str) -> None:
+    words = f"-q --durations=5 -p no:cacheprovider tests/integration/{name}.py"
+    where = "cd /opt/virtfabric/checkout"
+    log = f"/var/log/{name}.log"
+    said = prepared.run(
+        f"{where} && timeout {FILES[name]} virtfabric-python -m pytest {words} > {log} 2>&1; "
+        f"echo ended with $? >> {log}; tail -n 200 {log}",
+        timeout_s=FILES[name] + 60,
+    )
+    assert said.endswith("ended with 0"), said
+    assert " passed" in said
+    assert " skipped" not in said, said
