@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.domxml.mark import read_mark
 from virtfabric.domxml.parse import parse_xml
+from virtfabric.domxml.pciports import count_free_ports
 from virtfabric.domxml.policy import POLICY_TAG, bare_policy, parse_policy
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.guest import (
@@ -93,6 +94,7 @@ def parse_domain(live_xml: str, config_xml: str | None) -> GuestState:
         marked_pins=read_mark(root),
         policy_text=_read_policy_text(root),
         config_policy_text="" if config is None else _read_policy_text(config),
+        free_ports=count_free_ports(root),
     )
 
 
