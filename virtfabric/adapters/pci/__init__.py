@@ -1,0 +1,1 @@
+"""PCIe functions of the host, through sysfs, /proc and udev."""
