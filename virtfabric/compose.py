@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from virtfabric.model.request import Offerable
     from virtfabric.ports import (
         Clock,
+        DefinitionEditor,
         EventSource,
         GuestReader,
         GuestStats,
@@ -99,6 +100,7 @@ class _Outside:
     host: HostReader
     guests: GuestReader
     policies: PolicyWriter
+    definitions: DefinitionEditor
     events: EventSource
     handlers: Handlers
     clock: Clock
@@ -143,7 +145,8 @@ class Composition:
         self._stack.callback(audit.close)
         topology = outside.host.read_topology()
         world = World(
-            guests=outside.guests, policies=outside.policies, events=outside.events,
+            guests=outside.guests, policies=outside.policies,
+            definitions=outside.definitions, events=outside.events,
             handlers=outside.handlers, journal=journal, audit=audit, clock=outside.clock,
             load=outside.load, stats=outside.stats,
         )  # fmt: skip
@@ -166,15 +169,15 @@ class Composition:
         opened = open_libvirt(self.config.agent.uri)
         self._stack.callback(opened.close)
         return _Outside(
-            opened.host, opened.guests, opened.policy, opened.events, opened.handlers,
-            SystemClock(), PsutilLoad(), opened.stats, opened.version,
+            opened.host, opened.guests, opened.policy, opened.definitions, opened.events,
+            opened.handlers, SystemClock(), PsutilLoad(), opened.stats, opened.version,
         )  # fmt: skip
 
     def _open_simulated(self) -> _Outside:
         host = small_host(SystemClock())
         return _Outside(
-            host, host, host, host.events, host.handlers, host.clock, host.load, host.stats,
-            "simulated",
+            host, host, host, host.definitions, host.events, host.handlers, host.clock, host.load,
+            host.stats, "simulated",
         )  # fmt: skip
 
     def start(self) -> None:

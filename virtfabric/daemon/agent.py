@@ -22,6 +22,7 @@ from virtfabric.daemon.ledger import Ledger
 from virtfabric.daemon.lifecycle import Lifecycle
 from virtfabric.daemon.notices import Notices
 from virtfabric.daemon.observatory import Observatory
+from virtfabric.daemon.portdesk import PortDesk
 from virtfabric.daemon.recovery import recover
 from virtfabric.daemon.story import tell
 from virtfabric.daemon.views import grants_view, guests_view, host_view, loans_view
@@ -95,6 +96,7 @@ class Agent:
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, lifecycle=self._lifecycle, writer=world.policies, clock=clock,
         )  # fmt: skip
+        self._ports = PortDesk(world.definitions, world.audit)
         self._drift.repair_with(self._repair_guest)
         self._leases = LeaseWatch(self._ledger, clock, self._expire)
         self._stop = threading.Event()
@@ -346,6 +348,16 @@ class Agent:
         answer = self._desk.clear(state, uid=caller.uid)
         self._world.audit.append("policy.cleared", [state.uuid], {"by": str(caller.principal)})
         return answer
+
+    def ports(self, caller: Caller, guest: str) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        return self._ports.show(self._allocation.find(guest))
+
+    def ports_add(self, caller: Caller, guest: str, count: int) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.POLICY, guest=guest, ports=count)
+        return self._ports.add(self._allocation.find(guest), count, by=str(caller.principal))
 
     def allocate(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
         """See `AgentApi`."""

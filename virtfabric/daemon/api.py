@@ -91,6 +91,12 @@ class AgentApi(Protocol):
     def policy_clear(self, caller: Caller, guest: str) -> Json:
         """Make a guest unmanaged; its pins and caps are lifted (`job`)."""
 
+    def ports(self, caller: Caller, guest: str) -> Json:
+        """The PCIe ports of a guest, live and persistent, and what is behind each."""
+
+    def ports_add(self, caller: Caller, guest: str, count: int) -> Json:
+        """Add root ports to the persistent definition, for the next boot; `ports`, and `added`."""
+
     def allocate(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
         """Start an allocation job.
 

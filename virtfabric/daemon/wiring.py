@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from virtfabric.ports import (
         AuditLog,
         Clock,
+        DefinitionEditor,
         EventSource,
         GuestReader,
         GuestStats,
@@ -30,6 +31,7 @@ class World:
 
     guests: GuestReader
     policies: PolicyWriter
+    definitions: DefinitionEditor
     events: EventSource
     handlers: Handlers
     journal: Journal

@@ -86,6 +86,10 @@ class GuestGoneError(HypervisorError):
     """The guest stopped or was undefined while we worked on it."""
 
 
+class StaleDefinitionError(HypervisorError):
+    """A guest's persistent definition is no longer what it was when it was read."""
+
+
 class VerificationError(VirtfabricError):
     """The kernel or the guest does not show what a step was to bring about."""
 

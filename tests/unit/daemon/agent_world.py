@@ -233,6 +233,7 @@ class AgentWorld:
         host = self._process.wrap(self.host, GONE)
         world = World(
             guests=host, policies=host, events=self.host.events,
+            definitions=self.host.definitions,
             handlers=_Handlers(self._process, self.host.handlers),
             journal=self._process.wrap(self.journal, CUT_OFF),
             audit=self._process.wrap(self.audit, CUT_OFF),

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.adapters.registry import HandlerRegistry
 from virtfabric.adapters.simulated.clock import SimulatedClock
+from virtfabric.adapters.simulated.definitions import SimulatedDefinitions
 from virtfabric.adapters.simulated.events import SimulatedEvents
 from virtfabric.adapters.simulated.faults import Faults
 from virtfabric.adapters.simulated.guest import GuestSpec, Hardware, SimulatedGuest, write_policy
@@ -82,6 +83,7 @@ class SimulatedHost:
 
     Attributes:
         events, stats, load, handlers: `ports.EventSource`, `GuestStats`, `HostLoad`, `Handlers`.
+        definitions: `ports.DefinitionEditor`.
         faults: what goes wrong.
         clock: what deadlines are measured by.
     """
@@ -93,6 +95,7 @@ class SimulatedHost:
         self.events = SimulatedEvents()
         self.load = SimulatedLoad()
         self.stats = SimulatedStats(self)
+        self.definitions = SimulatedDefinitions(self)
         self.handlers = HandlerRegistry(simulated_handlers(self))
         self._topology = topology
         self._guests: dict[GuestId, SimulatedGuest] = {}
