@@ -18,9 +18,11 @@ from virtfabric.model.errors import InvalidValueError, Reason, Refusal, RefusedE
 from virtfabric.model.guest import RunState
 from virtfabric.model.ledger import Books, Holding
 from virtfabric.model.plan import Plan, ResizeVirtioMem, SetBalloon, SetQuota
+from virtfabric.model.policy import Admission as AdmissionRule
 from virtfabric.model.units import Bytes
 from virtfabric.policy.arbiter import choose_admission
 from virtfabric.policy.placement import plan_decision
+from virtfabric.policy.portbudget import describe_shortage, missing_ports
 from virtfabric.policy.standing import floor_of
 
 if TYPE_CHECKING:
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.policy import GuestPolicy
     from virtfabric.ports import AuditLog, Clock, Journal
 
 log = logging.getLogger(__name__)
@@ -101,6 +104,8 @@ class Admission:
             return f"virtfabric: {error}"
         if guest.policy is None:
             return self._admit_unmanaged(guest, xml)
+        if refusal := self._check_ports(guest, guest.policy):
+            return refusal
         until = self._clock.monotonic() + wait_s
         if not self._surveyed.wait(wait_s):
             return "virtfabric: the agent is starting, retry"
@@ -121,6 +126,20 @@ class Admission:
         if STRICT.search(xml):
             return f"virtfabric: {text} (admission is strict; mend it with virsh edit)"
         self._notices.alert(f"policy {guest.uuid}", f"{text}; it runs unmanaged")
+        return ""
+
+    def _check_ports(self, guest: GuestState, policy: GuestPolicy) -> str:
+        """A function without a port cannot be attached as long as the guest runs."""
+        topic = f"ports {guest.uuid}"
+        missing = missing_ports(policy, guest.free_ports)
+        if not missing:
+            self._notices.settle(topic)
+            return ""
+        text = describe_shortage(guest.name, missing)
+        if policy.admission is AdmissionRule.STRICT:
+            self._audit.append("admission.no-ports", [guest.uuid], {"why": text})
+            return f"virtfabric: {Reason.NO_FREE_PORT}: {text} (admission is strict)"
+        self._notices.alert(topic, text)
         return ""
 
     def _admit_managed(self, guest: GuestState, wait_s: float) -> str:

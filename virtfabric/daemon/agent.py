@@ -337,7 +337,8 @@ class Agent:
         except RefusedError as error:
             self._denied(caller, error, about)
             raise
-        answer = self._desk.set(state, policy, uid=caller.uid)
+        notes = self._ports.warn(state, policy)
+        answer = self._desk.set(state, policy, uid=caller.uid) | {"notes": notes}
         self._world.audit.append("policy.set", [state.uuid], about | {"by": str(caller.principal)})
         return answer
 

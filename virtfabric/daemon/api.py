@@ -84,8 +84,8 @@ class AgentApi(Protocol):
         """Change policy fields.
 
         Keys as in the command: priority, cpu `1:4`, memory `512M:4G`, shares, placement, smt,
-        admission, drift. Returns the new policy and, for a running guest,
-        `job`: its re-placement.
+        admission, drift. Returns the new policy, `notes` (sentences for a person) and, for a
+        running guest, `job`: its re-placement.
         """
 
     def policy_clear(self, caller: Caller, guest: str) -> Json:

@@ -322,6 +322,7 @@ class Lifecycle:
         self._unplaced.discard(guest)
         self._detained.discard(guest)
         self._drift.forget(guest)
+        self._notices.settle(f"ports {guest}")
         view = self._ledger.view()
         if guest not in view.books.holdings:
             return

@@ -10,7 +10,13 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.domxml.pciports import Extension, add_ports, check_extension, read_ports
+from virtfabric.domxml.pciports import (
+    Extension,
+    add_ports,
+    check_extension,
+    free_ports,
+    read_ports,
+)
 from virtfabric.model.errors import (
     Reason,
     Refusal,
@@ -18,10 +24,12 @@ from virtfabric.model.errors import (
     StaleDefinitionError,
     VerificationError,
 )
+from virtfabric.policy.portbudget import describe_shortage, missing_ports
 
 if TYPE_CHECKING:
     from virtfabric.domxml.pciports import Port
     from virtfabric.model.guest import GuestState
+    from virtfabric.model.policy import GuestPolicy
     from virtfabric.ports import AuditLog, DefinitionEditor
 
     Json = dict[str, Any]
@@ -72,6 +80,27 @@ class PortDesk:
             raise
         self._audit.append("ports.added", [guest.uuid], about)
         return self.show(guest) | {"added": list(answer.indexes)}
+
+    def warn(self, guest: GuestState, policy: GuestPolicy) -> list[str]:
+        """What is to be known about ports where this becomes the policy of a guest."""
+        if not policy.devices:
+            return []
+        found = self._editor.read_definitions(guest.uuid)
+        if found.persistent is not None:
+            missing = missing_ports(policy, free_ports(found.persistent))
+            if missing:
+                return [describe_shortage(guest.name, missing)]
+        if found.live is None:
+            return []
+        plugged = sum(device.ours for device in guest.devices)
+        missing = missing_ports(policy, free_ports(found.live), plugged=plugged)
+        if not missing:
+            return []
+        if found.persistent is None:
+            return [describe_shortage(guest.name, missing)]
+        return [
+            f"{guest.name} has too few PCIe root ports now ({missing}); its next start brings them"
+        ]
 
     def _replace(self, guest: GuestState, before: str, wanted: Extension) -> None:
         try:
