@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from virtfabric.daemon.conductor import Conductor
+    from virtfabric.daemon.handmade import Handmade
     from virtfabric.daemon.jobs import Job, Jobs
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.notices import Notices
@@ -65,6 +66,7 @@ class Admission:
         clock: Clock,
         surveyed: threading.Event,
         settled: Callable[[GuestId, float], bool],
+        handmade: Handmade,
     ) -> None:
         """Wire it.
 
@@ -81,6 +83,7 @@ class Admission:
         self._clock = clock
         self._surveyed = surveyed
         self._settled = settled
+        self._handmade = handmade
         self._admitted_at: dict[GuestId, float] = {}
         self._admissions: dict[GuestId, Job] = {}
 
@@ -112,11 +115,9 @@ class Admission:
         wait_s = max(0.0, until - self._clock.monotonic())
         if not self._settled(guest.uuid, wait_s):
             return f"virtfabric: {guest.name}: its last run is still being settled, retry"
-        held = self._ledger.view().books.holdings.get(guest.uuid)
-        if held is not None:
-            self._admitted_at[guest.uuid] = self._clock.monotonic()
-            return ""
-        return self._admit_managed(guest, wait_s)
+        return self._admit_managed(guest, wait_s) or self._handmade.bind(
+            guest, max(0.1, until - self._clock.monotonic())
+        )
 
     def _admit_unmanaged(self, guest: GuestState, xml: str) -> str:
         if not guest.policy_error:
@@ -143,6 +144,9 @@ class Admission:
         return ""
 
     def _admit_managed(self, guest: GuestState, wait_s: float) -> str:
+        if guest.uuid in self._ledger.view().books.holdings:
+            self._admitted_at[guest.uuid] = self._clock.monotonic()
+            return ""
         try:
             job = self._start_admission(guest, deadline_s=max(wait_s, 0.1) * 6)
         except RefusedError as error:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Final
 from virtfabric.daemon.admission import Admission
 from virtfabric.daemon.api import JobState
 from virtfabric.daemon.errands import Errands
+from virtfabric.daemon.handmade import Handmade
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.filter import replace_placement
@@ -72,10 +73,13 @@ class Lifecycle:
         self._clock = clock
         self._drift = drift
         self._surveyed = threading.Event()
+        self._handmade = Handmade(
+            conduct=conductor.conduct, jobs=jobs, ledger=ledger, journal=journal, clock=clock
+        )
         self.admission = Admission(
             observatory=observatory, ledger=ledger, conductor=conductor, jobs=jobs,
             notices=notices, journal=journal, audit=audit, clock=clock,
-            surveyed=self._surveyed, settled=self._last_run_settled,
+            surveyed=self._surveyed, settled=self._last_run_settled, handmade=self._handmade,
         )  # fmt: skip
         self._errands = Errands()
         self._leaving: set[GuestId] = set()
@@ -328,6 +332,7 @@ class Lifecycle:
             return
         state = self._observatory.guest(guest)
         name = state.name if state else guest
+        self._handmade.release(guest, name)
         request = new_request()
         now = self._clock.now()
         work = Undertaking(

@@ -289,20 +289,57 @@ class DevicePool:
 
 
 @dataclass(frozen=True, slots=True)
+class Found:
+    """What was found before a function was prepared for a guest: the way back.
+
+    Attributes:
+        driver: empty for none; None for a function that nothing was changed of.
+        settings: of a VF, those that the pool's settings replaced.
+        siblings: drivers of the other functions of its group that no guest holds.
+        port: whose link is limited while a guest has it; None where none is.
+        speed: MT/s that it is limited to.
+    """
+
+    driver: str | None = None
+    settings: VfSettings = VfSettings()
+    siblings: tuple[tuple[PciAddress, str], ...] = ()
+    port: PciAddress | None = None
+    speed: int = 0
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal."""
+        return {
+            "driver": self.driver, "settings": str(self.settings),
+            "siblings": dict(self.siblings), "port": self.port, "speed": self.speed,
+        }  # fmt: skip
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Found:
+        """The reverse of `to_json`."""
+        siblings = tuple((PciAddress(a), driver) for a, driver in data["siblings"].items())
+        port = PciAddress(data["port"]) if data["port"] else None
+        settings = VfSettings.parse(data["settings"])
+        return cls(data["driver"], settings, siblings, port, data["speed"])
+
+
+@dataclass(frozen=True, slots=True)
 class HeldFunction:
     """A function that a guest holds, by the capability that it was granted for."""
 
     capability: str
     address: PciAddress
+    found: Found = Found()
 
-    def to_json(self) -> dict[str, str]:
+    def to_json(self) -> dict[str, Any]:
         """For the journal and for clients."""
-        return {"capability": self.capability, "address": self.address}
+        body = {"capability": self.capability, "address": self.address}
+        return body | {"found": self.found.to_json()}
 
     @classmethod
-    def from_json(cls, data: Mapping[str, str]) -> HeldFunction:
+    def from_json(cls, data: Mapping[str, Any]) -> HeldFunction:
         """The reverse of `to_json`."""
-        return cls(data["capability"], PciAddress(data["address"]))
+        found = Found.from_json(data["found"]) if "found" in data else Found()
+        return cls(data["capability"], PciAddress(data["address"]), found)
 
 
 @dataclass(frozen=True, slots=True)
