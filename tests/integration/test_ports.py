@@ -138,3 +138,22 @@ def test_what_cannot_be_is_refused_and_changes_nothing(
 
 def _is_known(host: LabHost, name: str) -> bool:
     return name == "nobody" or name in {g["name"] for g in host.cli_json("guests")}
+
+
+def test_a_strict_guest_with_too_few_ports_is_not_started(host: LabHost) -> None:
+    host.virsh("destroy", "database")
+    free = host.cli_json("ports", "database")["persistent"]["free"]
+    wish = f"<virtfabric:device capability='net.vf' count='{free + 2}'/>"
+    text = xml(host, "database", "--inactive")
+    strict = text.replace("admission='lax'", "admission='strict'").replace('"lax"', '"strict"')
+    assert strict != text
+    host.box.path("/run/strict.xml").write_text(
+        strict.replace("</virtfabric:policy>", f"{wish}</virtfabric:policy>")
+    )
+    host.virsh("define", "/run/strict.xml")
+    done = host.start_guest("database")
+    assert done.returncode != 0
+    assert "no-free-port: database lacks 2 PCIe root ports" in done.stderr
+    assert "virtfabric ports add database --count 2" in done.stderr
+    host.cli_json("ports", "add", "database", "--count", "2")
+    assert "no-free-port" not in host.start_guest("database").stderr
