@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING
 from virtfabric.daemon.api import JobState
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.model.device import Quarantine
-from virtfabric.model.errors import RefusedError
+from virtfabric.model.errors import Refusal, RefusedError
+from virtfabric.model.plan import Plan
 from virtfabric.policy.handmade import (
-    named_by_hand,
     names_functions,
     plan_binding,
     plan_unbinding,
+    with_named,
 )
 
 if TYPE_CHECKING:
@@ -28,10 +29,11 @@ if TYPE_CHECKING:
     from virtfabric.daemon.jobs import Job, Jobs
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.undertaking import Outcome
+    from virtfabric.model.decision import Decision
     from virtfabric.model.device import HeldFunction
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
-    from virtfabric.model.ledger import Books
+    from virtfabric.model.ledger import Books, HostSnapshot
     from virtfabric.ports import Clock, Journal
 
     Conduct = Callable[[Undertaking, Progress], Outcome]
@@ -63,17 +65,8 @@ class Handmade:
         """
         if not names_functions(guest):
             return ""
-        request = new_request()
-        work = Undertaking(
-            request,
-            f"functions named by {guest.name}",
-            lambda snapshot, _: plan_binding(snapshot, guest, request),
-            deadline_s=wait_s,
-            incoming=guest,
-            body={"guest": guest.uuid, "name": guest.name, "origin": "hook"},
-        )
         try:
-            job = self._start(work)
+            job = self._start(_binding(guest, wait_s))
         except RefusedError as error:
             return f"virtfabric: {error.refusal.detail}"
         if not job.ended.wait(wait_s):
@@ -86,15 +79,17 @@ class Handmade:
 
     def release(self, guest: GuestId, name: str) -> None:
         """Give back what was bound for a guest that ended; in quarantine where that fails."""
-        functions = self._named(self._ledger.view().books, guest)
-        if not functions:
+        if not _named(self._ledger.view().books, guest):
             return
         request = new_request()
         work = Undertaking(
             request,
             f"functions named by {name} go back",
-            lambda snapshot, _: plan_unbinding(snapshot, guest, name, request),
+            lambda snapshot, _: Plan(
+                request, snapshot.generation, plan_unbinding(snapshot, guest, name)
+            ),
             deadline_s=RELEASE_S,
+            settle_books=lambda books: with_named(books, guest, ()),
             body={"guest": guest, "name": name, "origin": "hook"},
         )
         job = self._start(work)
@@ -109,10 +104,6 @@ class Handmade:
             work.title, lambda _, progress: summary(work, self._conduct(work, progress))
         )
 
-    def _named(self, books: Books, guest: GuestId) -> tuple[HeldFunction, ...]:
-        holding = books.holdings.get(guest)
-        return named_by_hand(holding.functions) if holding else ()
-
     def _quarantine(self, guest: GuestId, why: str) -> None:
         now = self._clock.now()
 
@@ -122,9 +113,37 @@ class Handmade:
                     f.address, why,
                     f"see which driver it has, then: virtfabric devices release {f.address}", now,
                 )
-                for f in self._named(books, guest)
+                for f in _named(books, guest)
                 if f.found.driver is not None
             }  # fmt: skip
             return replace(books, quarantine=entries | books.quarantine)
 
         self._ledger.commit(None, change, self._journal.store_books)
+
+
+def _binding(guest: GuestState, deadline_s: float) -> Undertaking:
+    request = new_request()
+    named: tuple[HeldFunction, ...] = ()
+
+    def place(snapshot: HostSnapshot, _: Decision | None) -> Plan | Refusal:
+        nonlocal named  # placed anew whenever the host moved meanwhile: the last one is carried out
+        answer = plan_binding(snapshot, guest)
+        if isinstance(answer, Refusal):
+            return answer
+        named = answer.named
+        return Plan(request, snapshot.generation, answer.steps)
+
+    return Undertaking(
+        request,
+        f"functions named by {guest.name}",
+        place,
+        deadline_s=deadline_s,
+        settle_books=lambda books: with_named(books, guest.uuid, named),
+        incoming=guest,
+        body={"guest": guest.uuid, "name": guest.name, "origin": "hook"},
+    )
+
+
+def _named(books: Books, guest: GuestId) -> tuple[HeldFunction, ...]:
+    holding = books.holdings.get(guest)
+    return holding.named if holding else ()

@@ -6,21 +6,20 @@ With `managed='yes'` libvirt binds and nothing is to be done but to count them a
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.device import VFIO_PCI, Found, HeldFunction
 from virtfabric.model.devicesteps import BindDriver
 from virtfabric.model.errors import Reason, Refusal
-from virtfabric.model.plan import Plan
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
     from virtfabric.model.device import PciAddress, PciFunction
     from virtfabric.model.guest import GuestState
-    from virtfabric.model.ids import GuestId, RequestId
-    from virtfabric.model.ledger import HostSnapshot
-    from virtfabric.model.step import Step
+    from virtfabric.model.ids import GuestId
+    from virtfabric.model.ledger import Books, HostSnapshot
 
 BY_HAND: Final = ""
 """Capability of a function that was not granted for any: the guest's XML names it."""
@@ -31,16 +30,19 @@ def names_functions(guest: GuestState) -> bool:
     return any(not device.ours for device in guest.devices)
 
 
-def plan_binding(snapshot: HostSnapshot, guest: GuestState, request: RequestId) -> Plan | Refusal:
-    """What makes the functions ready that a starting guest's XML names.
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """Steps, and the functions that a guest's XML names as they are held afterwards."""
 
-    Returns:
-        A plan whose `functions` count them as the guest's, with the way back of each.
-    """
-    held = {f.address: f for f in _functions_of(snapshot, guest.uuid)}
+    steps: tuple[BindDriver, ...]
+    named: tuple[HeldFunction, ...]
+
+
+def plan_binding(snapshot: HostSnapshot, guest: GuestState) -> Binding | Refusal:
+    """What makes the functions ready that a starting guest's XML names."""
+    held = {f.address: f for f in _named(snapshot, guest.uuid)}
     ready: dict[PciAddress, HeldFunction] = {}
-    steps: list[Step] = []
-    moved: set[PciAddress] = set()
+    steps: list[BindDriver] = []
     for device in guest.devices:
         if device.ours or device.address in ready:
             continue
@@ -52,40 +54,40 @@ def plan_binding(snapshot: HostSnapshot, guest: GuestState, request: RequestId) 
         known = held.get(device.address)
         found = Found() if known is None else known.found
         if not device.managed:
+            moved = {step.address for step in steps}
             own, siblings = _to_bind(snapshot, guest, device.address, moved)
-            moved.update(one.address for one in (*own, *siblings))
             steps += [_bind(guest.uuid, guest.name, one) for one in (*siblings, *own)]
             if own or siblings:
                 found = _way_back(found, own, siblings)
         ready[device.address] = HeldFunction(BY_HAND, device.address, found)
-    kept = tuple(f for f in held.values() if f.address not in ready)
-    functions = {guest.uuid: (*kept, *ready.values())}
-    return Plan(request, snapshot.generation, tuple(steps), functions=functions)
+    return Binding(tuple(steps), tuple(ready.values()))
 
 
-def plan_unbinding(snapshot: HostSnapshot, guest: GuestId, name: str, request: RequestId) -> Plan:
+def plan_unbinding(snapshot: HostSnapshot, guest: GuestId, name: str) -> tuple[BindDriver, ...]:
     """What brings the functions that a guest's XML named back to the drivers that they had."""
-    functions = _functions_of(snapshot, guest)
-    steps: list[Step] = []
-    for function in reversed(functions):
-        if function.capability == BY_HAND and function.found.driver is not None:
-            former = [(function.address, function.found.driver), *function.found.siblings]
-            for address, driver in former:
-                there = snapshot.devices.functions.get(address)
-                now = (there.driver or "") if there is not None else driver
-                if now != driver:
-                    steps.append(
-                        BindDriver(
-                            guest=guest, name=name, address=address, before=now, after=driver
-                        )
-                    )
-    kept = tuple(f for f in functions if f.capability != BY_HAND)
-    return Plan(request, snapshot.generation, tuple(steps), functions={guest: kept})
+    steps = []
+    for function in reversed(_named(snapshot, guest)):
+        if function.found.driver is None:
+            continue
+        for address, driver in (
+            (function.address, function.found.driver),
+            *function.found.siblings,
+        ):
+            there = snapshot.devices.functions.get(address)
+            now = driver if there is None else there.driver or ""
+            if now != driver:
+                steps.append(
+                    BindDriver(guest=guest, name=name, address=address, before=now, after=driver)
+                )
+    return tuple(steps)
 
 
-def named_by_hand(functions: tuple[HeldFunction, ...]) -> tuple[HeldFunction, ...]:
-    """Those of a holding that the guest's XML names."""
-    return tuple(f for f in functions if f.capability == BY_HAND)
+def with_named(books: Books, guest: GuestId, named: tuple[HeldFunction, ...]) -> Books:
+    """These as the functions that a guest's XML names; nothing for one that holds nothing."""
+    holding = books.holdings.get(guest)
+    if holding is None:
+        return books
+    return replace(books, holdings=books.holdings | {guest: replace(holding, named=named)})
 
 
 # -- what is against it -----------------------------------------------------------------------
@@ -150,7 +152,8 @@ def _uses(function: PciFunction) -> str:
 def _holder(snapshot: HostSnapshot, guest: GuestId, address: PciAddress) -> str:
     """Name of another guest that has a function, by the books or by its live XML; "" for none."""
     for other, holding in snapshot.books.holdings.items():
-        if other != guest and any(f.address == address for f in holding.functions):
+        held = (*holding.functions, *holding.named)
+        if other != guest and any(f.address == address for f in held):
             state = snapshot.guests.get(other)
             return state.name if state else str(other)
     for state in snapshot.guests.values():
@@ -160,9 +163,9 @@ def _holder(snapshot: HostSnapshot, guest: GuestId, address: PciAddress) -> str:
     return ""
 
 
-def _functions_of(snapshot: HostSnapshot, guest: GuestId) -> tuple[HeldFunction, ...]:
+def _named(snapshot: HostSnapshot, guest: GuestId) -> tuple[HeldFunction, ...]:
     holding = snapshot.books.holdings.get(guest)
-    return holding.functions if holding else ()
+    return holding.named if holding else ()
 
 
 # -- what is to be done -----------------------------------------------------------------------

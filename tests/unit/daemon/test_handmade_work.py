@@ -64,7 +64,7 @@ class Host:
 
     @property
     def held(self) -> tuple[HeldFunction, ...]:
-        return self.ledger.view().books.holdings[DB].functions
+        return self.ledger.view().books.holdings[DB].named
 
     def conduct(self, work: Undertaking, _: Progress) -> Outcome:
         assert self.gate.wait(10)
@@ -82,8 +82,8 @@ class Host:
             raise VirtfabricError(self.fails)
         for step in plan.steps:
             self.drivers[step.address] = step.after  # type: ignore[attr-defined]
-        holdings = {g: Holding(g, Amounts(), functions=f) for g, f in plan.functions.items()}
-        self.ledger.commit(None, lambda _: Books(holdings=holdings), self.journal.store_books)
+        assert work.settle_books is not None
+        self.ledger.commit(None, work.settle_books, self.journal.store_books)
         return Outcome(TransactionId("txn-1"), None, None, (), (), (), 0.0, 0.0)
 
 
