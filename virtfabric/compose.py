@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from virtfabric.model.request import Offerable
     from virtfabric.ports import (
         Clock,
+        DefinitionEditor,
         DeviceTree,
         EventSource,
         GuestReader,
@@ -103,6 +104,7 @@ class _Outside:
     guests: GuestReader
     devices: DeviceTree
     policies: PolicyWriter
+    definitions: DefinitionEditor
     events: EventSource
     handlers: Handlers
     clock: Clock
@@ -148,7 +150,7 @@ class Composition:
         topology = outside.host.read_topology()
         world = World(
             guests=outside.guests, devices=outside.devices, policies=outside.policies,
-            events=outside.events,
+            definitions=outside.definitions, events=outside.events,
             handlers=outside.handlers, journal=journal, audit=audit, clock=outside.clock,
             load=outside.load, stats=outside.stats,
         )  # fmt: skip
@@ -171,15 +173,16 @@ class Composition:
         opened = open_libvirt(self.config.agent.uri)
         self._stack.callback(opened.close)
         return _Outside(
-            opened.host, opened.guests, SysfsDeviceTree(), opened.policy, opened.events,
+            opened.host, opened.guests, SysfsDeviceTree(), opened.policy, opened.definitions,
+            opened.events,
             opened.handlers, SystemClock(), PsutilLoad(), opened.stats, opened.version,
         )  # fmt: skip
 
     def _open_simulated(self) -> _Outside:
         host = small_host(SystemClock())
         return _Outside(
-            host, host, host.devices, host, host.events, host.handlers, host.clock,
-            host.load, host.stats, "simulated",
+            host, host, host.devices, host, host.definitions, host.events, host.handlers,
+            host.clock, host.load, host.stats, "simulated",
         )  # fmt: skip
 
     def start(self) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from virtfabric.ports import (
         AuditLog,
         Clock,
+        DefinitionEditor,
         DeviceTree,
         EventSource,
         GuestReader,
@@ -33,6 +34,7 @@ class World:
     guests: GuestReader
     devices: DeviceTree
     policies: PolicyWriter
+    definitions: DefinitionEditor
     events: EventSource
     handlers: Handlers
     journal: Journal

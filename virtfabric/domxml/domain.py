@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from virtfabric.domxml.hostdev import count_free_ports, read_hostdevs
+from virtfabric.domxml.hostdev import read_hostdevs
 from virtfabric.domxml.mark import read_mark
 from virtfabric.domxml.parse import parse_xml
+from virtfabric.domxml.pciports import count_free_ports
 from virtfabric.domxml.policy import POLICY_TAG, bare_policy, parse_policy
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.guest import (

@@ -239,6 +239,7 @@ class AgentWorld:
         world = World(
             guests=host, devices=self._process.wrap(self.host.devices, GONE), policies=host,
             events=self.host.events,
+            definitions=self.host.definitions,
             handlers=_Handlers(self._process, self.host.handlers),
             journal=self._process.wrap(self.journal, CUT_OFF),
             audit=self._process.wrap(self.audit, CUT_OFF),
