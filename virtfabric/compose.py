@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from virtfabric.model.request import Offerable
     from virtfabric.ports import (
         Clock,
+        DefinitionEditor,
         DeviceTree,
         EventSource,
         GuestReader,
@@ -104,6 +105,7 @@ class _Outside:
     devices: DeviceTree
     vfs: VfMaker
     policies: PolicyWriter
+    definitions: DefinitionEditor
     events: EventSource
     handlers: Handlers
     clock: Clock
@@ -149,7 +151,7 @@ class Composition:
         topology = outside.host.read_topology()
         world = World(
             guests=outside.guests, devices=outside.devices, vfs=outside.vfs,
-            policies=outside.policies, events=outside.events,
+            policies=outside.policies, definitions=outside.definitions, events=outside.events,
             handlers=outside.handlers, journal=journal, audit=audit, clock=outside.clock,
             load=outside.load, stats=outside.stats,
         )  # fmt: skip
@@ -172,7 +174,8 @@ class Composition:
         opened = open_libvirt(self.config.agent.uri)
         self._stack.callback(opened.close)
         return _Outside(
-            opened.host, opened.guests, SysfsDeviceTree(), opened.vfs, opened.policy, opened.events,
+            opened.host, opened.guests, SysfsDeviceTree(), opened.vfs, opened.policy,
+            opened.definitions, opened.events,
             opened.handlers, SystemClock(), PsutilLoad(), opened.stats, opened.version,
         )  # fmt: skip
 
@@ -182,8 +185,8 @@ class Composition:
 
         host = small_host(SystemClock())
         return _Outside(
-            host, host, host.devices, host.devices, host, host.events, host.handlers, host.clock,
-            host.load, host.stats, "simulated",
+            host, host, host.devices, host.devices, host, host.definitions, host.events,
+            host.handlers, host.clock, host.load, host.stats, "simulated",
         )  # fmt: skip
 
     def start(self) -> None:

@@ -98,6 +98,43 @@ class PolicyWriter(Protocol):
         """
 
 
+@dataclass(frozen=True, slots=True)
+class Definitions:
+    """A guest's two definitions, as libvirt prints them.
+
+    Attributes:
+        live: of the running guest; None where it does not run.
+        persistent: what it starts with next, secrets included; None for a transient guest.
+    """
+
+    live: str | None
+    persistent: str | None
+
+
+class DefinitionEditor(Protocol):
+    """Reads definitions and replaces the persistent one, for what an operator asks explicitly.
+
+    Whatever else changes a definition has a role of its own; nothing automatic uses this one.
+    """
+
+    def read_definitions(self, guest: GuestId) -> Definitions:
+        """Both; repeating is safe. Never to be logged or shown: there are secrets in it.
+
+        Raises:
+            GuestGoneError, HypervisorGoneError, HypervisorError
+        """
+
+    def replace_definition(self, guest: GuestId, before: str, after: str) -> None:
+        """Make `after` the persistent definition of a guest that has `before`.
+
+        The running guest stays as it is. What libvirt made of it, reading again shows.
+
+        Raises:
+            StaleDefinitionError: somebody changed it meanwhile; nothing was done.
+            GuestGoneError, HypervisorGoneError, HypervisorError
+        """
+
+
 class EventKind(StrEnum):
     """What happened beside us."""
 

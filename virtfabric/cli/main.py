@@ -19,8 +19,8 @@ if TYPE_CHECKING:
     import argparse
     from collections.abc import Sequence
 
-COMMANDS: Final = ("reading", "policy", "allocating", "trail", "install", "hooks", "doctor", "lab",
-                   "devices")  # fmt: skip
+COMMANDS: Final = ("reading", "policy", "ports", "allocating", "trail", "install", "hooks",
+                   "doctor", "lab", "devices")  # fmt: skip
 """Modules of this package that register commands with `add_parsers(subparsers)`."""
 _EXIT_CODES: Final = (
     "exit codes: 0 done, 1 failed, 2 usage, 3 refused (no capacity or not allowed), "

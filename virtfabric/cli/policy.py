@@ -46,6 +46,7 @@ def _finish(args: argparse.Namespace, answer: Json) -> int:
         print_json(answer | {"result": job["result"] if job else None})
         return DONE
     print_lines(policy_lines(answer))
+    print_lines([f"note: {text}" for text in answer.get("notes", ())])
     if job and job["result"]:
         print_lines(outcome_lines("placement", job["result"]))
     return DONE

@@ -19,9 +19,11 @@ from virtfabric.model.errors import InvalidValueError, Reason, Refusal, RefusedE
 from virtfabric.model.guest import RunState
 from virtfabric.model.ledger import Holding
 from virtfabric.model.plan import Plan, ResizeVirtioMem, SetBalloon, SetQuota
+from virtfabric.model.policy import Admission as AdmissionRule
 from virtfabric.model.units import Bytes
 from virtfabric.policy.arbiter import choose_admission
 from virtfabric.policy.placement import plan_decision
+from virtfabric.policy.portbudget import describe_shortage, missing_ports
 from virtfabric.policy.standing import floor_of
 
 if TYPE_CHECKING:
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from virtfabric.daemon.conductor import Conductor
+    from virtfabric.daemon.handmade import Handmade
     from virtfabric.daemon.jobs import Job, Jobs
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.notices import Notices
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import Books, HostSnapshot
+    from virtfabric.model.policy import GuestPolicy
     from virtfabric.ports import AuditLog, Clock, Journal
 
 log = logging.getLogger(__name__)
@@ -65,6 +69,7 @@ class Admission:
         clock: Clock,
         surveyed: threading.Event,
         settled: Callable[[GuestId, float], bool],
+        handmade: Handmade,
     ) -> None:
         """Wire it.
 
@@ -81,6 +86,7 @@ class Admission:
         self._clock = clock
         self._surveyed = surveyed
         self._settled = settled
+        self._handmade = handmade
         self._admitted_at: dict[GuestId, float] = {}
         self._admissions: dict[GuestId, Job] = {}
 
@@ -104,17 +110,17 @@ class Admission:
             return f"virtfabric: {error}"
         if guest.policy is None:
             return self._admit_unmanaged(guest, xml)
+        if refusal := self._check_ports(guest, guest.policy):
+            return refusal
         until = self._clock.monotonic() + wait_s
         if not self._surveyed.wait(wait_s):
             return "virtfabric: the agent is starting, retry"
         wait_s = max(0.0, until - self._clock.monotonic())
         if not self._settled(guest.uuid, wait_s):
             return f"virtfabric: {guest.name}: its last run is still being settled, retry"
-        held = self._ledger.view().books.holdings.get(guest.uuid)
-        if held is not None:
-            self._admitted_at[guest.uuid] = self._clock.monotonic()
-            return ""
-        return self._admit_managed(guest, wait_s)
+        return self._admit_managed(guest, wait_s) or self._handmade.bind(
+            guest, max(0.1, until - self._clock.monotonic())
+        )
 
     def _admit_unmanaged(self, guest: GuestState, xml: str) -> str:
         if not guest.policy_error:
@@ -126,7 +132,24 @@ class Admission:
         self._notices.alert(f"policy {guest.uuid}", f"{text}; it runs unmanaged")
         return ""
 
+    def _check_ports(self, guest: GuestState, policy: GuestPolicy) -> str:
+        """A function without a port cannot be attached as long as the guest runs."""
+        topic = f"ports {guest.uuid}"
+        missing = missing_ports(policy, guest.free_ports)
+        if not missing:
+            self._notices.settle(topic)
+            return ""
+        text = describe_shortage(guest.name, missing)
+        if policy.admission is AdmissionRule.STRICT:
+            self._audit.append("admission.no-ports", [guest.uuid], {"why": text})
+            return f"virtfabric: {Reason.NO_FREE_PORT}: {text} (admission is strict)"
+        self._notices.alert(topic, text)
+        return ""
+
     def _admit_managed(self, guest: GuestState, wait_s: float) -> str:
+        if guest.uuid in self._ledger.view().books.holdings:
+            self._admitted_at[guest.uuid] = self._clock.monotonic()
+            return ""
         try:
             job = self._start_admission(guest, deadline_s=max(wait_s, 0.1) * 6)
         except RefusedError as error:

@@ -23,6 +23,7 @@ from virtfabric.daemon.ledger import Ledger
 from virtfabric.daemon.lifecycle import Lifecycle
 from virtfabric.daemon.notices import Notices
 from virtfabric.daemon.observatory import Observatory
+from virtfabric.daemon.portdesk import PortDesk
 from virtfabric.daemon.recovery import recover
 from virtfabric.daemon.story import tell
 from virtfabric.daemon.vfcounts import make_vfs
@@ -102,6 +103,7 @@ class Agent:
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, audit=world.audit, watch=self._lifecycle.devices,
         )  # fmt: skip
+        self._ports = PortDesk(world.definitions, world.audit)
         self._drift.repair_with(self._repair_guest)
         self._leases = LeaseWatch(self._ledger, clock, self._expire)
         self._stop = threading.Event()
@@ -366,7 +368,8 @@ class Agent:
         except RefusedError as error:
             self._denied(caller, error, about)
             raise
-        answer = self._desk.set(state, policy, uid=caller.uid)
+        notes = self._ports.warn(state, policy)
+        answer = self._desk.set(state, policy, uid=caller.uid) | {"notes": notes}
         self._world.audit.append("policy.set", [state.uuid], about | {"by": str(caller.principal)})
         return answer
 
@@ -377,6 +380,16 @@ class Agent:
         answer = self._desk.clear(state, uid=caller.uid)
         self._world.audit.append("policy.cleared", [state.uuid], {"by": str(caller.principal)})
         return answer
+
+    def ports(self, caller: Caller, guest: str) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        return self._ports.show(self._allocation.find(guest))
+
+    def ports_add(self, caller: Caller, guest: str, count: int) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.POLICY, guest=guest, ports=count)
+        return self._ports.add(self._allocation.find(guest), count, by=str(caller.principal))
 
     def allocate(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
         """See `AgentApi`."""

@@ -85,12 +85,18 @@ class AgentApi(Protocol):
         """Change policy fields.
 
         Keys as in the command: priority, cpu `1:4`, memory `512M:4G`, shares, placement, smt,
-        admission, drift. Returns the new policy and, for a running guest,
-        `job`: its re-placement.
+        admission, drift. Returns the new policy, `notes` (sentences for a person) and, for a
+        running guest, `job`: its re-placement.
         """
 
     def policy_clear(self, caller: Caller, guest: str) -> Json:
         """Make a guest unmanaged; its pins and caps are lifted (`job`)."""
+
+    def ports(self, caller: Caller, guest: str) -> Json:
+        """The PCIe ports of a guest, live and persistent, and what is behind each."""
+
+    def ports_add(self, caller: Caller, guest: str, count: int) -> Json:
+        """Add root ports to the persistent definition, for the next boot; `ports`, and `added`."""
 
     def allocate(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
         """Start an allocation job.

@@ -16,6 +16,7 @@ from virtfabric.daemon.api import JobState
 from virtfabric.daemon.custody import departed
 from virtfabric.daemon.devicewatch import DeviceWatch
 from virtfabric.daemon.errands import Errands
+from virtfabric.daemon.handmade import Handmade
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.filter import replace_placement
@@ -74,10 +75,13 @@ class Lifecycle:
         self._clock = clock
         self._drift = drift
         self._surveyed = threading.Event()
+        self._handmade = Handmade(
+            conduct=conductor.conduct, jobs=jobs, ledger=ledger, journal=journal, clock=clock
+        )
         self.admission = Admission(
             observatory=observatory, ledger=ledger, conductor=conductor, jobs=jobs,
             notices=notices, journal=journal, audit=audit, clock=clock,
-            surveyed=self._surveyed, settled=self._last_run_settled,
+            surveyed=self._surveyed, settled=self._last_run_settled, handmade=self._handmade,
         )  # fmt: skip
         self._errands = Errands()
         self.devices = DeviceWatch(
@@ -340,11 +344,13 @@ class Lifecycle:
         self._unplaced.discard(guest)
         self._detained.discard(guest)
         self._drift.forget(guest)
+        self._notices.settle(f"ports {guest}")
         view = self._ledger.view()
         if guest not in view.books.holdings:
             return
         state = self._observatory.guest(guest)
         name = state.name if state else guest
+        self._handmade.release(guest, name)
         request = new_request()
         now = self._clock.now()
         work = Undertaking(

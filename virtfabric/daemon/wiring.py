@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from virtfabric.ports import (
         AuditLog,
         Clock,
+        DefinitionEditor,
         DeviceTree,
         EventSource,
         GuestReader,
@@ -35,6 +36,7 @@ class World:
     devices: DeviceTree
     vfs: VfMaker
     policies: PolicyWriter
+    definitions: DefinitionEditor
     events: EventSource
     handlers: Handlers
     journal: Journal

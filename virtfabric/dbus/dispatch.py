@@ -49,6 +49,8 @@ CALLS: Final[dict[str, Callable[..., Any]]] = {
     "ShowPolicy": lambda agent, who, guest: agent.policy_show(who, guest),
     "SetPolicy": lambda agent, who, guest, changes: agent.policy_set(who, guest, changes),
     "ClearPolicy": lambda agent, who, guest: agent.policy_clear(who, guest),
+    "ListPorts": lambda agent, who, guest: agent.ports(who, guest),
+    "AddPorts": lambda agent, who, guest, count: agent.ports_add(who, guest, count),
     "Allocate": lambda agent, who, guest, wants: agent.allocate(who, guest, wants),
     "Plan": lambda agent, who, guest, wants: agent.plan(who, guest, wants),
     "Release": lambda agent, who, grant: agent.release(who, grant),

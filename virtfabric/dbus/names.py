@@ -117,6 +117,8 @@ MANAGER_INTERFACE: Final = Interface(
         Method("ShowPolicy", (_GUEST,), _JSON),
         Method("SetPolicy", (_GUEST, Argument("a{ss}", "changes")), _JSON),
         Method("ClearPolicy", (_GUEST,), _JSON),
+        Method("ListPorts", (_GUEST,), _JSON),
+        Method("AddPorts", (_GUEST, Argument("u", "count")), _JSON),
         Method("Allocate", (_GUEST, _WANTS), _JOB),
         Method("Plan", (_GUEST, _WANTS), _JSON),
         Method("Release", (Argument("s", "grant"),), _JOB),

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final
 
-from virtfabric.domxml.hostdev import find_free_ports, read_hostdevs
+from virtfabric.domxml.hostdev import read_hostdevs
 from virtfabric.domxml.mark import read_mark
 from virtfabric.domxml.parse import parse_xml
+from virtfabric.domxml.pciports import count_free_ports
 from virtfabric.domxml.policy import POLICY_TAG, bare_policy, parse_policy
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.guest import (
@@ -96,7 +97,7 @@ def parse_domain(live_xml: str, config_xml: str | None) -> GuestState:
         config_policy_text="" if config is None else _read_policy_text(config),
         devices=read_hostdevs(root),
         config_devices=() if config is None else read_hostdevs(config),
-        free_ports=len(find_free_ports(root)),
+        free_ports=count_free_ports(root),
         locked_memory=root.find("memoryBacking/locked") is not None,
     )
 

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
 
     from virtfabric.model.device import VfSettings
 
-_PORTS: Final = ("pcie-root-port", "pcie-switch-downstream-port")
 _HOSTDEVS: Final = ("devices/hostdev[@type='pci']", "devices/interface[@type='hostdev']")
 
 
@@ -85,21 +84,3 @@ def _read_address(element: etree._Element, field: str) -> PciAddress:
             raise InvalidValueError(f"{field}.{name}", text, "is not a number") from None
     domain, bus, slot, function = values
     return PciAddress.parse(f"{domain:04x}:{bus:02x}:{slot:02x}.{function:x}", field=field)
-
-
-def find_free_ports(root: etree._Element) -> tuple[int, ...]:
-    """Indexes of the PCIe ports with nothing behind them that take a device while the guest runs.
-
-    A port's bus is its controller's index; `hotplug='off'` takes nothing.
-    """
-    taken = {
-        int(address.get("bus", "0"), 0)
-        for address in root.findall("devices/*/address[@type='pci']")
-    }
-    return tuple(
-        index
-        for port in root.findall("devices/controller[@type='pci']")
-        if port.get("model") in _PORTS
-        and (index := int(port.get("index", "-1"))) not in taken
-        and port.find("target[@hotplug='off']") is None
-    )

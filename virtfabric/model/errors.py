@@ -94,6 +94,10 @@ class DeviceGoneError(DeviceError):
     """The PCI function is not there any more: there is nothing left to change or to undo."""
 
 
+class StaleDefinitionError(HypervisorError):
+    """A guest's persistent definition is no longer what it was when it was read."""
+
+
 class VerificationError(VirtfabricError):
     """The kernel or the guest does not show what a step was to bring about."""
 

@@ -26,12 +26,15 @@ class Holding:
         cpus: the pCPUs of a dedicated guest, empty for a shared one.
         order: pCPU of each vCPU, by vCPU number (dedicated), empty for a shared guest.
         functions: PCIe functions that are its own, whether attached already or not.
+        named: functions that its own XML names; they count in no amount, and nothing but its end
+            takes them away.
     """
 
     guest: GuestId
     amounts: Amounts
     order: tuple[int, ...] = ()
     functions: tuple[HeldFunction, ...] = ()
+    named: tuple[HeldFunction, ...] = ()
 
     @property
     def cpus(self) -> CpuSet:
@@ -43,6 +46,7 @@ class Holding:
         return {
             "guest": self.guest, "amounts": self.amounts.to_json(), "order": list(self.order),
             "functions": [f.to_json() for f in self.functions],
+            "named": [f.to_json() for f in self.named],
         }  # fmt: skip
 
     @classmethod
@@ -51,6 +55,7 @@ class Holding:
         return cls(
             GuestId(data["guest"]), Amounts.from_json(data["amounts"]), tuple(data["order"]),
             tuple(HeldFunction.from_json(f) for f in data.get("functions", ())),
+            tuple(HeldFunction.from_json(f) for f in data.get("named", ())),
         )  # fmt: skip
 
 

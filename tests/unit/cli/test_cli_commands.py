@@ -34,6 +34,8 @@ def inside(served, capsys):
         (["grants"], ["g1", "cpu 1", "2023-11-14"]),
         (["loans"], ["batch", "db", "cpu 1"]),
         (["policy", "show", "db"], ["priority 90", "reservation 1, limit 4", "limit -"]),
+        (["ports", "db"], ["now: 2 ports, 1 free", "next boot", "hostdev 0000:3b:10.1"]),
+        (["ports", "add", "db", "--count", "2"], ["db: 2 root ports added", "a reboot is too"]),
         (["explain", "r1"], ["root asked", "batch paid"]),
         (["audit"], ["request.granted"]),
         (["audit", "--verify"], ["the chain of 1 records is whole"]),
@@ -51,6 +53,31 @@ def test_reading_commands_print_text_and_json(inside, command, words):
     code, out, _ = inside(*command, "--json")
     assert code == 0
     json.loads(out)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "problem"),
+    [
+        (["ports", "add", "db", "--count", "0"], 2, "is not at least 1"),
+        (["ports", "add", "db", "--count", "-3"], 2, "is not at least 1"),
+        (["ports", "add", "db", "--count", "9"], 3, "9 more root ports do not fit"),
+        (["ports", "add", "nobody", "--count", "1"], 3, "nobody"),
+    ],
+)
+def test_ports_that_cannot_be_added(inside, words, expected, problem):
+    code, _, err = inside(*words)
+    assert code == expected
+    assert problem in err
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["add", "db"], ["db", "--count", "1"], ["add", "db", "web", "--count", "1"], ["db", "web"]],
+)
+def test_ports_said_wrongly_is_usage(inside, words):
+    with pytest.raises(SystemExit) as ended:
+        inside("ports", *words)
+    assert ended.value.code == 2
 
 
 def test_json_is_the_agents_own_document(inside):

@@ -249,6 +249,7 @@ class AgentWorld:
             guests=host, devices=self._process.wrap(self.host.devices, GONE),
             vfs=self._process.wrap(self.host.devices, GONE), policies=host,
             events=self.host.events,
+            definitions=self.host.definitions,
             handlers=_Handlers(self._process, self.host.handlers),
             journal=self._process.wrap(self.journal, CUT_OFF),
             audit=self._process.wrap(self.audit, CUT_OFF),

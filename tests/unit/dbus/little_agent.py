@@ -77,6 +77,19 @@ LOAN = {
     "id": "l1", "grant": "g1", "victim": BATCH, "victim_name": "batch", "borrower": DB,
     "borrower_name": "db", "amounts": {"cpu": 1000}, "since": 1.7e9,
 }  # fmt: skip
+PORTS = {
+    "free": 1,
+    "ports": [
+        {
+            "index": 1, "model": "pcie-root-port", "address": "0000:00:02.0", "hotplug": True,
+            "free": False, "users": ["hostdev 0000:3b:10.1"],
+        },
+        {
+            "index": 2, "model": "pcie-root-port", "address": "0000:00:02.1", "hotplug": True,
+            "free": True, "users": [],
+        },
+    ],
+}  # fmt: skip
 POLICY = {
     "priority": 90, "admission": "lax", "drift": "report",
     "cpu": {
@@ -208,6 +221,17 @@ class LittleAgent:
         self._see(caller)
         self._known(guest)
         return self._policy() | {"policy": None, "managed": False, "xml": ""}
+
+    def ports(self, caller, guest):
+        self._see(caller)
+        self._known(guest)
+        return {"uuid": DB, "name": "db", "live": PORTS, "persistent": PORTS}
+
+    def ports_add(self, caller, guest, count):
+        answer = self.ports(caller, guest)
+        if count > 8:
+            raise RefusedError(Refusal(Reason.NO_CAPACITY, f"{count} more root ports do not fit"))
+        return answer | {"added": list(range(3, 3 + count))}
 
     def allocate(self, caller, guest, wants):
         self._see(caller)

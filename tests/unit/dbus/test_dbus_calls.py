@@ -29,6 +29,8 @@ ARGUMENTS = {
     "ShowPolicy": ("db",),
     "SetPolicy": ("db", {"priority": "80"}),
     "ClearPolicy": ("db",),
+    "ListPorts": ("db",),
+    "AddPorts": ("db", 2),
     "Allocate": ("db", {"cpu": "+1"}),
     "Plan": ("db", {"cpu": "+1"}),
     "Release": ("g1",),

@@ -278,3 +278,8 @@ def test_only_domains_are_taken() -> None:
     for read in (lambda x: parse_domain(x, None), lambda x: replace_placement(x, None, None, None)):
         with pytest.raises(InvalidValueError, match="is not a domain"):
             read("<network/>")
+
+
+def test_free_ports_are_those_with_nothing_behind_them() -> None:
+    ports = "".join(f"<controller type='pci' index='{n}' model='pcie-root-port'/>" for n in (1, 2))
+    assert parse_domain(LIVE.replace("<devices>", f"<devices>{ports}"), None).free_ports == 1

@@ -85,6 +85,7 @@ class Host:
         process = self.qemu.parent
         (process / "cmdline").write_bytes(b"qemu\0-uuid\0" + GUEST.encode() + b"\0")
         (process / "limits").write_text(LIMITS.format(soft=limit, hard=limit))
+        (process / "status").write_text("CapEff:\t0000000000000000\n")
         (process / "numa_maps").write_text("7f00 bind:1 anon=4 N1=4 kernelpagesize_kB=4\n")
         (process / "task" / str(PID)).mkdir(parents=True, exist_ok=True)
         (process / "task" / str(PID) / "status").write_text("Mems_allowed_list:\t0-1\n")
@@ -323,7 +324,7 @@ class TestLockedMemory:
     def test_libvirt_may_not(self, host, tmp_path):
         host.write_proc(limit="65536")
         self.daemon(tmp_path, host, f"{0x1FFFFFFFFFF & ~(1 << 24):016x}")
-        with pytest.raises(HypervisorError, match=r"1184MiB of locked .* limit is 64KiB") as caught:
+        with pytest.raises(HypervisorError, match=r"must lock 1184MiB .* may lock 64KiB") as caught:
             attach(host)
         assert "LimitMEMLOCK" in caught.value.advice
         assert host.calls == []

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from virtfabric.adapters.cgroups import Cgroups
 from virtfabric.adapters.libvirt.connection import LibvirtConnection
+from virtfabric.adapters.libvirt.definitions import LibvirtDefinitions
 from virtfabric.adapters.libvirt.events import LibvirtEvents
 from virtfabric.adapters.libvirt.handler import Surroundings
 from virtfabric.adapters.libvirt.handlers import libvirt_handlers
@@ -46,6 +47,7 @@ class LibvirtAdapters:
     host: LibvirtHost
     events: LibvirtEvents
     policy: LibvirtPolicyWriter
+    definitions: LibvirtDefinitions
     handlers: Handlers
     stats: LibvirtStats
     vfs: VfPools
@@ -98,6 +100,7 @@ def open_libvirt(
         host=LibvirtHost(connection, sysfs),
         events=LibvirtEvents(uri, also=pulse.hear),
         policy=LibvirtPolicyWriter(connection),
+        definitions=LibvirtDefinitions(connection),
         handlers=HandlerRegistry((*libvirt_handlers(around), *pci_handlers(sys, proc))),
         stats=LibvirtStats(connection),
         vfs=VfPools(functions, HostUses(functions, proc)),

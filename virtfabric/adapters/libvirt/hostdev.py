@@ -18,8 +18,8 @@ from virtfabric.adapters.libvirt.handler import LibvirtHandler, Surroundings, ha
 from virtfabric.adapters.libvirt.memlock import ADVICE, REFUSAL
 from virtfabric.adapters.libvirt.residence import Residence, format_strays, read_residence
 from virtfabric.domxml.domain import parse_domain
-from virtfabric.domxml.hostdev import find_free_ports, format_function
-from virtfabric.domxml.parse import parse_xml
+from virtfabric.domxml.hostdev import format_function
+from virtfabric.domxml.pciports import read_ports
 from virtfabric.model.device import VFIO_PCI
 from virtfabric.model.devicesteps import AttachFunction, Presence
 from virtfabric.model.errors import (
@@ -144,7 +144,7 @@ class FunctionHandler(LibvirtHandler[AttachFunction]):
         """
         if self.host.functions.has(address, "max_link_speed"):
             return None
-        return next(iter(find_free_ports(parse_xml(xml, what="domain XML"))), None)
+        return next((port.index for port in read_ports(xml) if port.free), None)
 
     def _read_residence(self, pid: int) -> Residence:
         return read_residence(self.host.proc, pid, self.host.processes.read_nodes(pid, pid))

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.adapters.registry import HandlerRegistry
 from virtfabric.adapters.simulated.clock import SimulatedClock
+from virtfabric.adapters.simulated.definitions import SimulatedDefinitions
 from virtfabric.adapters.simulated.devicehandlers import device_handlers
 from virtfabric.adapters.simulated.devices import SimulatedDevices
 from virtfabric.adapters.simulated.events import SimulatedEvents
@@ -88,6 +89,7 @@ class SimulatedHost:
     Attributes:
         events, stats, load, handlers: `ports.EventSource`, `GuestStats`, `HostLoad`, `Handlers`.
         devices: `ports.DeviceTree`.
+        definitions: `ports.DefinitionEditor`.
         faults: what goes wrong.
         clock: what deadlines are measured by.
     """
@@ -106,6 +108,7 @@ class SimulatedHost:
         self.load = SimulatedLoad()
         self.stats = SimulatedStats(self)
         self.handlers = HandlerRegistry((*simulated_handlers(self), *device_handlers(self)))
+        self.definitions = SimulatedDefinitions(self)
         self._topology = topology
         self._guests: dict[GuestId, SimulatedGuest] = {}
         self._connected = True
