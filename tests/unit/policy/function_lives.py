@@ -73,7 +73,7 @@ def make_world(draw: Random) -> World:
             uses=draw.choice(((),) * 15 + (IN_USE,)),
             driver=draw.choice(("own", "own", "own", None, "vfio-pci")),
         )
-        for number in range(draw.choice((2, 3, 3, 4)))
+        for number in range(draw.choice((2, 2, 3, 3, 4)))
     ]  # fmt: skip
     inventory = inventory_of(
         *functions, one_time_use=draw.randint(0, 9) == 0,
@@ -94,10 +94,10 @@ def make_world(draw: Random) -> World:
 
 def _managed(draw: Random, number: int, names: list[str], priority: int) -> GuestState:
     yields = (True, True, True, True, False)
-    wishes = [DevicePolicy(name, draw.randint(1, 3), draw.choice(yields)) for name in names]
+    wishes = [DevicePolicy(name, draw.randint(2, 3), draw.choice(yields)) for name in names]
     if draw.randint(0, 9) == 0:
         wishes = []
-    home = draw.choice((0, 0, 0, 1, 1, 1, FAR_NODE))
+    home = draw.choice((0, 0, 0, 0, 0, 1, 1, 1, 1, 1, FAR_NODE))
     return device_guest(
         number, *wishes, priority=priority,
         free_ports=draw.choice((8, 8, 8, 8, 1)),
@@ -201,18 +201,18 @@ class Life:
 
     def allocate(self) -> None:
         """Somebody wants more or less."""
-        self.ask(g for g, s in self.world.guests.items() if s.managed)
+        managed = (g for g, s in self.world.guests.items() if s.managed)
+        self.ask(managed, (1, 1, 1, 1, 2, 2, 3, -1))
 
     def climb(self) -> None:
-        """One of the two highest that run wants more."""
+        """One of the two highest that run wants one more."""
         running = (g for g, s in self.world.guests.items() if s.managed and s.active)
-        self.ask(sorted(running, key=lambda g: self.world.guests[g].policy.priority)[-2:])
+        self.ask(sorted(running, key=lambda g: self.world.guests[g].policy.priority)[-2:], (1,))
 
-    def ask(self, guests: Iterable[GuestId]) -> None:
+    def ask(self, guests: Iterable[GuestId], wanted: tuple[int, ...]) -> None:
         guest = self.pick(guests)
         if guest is None:
             return
-        wanted = (1, 1, 1, 1, 2, 2, 3, -1)
         pools = [word for word, name in NAMES.items() if self.world.has_pool(name)]
         words = self.draw.choice((*((p,) for p in pools), tuple(pools)))
         wants = {word: self.draw.choice(wanted) for word in words}
