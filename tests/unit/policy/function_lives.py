@@ -57,7 +57,6 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 REQUEST = RequestId("req-1")
 NAMES = {"net": NET, "nvme": NVME}
-KEYS = (device_key(NET), device_key(NVME))
 PRIORITIES = (10, 30, 50, 50, 90)
 FAR_NODE = 2
 """Of `device_world.three_nodes`: memory without CPUs, which can be taken back."""
@@ -276,8 +275,7 @@ class Life:
     def depart(self, guest: GuestId) -> None:
         self.world.stop(guest)
         if self.world.guests[guest].managed:
-            snapshot_decides = self.decide(lambda s: choose_departure(s, guest, REQUEST))
-            self.commit(snapshot_decides)
+            self.commit(self.decide(lambda s: choose_departure(s, guest, REQUEST)))
             self.world.departed(guest)
             assert not self.world.held(guest)
         self.converge()
@@ -350,8 +348,7 @@ class Life:
         if takers and address is not None:
             if self.world.host.drivers[address] == "vfio-pci":
                 self.meddled.add(address)  # libvirt gives it back as it found it
-            before = set(self.world.held_addresses())
-            self.meddled |= {address} & before
+            self.meddled |= {address} & set(self.world.held_addresses())
             self.world.attach_by_hand(address, takers[0])
             self.seen["grabbed"] += 1
             self.converge()
