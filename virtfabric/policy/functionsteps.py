@@ -145,7 +145,12 @@ class FunctionSteps:
         )
 
     def _is_limited(self, port: PciAddress) -> bool:
-        """Whether a function that was prepared for a guest has had the link limited."""
+        """Whether a function that was prepared for a guest has had the link limited.
+
+        No snapshot shows a limit, so it is told from the function. One that was pulled, put back
+        and not attached again (quarantine) looks unprepared: the limit then outlives it until the
+        next function of that port comes and goes.
+        """
         return any(
             held.found.port == port and self._is_prepared(guest, held)
             for guest, holding in self.snapshot.books.holdings.items()
