@@ -71,9 +71,11 @@ def _missing(stock: Stock, state: GuestState) -> list[HeldFunction]:
     attached = {device.address for device in state.devices}
     if memory_on_returnable(state, stock.snapshot):
         return []
+    there = stock.inventory.functions
     return [
-        function for function in functions_of(stock.snapshot, state.uuid)
-        if function.address not in attached and not stock.objections(function.address)
+        held for held in functions_of(stock.snapshot, state.uuid)
+        if held.address not in attached and not stock.objections(held.address)
+        and stock.is_viable(there[held.address], state.uuid, stock.holders)
     ]  # fmt: skip
 
 

@@ -227,7 +227,11 @@ class _Origins:
 
     def regrouped(self, held: HeldFunction) -> Found:
         """Of a function that stays: its group may have changed hands in part."""
-        siblings = self._siblings(self.stock.inventory, held.address)
+        inventory = self.stock.inventory
+        siblings = self._siblings(inventory, held.address)
+        if held.address not in inventory.functions:  # it vanished, its group did not
+            known = held.found.siblings
+            siblings = tuple(pair for pair in known if pair[0] not in self.holders)
         return replace(held.found, siblings=siblings)
 
     def _driver(self, function: PciFunction) -> str:

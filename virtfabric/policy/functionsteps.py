@@ -8,6 +8,7 @@ function that cannot be restored is the host's trouble (quarantine), not the gue
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.device import VFIO_PCI, Found, HeldFunction, VfSettings
@@ -21,9 +22,10 @@ from virtfabric.model.devicesteps import (
 )
 from virtfabric.policy.functions import replaced_settings
 from virtfabric.policy.pools import pool_of
+from virtfabric.policy.stock import Stock
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Mapping
+    from collections.abc import Container, Mapping
 
     from virtfabric.model.device import PciAddress, PciFunction
     from virtfabric.model.guest import GuestState
@@ -75,20 +77,24 @@ class FunctionSteps:
             self.detaches.append(
                 self._attachment(guest, name, held.address, Presence.ATTACHED, Presence.ABSENT)
             )
-        if function is None:
-            return
-        used = attached or function.driver == VFIO_PCI
+        # of one that vanished, only what was done around it is left to undo
+        used = attached or function is None or function.driver == VFIO_PCI
+        theirs = function is None or held.address in self._strangers
         if passes:
-            if used:
+            if used and not theirs:
                 # the next guest must not find anything of this one
                 self.prepares.append(
                     ResetFunction(guest=guest, name=name, address=held.address, optional=False)
                 )
             return
         if used:
-            self.returns.append(ResetFunction(guest=guest, name=name, address=held.address))
+            if not theirs:
+                self.returns.append(ResetFunction(guest=guest, name=name, address=held.address))
             self._unlimit(guest, name, held.found)
-        self._restore(guest, name, held, function)
+        if function is not None and not theirs:
+            self._restore_settings(guest, name, held, function)
+        for address, driver in ((held.address, held.found.driver), *held.found.siblings):
+            self._unbind(guest, name, address, driver)
 
     def come(self, state: GuestState, held: HeldFunction) -> None:
         """A function comes to a guest that runs."""
@@ -139,7 +145,12 @@ class FunctionSteps:
         )
 
     def _is_limited(self, port: PciAddress) -> bool:
-        """Whether a function that was prepared for a guest has had the link limited."""
+        """Whether a function that was prepared for a guest has had the link limited.
+
+        No snapshot shows a limit, so it is told from the function. One that was pulled, put back
+        and not attached again (quarantine) looks unprepared: the limit then outlives it until the
+        next function of that port comes and goes.
+        """
         return any(
             held.found.port == port and self._is_prepared(guest, held)
             for guest, holding in self.snapshot.books.holdings.items()
@@ -148,32 +159,26 @@ class FunctionSteps:
 
     def _is_prepared(self, guest: GuestId, held: HeldFunction) -> bool:
         state, function = self._state(guest), self._function(held.address)
-        if state is not None and is_attached(state, held.address):
-            return True
-        bound = function is not None and function.driver == VFIO_PCI
-        return bound and held.found.driver not in (VFIO_PCI, None)
+        if function is None or (state is not None and is_attached(state, held.address)):
+            return True  # as `leave` takes it of one that vanished
+        return function.driver == VFIO_PCI and held.found.driver not in (VFIO_PCI, None)
 
-    def _restore(
+    def _restore_settings(
         self, guest: GuestId, name: str, held: HeldFunction, function: PciFunction
     ) -> None:
-        """Bring a function and its group back to what was found."""
-        found = held.found
-        pool = pool_of(self.snapshot.devices, held.address)
-        if found.settings and function.pf is not None:
-            now = pool.settings if pool else VfSettings()
-            if function.settings is not None:
-                now = replaced_settings(function, pool)
-            if now != found.settings:
-                self.returns.append(
-                    SetUpVf(
-                        guest=guest, name=name, address=held.address, optional=True,
-                        before=now, after=found.settings,
-                    )
-                )  # fmt: skip
-        if any(one.address in self.after for one in self._group(held.address)):
-            return  # it shares a group with one that a guest keeps
-        for address, driver in ((held.address, found.driver), *found.siblings):
-            self._unbind(guest, name, address, driver)
+        found, pool = held.found, pool_of(self.snapshot.devices, held.address)
+        if not found.settings or function.pf is None:
+            return
+        now = pool.settings if pool else VfSettings()
+        if function.settings is not None:
+            now = replaced_settings(function, pool)
+        if now != found.settings:
+            self.returns.append(
+                SetUpVf(
+                    guest=guest, name=name, address=held.address, optional=True,
+                    before=now, after=found.settings,
+                )
+            )  # fmt: skip
 
     def _unlimit(self, guest: GuestId, name: str, found: Found) -> None:
         if found.port is None or found.port in self._handled:
@@ -192,6 +197,8 @@ class FunctionSteps:
         function = self._function(address)
         now = (function.driver or "") if function else None
         if driver is None or now is None or now == driver or address in self._handled:
+            return
+        if self._is_needed(address):
             return
         self._handled.add(address)
         self.returns.append(
@@ -214,8 +221,14 @@ class FunctionSteps:
     def _function(self, address: PciAddress) -> PciFunction | None:
         return self.snapshot.devices.functions.get(address)
 
-    def _group(self, address: PciAddress) -> Iterable[PciFunction]:
-        return self.snapshot.devices.group_of(address)
+    def _is_needed(self, address: PciAddress) -> bool:
+        """Whether it, or one of its group, is with a guest afterwards: vfio takes whole groups."""
+        alike = (address, *(one.address for one in self.snapshot.devices.group_of(address)))
+        return any(one in self.after or one in self._strangers for one in alike)
+
+    @cached_property
+    def _strangers(self) -> Container[PciAddress]:
+        return Stock(self.snapshot).strangers
 
 
 def is_attached(state: GuestState, address: PciAddress) -> bool:

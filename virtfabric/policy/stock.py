@@ -174,7 +174,9 @@ class Stock:
     def detachable(self, guest: GuestId, key: Key) -> int:
         """How many of a guest's functions can be taken for another guest.
 
-        Not those that share a group with one it keeps, nor those that are used once only.
+        Not those that are used once only, nor any that shares a group with another of its own: of
+        two in one group it gives neither, also where both are wanted, as a victim gives function
+        by function and the first could go to nobody.
         """
         held = functions_of(self.snapshot, guest)
         own = {function.address for function in held}

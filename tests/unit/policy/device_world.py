@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, field, replace
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from host_data import BOOT_MEMORY, guest_id, load_host, make_guest, snapshot_of
@@ -42,12 +43,14 @@ from virtfabric.model.plan import (
 )
 from virtfabric.model.policy import DevicePolicy
 from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
+from virtfabric.model.units import CpuSet
 from virtfabric.policy.loans import depart, settle
 from virtfabric.policy.placement import plan_decision
+from virtfabric.policy.pools import members
 
 if TYPE_CHECKING:
+    from virtfabric.model.host import HostTopology
     from virtfabric.model.step import Step
-    from virtfabric.model.units import CpuSet
 
 NET, NVME = "net.vf", "storage.nvme"
 IN_USE = (HostUse(UseKind.NETWORK, "eth0 is up"),)
@@ -103,6 +106,14 @@ def ask_for(
     return Request(RequestId("req-1"), guest, AGENT, Origin.DBUS, devices=devices, partial=partial)
 
 
+@cache
+def three_nodes() -> HostTopology:
+    """Two sockets, and a node 2 of memory without CPUs (CXL)."""
+    topology = load_host("two-sockets")
+    far = replace(topology.nodes[1], number=2, cpus=CpuSet(), distances={0: 40, 1: 40, 2: 10})
+    return replace(topology, nodes={**topology.nodes, 2: far})
+
+
 @dataclass
 class Host:
     """What a plan changes: drivers, settings of VFs, links, and who has what attached."""
@@ -112,6 +123,7 @@ class Host:
     settings: dict[PciAddress, VfSettings] = field(default_factory=dict)
     links: dict[PciAddress, int] = field(default_factory=dict)
     attached: dict[PciAddress, GuestId] = field(default_factory=dict)
+    by_hand: dict[PciAddress, GuestId] = field(default_factory=dict)
     nodes: dict[GuestId, CpuSet] = field(default_factory=dict)
 
     @classmethod
@@ -130,13 +142,13 @@ class Host:
     def run(self, step: Step) -> None:
         match step:
             case BindDriver():
-                assert step.address not in self.attached
+                assert step.address not in self.attached | self.by_hand
                 mates = (one.address for one in self.inventory.group_of(step.address))
                 assert step.after == "vfio-pci" or not any(mate in self.attached for mate in mates)
                 assert self.drivers[step.address] == step.before != step.after
                 self.drivers[step.address] = step.after
             case SetUpVf():
-                assert step.address not in self.attached
+                assert step.address not in self.attached | self.by_hand
                 now = self.settings[step.address]
                 for name in ("mac", "vlan", "trust", "spoofchk", "rate"):
                     before, after = getattr(step.before, name), getattr(step.after, name)
@@ -148,22 +160,23 @@ class Host:
                 assert self.links.get(step.address, 0) == step.before != step.after
                 self.links[step.address] = step.after
             case ResetFunction():
-                assert step.address not in self.attached
+                assert step.address not in self.attached | self.by_hand
             case AttachFunction(after=Presence.ATTACHED):
                 self._attach(step.address, step.guest)
             case AttachFunction():
                 assert self.attached.pop(step.address) == step.guest
             case SetNodeset():
-                assert step.guest not in self.attached.values(), "its pages are pinned"
+                pinned = {*self.attached.values(), *self.by_hand.values()}
+                assert step.guest not in pinned, "its pages are pinned"
                 assert self.nodes[step.guest] == step.before
                 self.nodes[step.guest] = step.after
 
     def _attach(self, address: PciAddress, guest: GuestId) -> None:
-        assert address not in self.attached
+        assert address not in self.attached | self.by_hand
         assert self.drivers[address] == "vfio-pci"
         for mate in self.inventory.group_of(address):
             assert mate.bridge or self.drivers[mate.address] in ("vfio-pci", "")
-            assert self.attached.get(mate.address, guest) == guest
+            assert (self.attached | self.by_hand).get(mate.address, guest) == guest
             assert not mate.uses
         self.attached[address] = guest
 
@@ -175,8 +188,9 @@ class World:
     host: Host
     guests: dict[GuestId, GuestState]
     books: Books
-    by_hand: dict[PciAddress, GuestId] = field(default_factory=dict)
     now: int = 0
+    gone: dict[PciAddress, PciFunction] = field(default_factory=dict)
+    _hands: dict[PciAddress, str] = field(default_factory=dict)
 
     @classmethod
     def of(cls, inventory: DeviceInventory, *guests: GuestState) -> World:
@@ -189,13 +203,18 @@ class World:
         host.nodes = {g.uuid: g.numa_nodes for g in guests}
         return cls(host, {g.uuid: g for g in guests}, Books(7, held))
 
-    def snapshot(self, host: str = "two-sockets") -> HostSnapshot:
+    @property
+    def by_hand(self) -> dict[PciAddress, GuestId]:
+        """Who has what beside this agent."""
+        return self.host.by_hand
+
+    def snapshot(self) -> HostSnapshot:
         functions = {
             a: replace(f, driver=self.host.drivers[a] or None, settings=self.host.settings.get(a))
             for a, f in self.host.inventory.functions.items()
         }
         found = [self._seen(guest) for guest in self.guests.values()]
-        snapshot = snapshot_of(load_host(host), found)
+        snapshot = snapshot_of(three_nodes(), found)
         inventory = replace(self.host.inventory, functions=functions)
         return replace(snapshot, books=self.books, devices=inventory)
 
@@ -212,6 +231,10 @@ class World:
 
     def carry_out(self, plan: Plan) -> None:
         """All steps; and, on a copy, back from the end through every prefix."""
+        for step in plan.steps:
+            if isinstance(step, LimitLink) and step.after and not self._is_limited(step.address):
+                # of a function that was pulled out; to set it again changes nothing
+                self.host.links.pop(step.address, None)
         trail = [self.host.state()]
         for step in plan.steps:
             self.host.run(step)
@@ -220,6 +243,13 @@ class World:
         for index in reversed(range(len(plan.steps))):
             back.run(plan.steps[index].inverse())
             assert back.state() == trail[index], plan.steps[index]
+
+    def _is_limited(self, port: PciAddress) -> bool:
+        """Whether any guest has a function for which the link is limited."""
+        return any(
+            f.found.port == port and f.address in self.host.attached
+            for holding in self.books.holdings.values() for f in holding.functions
+        )  # fmt: skip
 
     def commit(self, decision: Decision, ends: Grant | None = None) -> tuple[Plan, Grant]:
         snapshot = self.snapshot()
@@ -241,6 +271,66 @@ class World:
         self.guests[guest] = replace(self.guests[guest], state=RunState.SHUTOFF, pid=None)
         for address in [a for a, g in self.host.attached.items() if g == guest]:
             del self.host.attached[address]
+        for address in [a for a, g in self.by_hand.items() if g == guest]:
+            del self.by_hand[address]
+            self.host.drivers[address] = self._hands.pop(address, self.host.drivers[address])
+
+    # -- what happens beside this agent -----------------------------------------------------
+
+    @property
+    def present(self) -> list[PciAddress]:
+        """Functions of pools that are there."""
+        pools = [p.capability for p in self.host.inventory.pools]
+        return [one.address for name in pools for one in members(self.host.inventory, name)]
+
+    def has_pool(self, capability: str) -> bool:
+        """Whether it has, or had, any function."""
+        of = self.host.inventory
+        everything = replace(of, functions={**of.functions, **self.gone})
+        return bool(members(everything, capability))
+
+    def held_addresses(self) -> list[PciAddress]:
+        """What anybody holds, with those of its group."""
+        held = [a for g in self.guests for a in self.held(g)]
+        return held + [m.address for a in held for m in self.host.inventory.group_of(a)]
+
+    def open_to_hands(self) -> list[PciAddress]:
+        """What libvirt and vfio would let an operator attach: books mean nothing to them."""
+        theirs = self.host.attached | self.by_hand
+        functions = self.host.inventory.functions
+        return [
+            one for one in self.present
+            if one not in theirs and not functions[one].uses and not any(
+                m.address in theirs or (self.host.drivers[m.address] not in ("vfio-pci", ""))
+                for m in self.host.inventory.group_of(one) if not m.bridge
+            )
+        ]  # fmt: skip
+
+    def attach_by_hand(self, address: PciAddress, guest: GuestId) -> None:
+        """`<hostdev managed='yes'>`: libvirt binds it, and gives it back as it was."""
+        self._hands[address] = self.host.drivers[address]
+        self.host.drivers[address] = "vfio-pci"
+        self.by_hand[address] = guest
+
+    def vanish(self, address: PciAddress) -> None:
+        """It is pulled from its slot."""
+        functions = dict(self.host.inventory.functions)
+        self.gone[address] = functions.pop(address)
+        self.host.inventory = replace(self.host.inventory, functions=functions)
+        for kept in (self.host.drivers, self.host.settings, self.host.attached):
+            kept.pop(address, None)
+
+    def reappear(self, address: PciAddress) -> None:
+        """It is put back where its group is free, and the host's driver binds to it."""
+        there = self.host.inventory.functions.values()
+        if any(one.group == self.gone[address].group for one in there):
+            return
+        function = self.gone.pop(address)
+        functions = {**self.host.inventory.functions, address: function}
+        self.host.inventory = replace(self.host.inventory, functions=functions)
+        self.host.drivers[address] = function.driver or ""
+        if function.settings is not None:
+            self.host.settings[address] = function.settings
 
     def departed(self, guest: GuestId) -> None:
         self.books = depart(self.books, guest, self.now)

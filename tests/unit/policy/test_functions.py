@@ -357,6 +357,73 @@ def test_lifting_our_hand_gives_the_functions_back():
     assert world.host.state() == first
 
 
+def test_of_a_function_that_vanished_its_group_and_its_link_come_back():
+    """Found by random lives: siblings stayed with vfio-pci and the link stayed slow."""
+    world = World.of(inventory_of(nic(1, 50), disk(2, 50), nic(3), link_speed=5000),
+                     device_guest(1))  # fmt: skip
+    world.books.quarantine[at(3)] = Quarantine(at(3), "why", "how", 0.0)
+    _, grant = allocate(world, net=1)
+    assert world.host.drivers[at(2)] == "vfio-pci"
+    world.vanish(at(1))
+    world.books.quarantine.clear()
+    allocate(world, net=1)
+    assert dict(world.books.holdings[A].functions[0].found.siblings) == {at(2): "nvme"}
+    world.commit(choose_release(world.snapshot(), REQUEST, grant), grant)
+    world.stop(A)
+    world.commit(choose_departure(world.snapshot(), A, REQUEST))
+    assert (world.host.drivers[at(2)], world.host.drivers[at(3)]) == ("nvme", "igbvf")
+    assert not any(world.host.links.values())
+
+
+def test_the_link_of_a_function_that_vanished_is_still_limited_for_the_next():
+    world = World.of(inventory_of(disk(1), disk(2)), device_guest(1), device_guest(2))
+    _, grant = allocate(world, A, nvme=1)
+    world.vanish(at(1))
+    plan, _ = allocate(world, B, nvme=1)
+    assert not any(isinstance(step, LimitLink) for step in plan.steps)
+    world.commit(choose_release(world.snapshot(), REQUEST, grant), grant)
+    assert world.host.links == {at(29): 8000}
+
+
+@pytest.mark.parametrize("grabbed", [1, 2])
+def test_what_somebody_attached_by_hand_meanwhile_is_neither_reset_nor_unbound(grabbed):
+    """A guest holds one of a group; a stranger has it, or its sibling, when the guest goes."""
+    inventory = inventory_of(nic(1, 50), disk(2, 50))
+    world = World.of(inventory, device_guest(1), replace(device_guest(2), policy=None))
+    allocate(world, A, net=1)
+    del world.host.attached[at(1)]  # taken from under it
+    world.attach_by_hand(at(grabbed), B)
+    assert not plan_convergence(world.snapshot(), None, REQUEST).addresses
+    world.stop(A)
+    plan, _ = world.commit(choose_departure(world.snapshot(), A, REQUEST))
+    assert at(grabbed) not in plan.addresses
+    assert world.host.drivers[at(1)] == world.host.drivers[at(2)] == "vfio-pci"
+
+
+def test_a_function_that_is_back_waits_while_another_guest_has_its_group():
+    world = World.of(inventory_of(nic(1, 50), nic(2, 50)), device_guest(1), device_guest(2))
+    allocate(world, A, net=1)
+    back, there = world.host.inventory.functions[at(1)], world.host.inventory
+    world.vanish(at(1))
+    allocate(world, B, net=1)
+    world.host.inventory = replace(there, functions={**there.functions, at(1): back})
+    world.host.drivers[at(1)] = "igbvf"
+    world.host.settings[at(1)] = OLD
+    assert not plan_convergence(world.snapshot(), None, REQUEST).addresses
+
+
+def test_a_victim_of_two_functions_in_one_group_gives_neither():
+    """One of them alone cannot pass on, and a reclaim of one would take both (documented)."""
+    world = World.of(
+        inventory_of(nic(1, 50), nic(2, 50)), device_guest(1, YIELDS, priority=10),
+        device_guest(2, priority=90),
+    )  # fmt: skip
+    allocate(world, A, net=2)
+    for count in (1, 2):
+        answer = refused(choose_allocation(world.snapshot(), ask_for(B, net=count)))
+        assert Verdict.NO_MECHANISM in answer.considered[0]
+
+
 def test_functions_that_a_running_plan_touches_are_left_alone():
     world = World.of(inventory_of(nic(1, 50), nic(2, 50), nic(3)), device_guest(1))
     snapshot = replace(world.snapshot(), working=frozenset((at(1),)))
