@@ -16,7 +16,7 @@ from virtfabric.model.policy import CpuPolicy, GuestPolicy, MemoryPolicy
 from virtfabric.model.units import MIB, Bytes, MilliCpu
 from virtfabric.shim.guestimage import ensure_guest_image
 from virtfabric.shim.guestxml import GuestSpec, format_guest_xml
-from virtfabric.shim.kvmprobe import choose_domain_type
+from virtfabric.shim.kvmprobe import choose_domain_type, probe_kvm
 
 if TYPE_CHECKING:
     from virtfabric.shim.guestimage import GuestImage
@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 _BOOT_MIB: Final = 160
 _CONSOLES: Final = "/var/log/libvirt/qemu"
+_FIRST_WORD_S: Final = 120.0
+"""An emulated processor may need half a minute to start QEMU and its guest's kernel."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,6 +78,7 @@ def format_box_guest(guest: BoxGuest, image: GuestImage, domain_type: DomainType
 def main() -> None:
     """Defines and starts the guests; ends with libvirt's words when one does not start."""
     image = ensure_guest_image()
+    probe_kvm(image, first_s=_FIRST_WORD_S)
     domain_type = choose_domain_type(image)
     defined = set(_virsh("list", "--all", "--name").split())
     running = set(_virsh("list", "--name").split())

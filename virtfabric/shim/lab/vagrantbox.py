@@ -49,6 +49,11 @@ hypervisor=off: the CXL driver commits no region in a guest that sees a hypervis
 (0.11) takes CPU features only with a named model; of several `-cpu` QEMU takes the last.
 """
 
+_CLOCK: Final = "tsc=reliable"
+"""Linux marks the TSC of several emulated AMD sockets "unsynchronized" and reads the HPET instead,
+each time through QEMU's one lock (5 s for ten processes). TCG's is the host's own, on all vCPUs.
+"""
+
 
 def format_settings(
     topology: Topology, box: Box, *, default_driver: DomainType, emulator: Path, state: Path
@@ -61,7 +66,7 @@ def format_settings(
     drivers = {name: value for name, value in DRIVERS.items() if not _refuses(topology, name)}
     settings = {
         "box": {key: str(value) for key, value in asdict(box).items()},
-        "cmdline": CMDLINE,
+        "cmdline": f"{CMDLINE} {_CLOCK}",
         "driver": default_driver if default_driver in drivers else "qemu",
         "drivers": drivers,
         "emulator": str(emulator),
