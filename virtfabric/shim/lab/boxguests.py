@@ -24,8 +24,10 @@ if TYPE_CHECKING:
 
 _BOOT_MIB: Final = 160
 _CONSOLES: Final = "/var/log/libvirt/qemu"
-_FIRST_WORD_S: Final = 120.0
-"""An emulated processor may need half a minute to start QEMU and its guest's kernel."""
+_PROBE_S: Final = 300.0
+"""An emulated processor on a busy machine took over 10 s to the first word of a KVM guest's kernel,
+and over 90 s to its userland; a "no" makes the guests emulated in an emulated machine.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -78,7 +80,7 @@ def format_box_guest(guest: BoxGuest, image: GuestImage, domain_type: DomainType
 def main() -> None:
     """Defines and starts the guests; ends with libvirt's words when one does not start."""
     image = ensure_guest_image()
-    probe_kvm(image, first_s=_FIRST_WORD_S)
+    probe_kvm(image, first_s=_PROBE_S, timeout_s=_PROBE_S)
     domain_type = choose_domain_type(image)
     defined = set(_virsh("list", "--all", "--name").split())
     running = set(_virsh("list", "--name").split())
