@@ -181,7 +181,7 @@ def test_stop_is_clean_and_leaves_the_guests(machine: Machine) -> None:
     machine.ssh("sudo systemctl stop virtfabricd")
     shown = machine.unit("ActiveState", "Result", "ExecMainStatus")
     assert shown == {"ActiveState": "inactive", "Result": "success", "ExecMainStatus": "0"}
-    machine.ssh("sudo virtfabric status", code=1)
+    machine.ssh("sudo virtfabric status", code=4)  # the agent does not answer
     assert machine.running() == set(GUESTS)
 
 
