@@ -44,9 +44,9 @@ CMDLINE: Final = (
 )
 """online_movable: CXL memory can be given back (else it lands in ZONE_NORMAL for good).
 
-tsc=reliable: Linux marks the TSC of several emulated AMD sockets "unsynchronized" and reads the HPET
-instead, each time through QEMU's one lock (ten processes took 4.7 s instead of 1.4). TCG's is the
-host's own, on all vCPUs.
+tsc=reliable: Linux marks the TSC of several emulated AMD sockets "unsynchronized" and reads the
+HPET instead, each time through QEMU's one lock (ten processes took 4.7 s instead of 1.4). TCG's is
+the host's own, on all vCPUs.
 """
 
 
