@@ -4,10 +4,10 @@ VENV := .venv/bin
 # what fits CI of the lab tests; `make lab` runs all
 CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life cxl_lab passthrough_lab small_lab)
 
-.PHONY: help demo test check lab lab-agent vagrant-box bench clean setup setup-checks setup-lab setup-vagrant
+.PHONY: help demo demo-passthrough test check lab lab-agent vagrant-box bench bench-passthrough clean setup setup-checks setup-lab setup-vagrant
 
 help:  ## this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 14
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
 
 setup:  ## install packages, virtual environment, guest image
 	@tools/setup all
@@ -23,6 +23,9 @@ setup-vagrant:  ## install all that, vagrant and vagrant-libvirt
 
 demo: setup  ## the main job on real guests, with a readable account of what happened
 	@$(VENV)/python demo/run.py
+
+demo-passthrough: setup-lab  ## PCIe functions of running guests, in a nested lab; some minutes
+	@$(VENV)/python demo/passthrough.py
 
 check: setup-checks  ## lint, types, layers, unit and contract tests (under a minute)
 	$(VENV)/ruff format --check .
@@ -46,6 +49,9 @@ vagrant-box: setup-vagrant  ## build the Vagrant box of this checkout into the c
 
 bench: setup  ## benchmarks: prints a table, writes benchmarks/results.json
 	@$(VENV)/python benchmarks/run.py
+
+bench-passthrough: setup-lab  ## a VF for a running guest against raw virsh, in a nested lab
+	@$(VENV)/python benchmarks/run.py passthrough
 
 clean:  ## remove what builds and tests left in the checkout (not the cache)
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

@@ -74,14 +74,23 @@ class Stage:
         """What kernel, libvirt and guest show, before and after (None: only now)."""
         if self._quiet:
             return
-        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
         heads = ("guest", "threads on pCPU", "CPU cap", "vCPUs in guest", "virtio-mem", "MemTotal")
-        for head in heads:
-            table.add_column(head)
+        rows = []
         for name, now in after.items():
             new = _cells(now)
             old = _cells(before[name]) if before else new
-            table.add_row(name, *(_arrow(a, b) for a, b in zip(old, new, strict=True)))
+            rows.append((Text(name), *(_arrow(a, b) for a, b in zip(old, new, strict=True))))
+        self.table(heads, rows)
+
+    def table(self, heads: Iterable[str], rows: Iterable[Iterable[str | Text]]) -> None:
+        """Columns of text."""
+        if self._quiet:
+            return
+        table = Table(box=None, pad_edge=False, header_style="bold", padding=(0, 2, 0, 0))
+        for head in heads:
+            table.add_column(head)
+        for row in rows:
+            table.add_row(*row)
         self._console.print(Padding(table, (0, 0, 0, 3)))
 
     def findings(self, findings: Iterable[Finding]) -> None:

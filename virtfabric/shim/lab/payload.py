@@ -86,13 +86,14 @@ def choose_files() -> Iterator[tuple[str, str, int]]:
     yield "lab/guest.xml", format_sample_guest(), 0o644
 
 
-def format_sample_guest() -> str:
+def format_sample_guest(name: str = "guest", *, metadata_xml: str = "") -> str:
     """The domain of `lab/guest.xml`: a KVM guest with virtio-mem and ports for hot-plug."""
     kernel, initrd = (_HOME / _GUEST_IMAGE / name for name in ("vmlinux", "initrd"))
     return format_guest_xml(
         GuestSpec(
-            name="guest", kernel=kernel, initrd=initrd, domain_type="kvm", max_vcpus=4,
-            virtio_mem_mib=256, console_log="/var/log/libvirt/qemu/guest-console.log",
+            name=name, kernel=kernel, initrd=initrd, domain_type="kvm", max_vcpus=4,
+            virtio_mem_mib=256, console_log=f"/var/log/libvirt/qemu/{name}-console.log",
+            metadata_xml=metadata_xml,
         )
     )  # fmt: skip
 

@@ -1,0 +1,197 @@
+"""A nested lab as the stage of a demo or a benchmark: brought up, prepared, put back, taken down.
+
+The product is driven from outside only: by `virtfabric lab`, and by `virtfabric`, `virtfabricd`
+and `virsh` in the lab. It judges nothing.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from demo.devicechecker import Sight
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMAND = (sys.executable, "-m", "virtfabric.cli.main", "lab")
+CHECKOUT = "/opt/virtfabric/checkout"
+CONFIG = "/etc/virtfabric/passthrough.toml"
+AGENT_LOG = "/var/log/virtfabricd.log"
+CONSOLES = "/var/log/libvirt/qemu"
+_UP_S = 1800.0
+_STEP_S = 600.0
+
+
+class LabError(Exception):
+    """The lab cannot be brought up, or a command that has to succeed there failed."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LabGuest:
+    """A guest in the lab.
+
+    Attributes:
+        devices: its policy's `<device>`: capability -> count, all reclaimable.
+    """
+
+    name: str
+    priority: int
+    devices: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def policy_xml(self) -> str:
+        """Its `<virtfabric:policy>`."""
+        devices = "".join(
+            f'<device capability="{capability}" count="{count}" reclaimable="yes"/>'
+            for capability, count in self.devices
+        )
+        return (
+            '<virtfabric:policy xmlns:virtfabric="urn:virtfabric:policy:1" version="1"'
+            f' priority="{self.priority}"><cpu reservation="500m" limit="2"/>'
+            f'<memory reservation="192MiB"/>{devices}</virtfabric:policy>'
+        )
+
+
+class LabHost:
+    """A lab by name; `start` leaves one alone that is up already, and `stop` does then, too."""
+
+    def __init__(self, name: str, topology: str) -> None:
+        """Nothing is touched before `start`."""
+        self.name = name
+        self.topology = topology
+        self.ours = False
+        self.guests: list[LabGuest] = []
+
+    # -- life -------------------------------------------------------------------------------------
+
+    def start(self) -> str:
+        """Bring the lab up; what it said.
+
+        Raises:
+            LabError: it did not come up, or an agent runs in it already.
+        """
+        listed = json.loads(self._lab("list", "--json").stdout)
+        there = [lab for lab in listed["labs"] if lab["name"] == self.name]
+        if there and there[0]["state"] == "ready":
+            if self.run("pidof -x virtfabricd || pgrep -f '[v]irtfabric.cli.agentd'").stdout:
+                raise LabError(f"an agent runs in lab {self.name} already: end it there first")
+            return f"lab {self.name} is up already"
+        self.ours = True
+        done = self._lab("up", self.topology, "--name", self.name, timeout_s=_UP_S)
+        if done.returncode:
+            raise LabError(f"virtfabric lab up {self.topology}: {done.stdout}{done.stderr}")
+        return done.stderr + done.stdout
+
+    def stop(self) -> None:
+        """Take the lab down, if `start` brought it up."""
+        if self.ours:
+            self._lab("down", self.name)
+
+    def _lab(self, *words: str, timeout_s: float = _STEP_S) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [*COMMAND, *words], capture_output=True, text=True, timeout=timeout_s, check=False,
+            stdin=subprocess.DEVNULL, cwd=ROOT,
+        )  # fmt: skip
+
+    # -- commands in the lab ----------------------------------------------------------------------
+
+    def run(self, command: str, *, timeout_s: float = _STEP_S) -> subprocess.CompletedProcess[str]:
+        """A shell command in the lab, whatever comes of it."""
+        return self._lab("run", self.name, command, timeout_s=timeout_s)
+
+    def do(self, command: str, *, timeout_s: float = _STEP_S) -> str:
+        """What a command prints that has to succeed.
+
+        Raises:
+            LabError: it failed.
+        """
+        done = self.run(command, timeout_s=timeout_s)
+        if done.returncode:
+            raise LabError(f"in the lab: {command}: {done.stdout}{done.stderr}")
+        return done.stdout.strip()
+
+    def wait(self, condition: str, what: str, *, timeout_s: float = 300.0) -> None:
+        """Wait in the lab until a shell condition holds (looked at five times a second).
+
+        Raises:
+            LabError: it did not hold in time.
+        """
+        loop = (
+            f"end=$(( $(date +%s) + {timeout_s:.0f} )); until {condition}; do "
+            '[ "$(date +%s)" -lt $end ] || exit 9; read -rt 0.2 <> <(:) || :; done'
+        )
+        if self.run(loop, timeout_s=timeout_s + 60).returncode:
+            raise LabError(f"not within {timeout_s:.0f} s: {what}")
+
+    def write(self, place: str, text: str) -> None:
+        """A file in the lab."""
+        self.do(f"mkdir -p {Path(place).parent} && printf %s {shlex.quote(text)} > {place}")
+
+    # -- the host ---------------------------------------------------------------------------------
+
+    def install(self, config: str) -> None:
+        """Hook, bus policy, configuration; libvirtd again: it looks for hooks at its start."""
+        self.do("virtfabric install > /dev/null && kill -HUP $(cat /run/dbus/pid)")
+        self.write(CONFIG, config)
+        self.do("kill $(pidof libvirtd)")
+        self.wait("! pidof libvirtd > /dev/null", "libvirtd ends")
+        self.do("libvirtd -d")
+        self.wait("virsh -q uri > /dev/null 2>&1", "libvirtd answers")
+
+    def start_agent(self) -> None:
+        """`virtfabricd`, until it answers."""
+        self.do(f"setsid virtfabricd > {AGENT_LOG} 2>&1 < /dev/null & disown")
+        self.wait("virtfabric status > /dev/null 2>&1", "the agent answers")
+
+    def stop_agent(self) -> None:
+        """SIGTERM, until it is gone."""
+        self.run("kill $(pgrep -f '[v]irtfabric.cli.agentd')")
+        self.wait("! pgrep -f '[v]irtfabric.cli.agentd' > /dev/null", "the agent ends")
+
+    def start_guest(self, guest: LabGuest) -> subprocess.CompletedProcess[str]:
+        """Define a guest and start it by virsh, so that libvirt's hook asks the agent."""
+        # the shim imports what plain users of the other methods need not have installed
+        from virtfabric.shim.lab.payload import format_sample_guest
+
+        place = f"/root/{guest.name}.xml"
+        self.write(place, format_sample_guest(guest.name, metadata_xml=guest.policy_xml))
+        self.do(f"virsh -q define {place}")
+        self.guests.append(guest)
+        return self.run(f"virsh start {guest.name}")
+
+    def wait_ready(self, guest: LabGuest) -> None:
+        """Until the guest's userland takes hot-plug."""
+        console = f"{CONSOLES}/{guest.name}-console.log"
+        self.wait(f"grep -qs VFREADY {console}", f"{guest.name} is up", timeout_s=420)
+
+    def end_guests(self) -> None:
+        """Destroy and undefine those that were started here."""
+        for guest in self.guests:
+            self.run(f"virsh -q destroy {guest.name}")
+            self.run(
+                f"virsh -q undefine {guest.name}; "
+                f"rm -f /root/{guest.name}.xml {CONSOLES}/{guest.name}-console.log"
+            )
+
+    def clean(self) -> None:
+        """Take away what `install` and the agent put there; the lab is as before."""
+        self.run(f"virtfabric uninstall > /dev/null; rm -rf {CONFIG} /var/lib/virtfabric")
+
+    def look(self, functions: tuple[str, ...], uplink: str) -> Sight:
+        """What the lab's kernel, libvirt and guests show now."""
+        asked = {
+            "functions": functions, "guests": [guest.name for guest in self.guests],
+            "uplink": uplink,
+        }  # fmt: skip
+        said = self.do(
+            f"python3 -I {CHECKOUT}/demo/devicesight.py {shlex.quote(json.dumps(asked))}"
+        )
+        return Sight.from_json(json.loads(said))
+
+    def cli_json(self, words: str) -> Any:
+        """What `virtfabric WORDS --json` prints."""
+        return json.loads(self.do(f"virtfabric {words} --json"))
