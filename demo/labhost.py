@@ -51,7 +51,7 @@ class LabGuest:
         )
         return (
             '<virtfabric:policy xmlns:virtfabric="urn:virtfabric:policy:1" version="1"'
-            f' priority="{self.priority}"><cpu reservation="500m" limit="2"/>'
+            f' priority="{self.priority}"><cpu reservation="2" limit="2"/>'
             f'<memory reservation="192MiB"/>{devices}</virtfabric:policy>'
         )
 
