@@ -8,8 +8,14 @@ What the guest prints on its serial console, one line each:
 
     VFREADY
     VFSTAT up=12.3 online=0-1 present=0-1 memtotal_kib=501234 memavail_kib=401234
+    VFDEV net eth0 52:54:00:00:00:01
+    VFDEV block nvme0n1 written=b6d81b36...  read=b6d81b36...
+    VFDEV gone net eth0
 
-VFREADY comes once, when hot-plug is served; VFSTAT then about every second.
+VFREADY comes once, when hot-plug is served; VFSTAT then about every second. VFDEV comes with a
+NIC that was plugged in, which is up then and answers at the link-local IPv6 address of its MAC
+address; with an NVMe disk, whose first 256 KiB were written and read past every cache (MD5); and
+when either goes.
 """
 
 from __future__ import annotations
@@ -39,7 +45,10 @@ if TYPE_CHECKING:
     from virtfabric.shim.cpio import Member
 
 # Resolved with modules.dep; what the kernel has built in is skipped.
-MODULES = ("virtio_pci", "virtio_mem", "virtio_balloon", "virtio_console", "virtio_net")
+MODULES = (
+    "virtio_pci", "virtio_mem", "virtio_balloon", "virtio_console", "virtio_net",
+    "igbvf", "nvme",
+)  # fmt: skip
 # online_movable: memory that virtio-mem plugs can be given back (without it 4 MiB stick).
 # swiotlb: a guest with memory above 4 GiB, as virtio-mem puts it, sets 64 MiB aside for nothing.
 # no_timer_check: under TCG on a busy host the kernel's own test of the timer misses its ticks, and
@@ -82,9 +91,21 @@ done
 """
 UEVENT = """\
 #!/bin/busybox sh
-[ "$ACTION" = add ] || exit 0
-case $DEVPATH in
-  /devices/system/cpu/cpu[0-9]*) echo 1 > "/sys$DEVPATH/online" ;;
+tell() { echo "VFDEV $*" > /dev/console; }
+try_disk() {
+  dd if=/dev/urandom of=/pattern bs=64k count=4 2> /dev/null
+  dd if=/pattern of="/dev/$DEVNAME" bs=64k oflag=direct 2> /dev/null
+  dd if="/dev/$DEVNAME" of=/found bs=64k count=4 iflag=direct 2> /dev/null
+  written=$(md5sum < /pattern) read=$(md5sum < /found)
+  tell block "$DEVNAME" "written=${written%% *} read=${read%% *}"
+}
+case $ACTION:$SUBSYSTEM:$DEVPATH in
+  add:cpu:*) echo 1 > "/sys$DEVPATH/online" ;;
+  add:net:*/virtio*) ;;
+  add:net:*) ip link set "$INTERFACE" up; tell net "$INTERFACE" "$(cat "/sys$DEVPATH/address")" ;;
+  add:block:*/nvme*n[0-9]) try_disk ;;
+  remove:net:*) tell gone net "$INTERFACE" ;;
+  remove:block:*/nvme*n[0-9]) tell gone block "$DEVNAME" ;;
 esac
 exit 0
 """
