@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Self
 from virtfabric.adapters.clock import SystemClock
 from virtfabric.adapters.hook_socket import HookServer, read_missed_calls
 from virtfabric.adapters.libvirt import open_libvirt
+from virtfabric.adapters.pci.functionfiles import FunctionFiles
 from virtfabric.adapters.pci.inventory import SysfsDeviceTree
+from virtfabric.adapters.pci.vfsettings import VfSettingsFiles
 from virtfabric.adapters.sqlite.audit import SqliteAuditLog
 from virtfabric.adapters.sqlite.journal import SqliteJournal
 from virtfabric.adapters.statelock import StateLock
@@ -173,10 +175,11 @@ class Composition:
     def _open_libvirt(self) -> _Outside:
         opened = open_libvirt(self.config.agent.uri)
         self._stack.callback(opened.close)
+        settings = VfSettingsFiles(FunctionFiles())
         return _Outside(
-            opened.host, opened.guests, SysfsDeviceTree(), opened.vfs, opened.policy,
-            opened.definitions, opened.events,
-            opened.handlers, SystemClock(), PsutilLoad(), opened.stats, opened.version,
+            opened.host, opened.guests, SysfsDeviceTree(settings=settings.read_all), opened.vfs,
+            opened.policy, opened.definitions, opened.events, opened.handlers,
+            SystemClock(), PsutilLoad(), opened.stats, opened.version,
         )  # fmt: skip
 
     def _open_simulated(self) -> _Outside:

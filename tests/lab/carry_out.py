@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from virtfabric.adapters.libvirt import open_libvirt
 from virtfabric.adapters.pci.functionfiles import FunctionFiles
-from virtfabric.adapters.pci.inuse import HostUses
+from virtfabric.adapters.pci.inventory import CurrentUses
 from virtfabric.adapters.pci.linkspeed import LinkSpeeds
 from virtfabric.adapters.pci.vfs import VfPools
 from virtfabric.adapters.pci.vfsettings import VfSettingsFiles
@@ -43,7 +43,7 @@ def main() -> None:
     opened = open_libvirt()
     opened.events.start(lambda _event: None)
     files = FunctionFiles()
-    pools = VfPools(files, HostUses(files))
+    pools = VfPools(files, CurrentUses())
 
     def apply(data):
         step, context = parse_step(data), Context()

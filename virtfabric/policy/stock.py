@@ -56,22 +56,25 @@ class Stock:
 
     @cached_property
     def holders(self) -> dict[PciAddress, GuestId]:
-        """Who holds what by the books."""
+        """Who holds what by the books, as granted or as named in its own XML."""
         holdings = self.snapshot.books.holdings
-        return {f.address: g for g, h in holdings.items() if h.functions for f in h.functions}
+        return {f.address: g for g, h in holdings.items() for f in (*h.functions, *h.named)}
 
     @cached_property
     def strangers(self) -> dict[PciAddress, str]:
         """Functions that a guest has beside the books, with its name: none of ours to give.
 
         Attached by hand, named in the definition of a guest that runs, or all of an unmanaged one.
+        Not what a running plan attaches: the books have it when the plan ends, until then it is
+        reserved.
         """
         found = {}
         for uuid, guest in self.snapshot.guests.items():
             if guest.active and (guest.devices or guest.config_devices):
                 for device in (*guest.devices, *guest.config_devices):
-                    if self.holders.get(device.address) != uuid:
-                        found[device.address] = guest.name
+                    address = device.address
+                    if self.holders.get(address) != uuid and address not in self.snapshot.working:
+                        found[address] = guest.name
         return found
 
     @cached_property

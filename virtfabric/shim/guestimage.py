@@ -9,7 +9,7 @@ What the guest prints on its serial console, one line each:
     VFREADY
     VFSTAT up=12.3 online=0-1 present=0-1 memtotal_kib=501234 memavail_kib=401234
     VFDEV net eth0 52:54:00:00:00:01
-    VFDEV block nvme0n1 written=b6d81b360a5672d80c27430f39153e2c read=b6d81b360a5672d80c27430f39153e2c
+    VFDEV block nvme0n1 written=b6d81b36...  read=b6d81b36...
     VFDEV gone net eth0
 
 VFREADY comes once, when hot-plug is served; VFSTAT then about every second. VFDEV comes with a

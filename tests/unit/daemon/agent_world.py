@@ -115,6 +115,7 @@ _PREPARE_XML = """<domain type="kvm" id="1">
   <cpu><numa><cell id="0" cpus="0" memory="{boot}" unit="b"/></numa></cpu>
   <devices>{devices}<memballoon model="{balloon}"/></devices>
 </domain>"""
+_PORT_XML = '<controller type="pci" index="{}" model="pcie-root-port"/>'
 _DEVICE_XML = """<memory model="virtio-mem"><target><node>{node}</node>
   <size unit="b">{size}</size><block unit="b">{block}</block>
   <requested unit="b">{initial}</requested></target><alias name="{alias}"/></memory>"""
@@ -126,7 +127,7 @@ def format_prepare(spec: GuestSpec) -> str:
         name=spec.name, uuid=spec.uuid, policy=format_policy(spec.policy) if spec.policy else "",
         boot=int(spec.boot_memory), vcpus=spec.vcpus, vcpus_max=spec.vcpus_max,
         balloon="virtio" if spec.balloon else "none",
-        devices="".join(
+        devices="".join(_PORT_XML.format(n + 1) for n in range(spec.ports)) + "".join(
             _DEVICE_XML.format(
                 node=d.node, size=int(d.size), block=int(d.block), initial=int(d.initial),
                 alias=d.alias,

@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from virtfabric.adapters.simulated.guest import GuestSpec
 
 DATABASE = aw.uuid_of(90)
-PORT = "<controller type='pci' index='{}' model='pcie-root-port'/>"
 
 
 def with_devices(
@@ -37,11 +36,8 @@ def world() -> Iterator[aw.AgentWorld]:
 
 
 def prepare(world: aw.AgentWorld, admission: Admission, *, ports: int) -> str:
-    xml = aw.format_prepare(with_devices(world.spec("database"), 3, admission))
-    text = "".join(PORT.format(n + 1) for n in range(ports))
-    return world.agent.hook_prepare(
-        aw.ROOT, xml.replace("<devices>", f"<devices>{text}"), wait_s=5.0
-    )
+    spec = replace(with_devices(world.spec("database"), 3, admission), ports=ports)
+    return world.agent.hook_prepare(aw.ROOT, aw.format_prepare(spec), wait_s=5.0)
 
 
 def alerts(world: aw.AgentWorld) -> list[str]:

@@ -11,10 +11,10 @@ from fakesys import FakeSys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from virtfabric.adapters.pci.inventory import SysfsDeviceTree, read_functions
+from virtfabric.adapters.pci.inventory import CurrentUses, SysfsDeviceTree, read_functions
 from virtfabric.adapters.pci.tree import SysTree
-from virtfabric.model.device import Link, PciAddress, PciFunction
-from virtfabric.model.errors import InvalidValueError
+from virtfabric.model.device import Link, PciAddress, PciFunction, VfSettings
+from virtfabric.model.errors import DeviceError, InvalidValueError
 
 NIC = PciAddress("0000:01:00.0")
 PORT = PciAddress("0000:00:10.0")
@@ -169,6 +169,42 @@ def test_a_vf_that_is_gone_is_not_the_pfs(fake: FakeSys) -> None:
     (fake.sys / "bus/pci/devices/0000:01:10.0").unlink()
     assert fake.read()[NIC].vfs == (PciAddress("0000:01:10.2"),)
     assert fake.read()[PciAddress("0000:01:10.2")].vf_index == 1
+
+
+def test_what_a_pf_keeps_for_its_vfs(fake: FakeSys) -> None:
+    igb_behind_a_port(fake)
+    vf, other, kept = PciAddress("0000:01:10.0"), PciAddress("0000:01:10.2"), VfSettings(vlan=7)
+    gone = PciAddress("0000:01:10.4")
+    asked = []
+
+    def read(pf: PciAddress) -> dict[PciAddress, VfSettings]:
+        asked.append(pf)
+        return {vf: kept, gone: kept}
+
+    functions = SysfsDeviceTree(fake.sys, fake.proc, read).read_functions()
+    assert asked == [NIC]
+    assert functions[vf].settings == kept
+    assert functions[other].settings is None
+    assert gone not in functions
+
+
+def test_a_pf_that_does_not_answer_hides_no_function(fake: FakeSys) -> None:
+    igb_behind_a_port(fake)
+
+    def read(pf: PciAddress) -> dict[PciAddress, VfSettings]:
+        raise DeviceError(f"ip link show of {pf}: no")
+
+    assert SysfsDeviceTree(fake.sys, fake.proc, read).read_functions() == fake.read()
+
+
+def test_uses_are_those_of_the_moment(fake: FakeSys) -> None:
+    igb_behind_a_port(fake)
+    uses = CurrentUses(fake.sys, fake.proc)
+    assert uses(NIC) == ()
+    nic = (fake.sys / "bus/pci/devices" / NIC).resolve().relative_to(fake.sys.resolve())
+    fake.device("net", f"{nic}/net/eth7", flags="0x1003")
+    assert uses(NIC) == ("network: eth7 is up",)
+    assert uses(PciAddress("0000:00:02.0")) == ()
 
 
 @pytest.mark.parametrize(

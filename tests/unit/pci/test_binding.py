@@ -10,7 +10,6 @@ from kernel import a
 
 from virtfabric.adapters.pci.binding import BindDriverHandler, DriverBinder
 from virtfabric.adapters.pci.holders import VfioHolders
-from virtfabric.adapters.pci.inuse import HostUses
 from virtfabric.model.devicesteps import BindDriver
 from virtfabric.model.errors import (
     DeviceError,
@@ -170,75 +169,3 @@ def test_a_function_that_vanished(bench, context):
 def test_other_steps_are_refused(bench, context):
     with pytest.raises(InvalidValueError, match="bind-driver"):
         bench.handler.apply(SetQuota(guest=GUEST, before=-1, after=1000), context)
-
-
-class TestHostUses:
-    """What the last line of defence sees."""
-
-    def uses(self, machine, address=NIC):
-        return HostUses(machine.files, machine.proc)(address)
-
-    def test_interface_up_or_in_a_bridge(self, machine):
-        path = machine.add(NIC)
-        interface = path / "net" / "eth1"
-        interface.mkdir(parents=True)
-        (interface / "flags").write_text("0x1002\n")
-        assert self.uses(machine) == ()
-        (interface / "flags").write_text("0x1003\n")
-        (interface / "master").symlink_to("../br0")
-        assert self.uses(machine) == ("eth1 is up", "eth1 is part of br0")
-
-    def add_disk(self, machine, directory):
-        for name, number in (("nvme0n1", "259:0"), ("nvme0n1p1", "259:1")):
-            disk = directory / name
-            (disk / "holders").mkdir(parents=True)
-            (disk / "dev").write_text(f"{number}\n")
-            (machine.sys / "class" / "block" / name).symlink_to(disk)
-        return directory / "nvme0n1p1"
-
-    def test_disk_that_is_mounted_swap_or_stacked(self, machine):
-        part = self.add_disk(machine, machine.add(NIC) / "nvme" / "nvme0")
-        assert self.uses(machine) == ()
-        (part / "holders" / "dm-0").mkdir()
-        assert self.uses(machine) == ("nvme0n1p1 is part of dm-0",)
-        with (machine.proc / "self" / "mountinfo").open("a") as mounts:
-            mounts.write("22 1 259:1 / /srv rw - ext4 /dev/nvme0n1p1 rw\n")
-        with (machine.proc / "swaps").open("a") as swaps:
-            swaps.write("/dev/nvme0n1 partition 1 0 -2\n")
-        assert set(self.uses(machine)) == {
-            "nvme0n1p1 is part of dm-0", "nvme0n1p1 is on /srv", "nvme0n1 is swap",
-        }  # fmt: skip
-
-    def test_btrfs_is_found_by_its_source(self, machine):
-        self.add_disk(machine, machine.add(NIC) / "nvme" / "nvme0")
-        with (machine.proc / "self" / "mountinfo").open("a") as mounts:
-            mounts.write("22 1 0:33 / /data rw - btrfs /dev/nvme0n1p1 rw\n")
-        assert self.uses(machine) == ("nvme0n1p1 is on /data",)
-
-    def test_disk_of_a_multipath_controller(self, machine):
-        """It hangs below the subsystem, not below the PCI function."""
-        (machine.add(NIC) / "nvme" / "nvme0").mkdir(parents=True)
-        subsystem = machine.sys / "devices" / "virtual" / "nvme-subsystem" / "nvme-subsys0"
-        self.add_disk(machine, subsystem)
-        (subsystem / "nvme0").symlink_to(machine.path(NIC) / "nvme" / "nvme0")
-        classes = machine.sys / "class" / "nvme-subsystem"
-        classes.mkdir()
-        (classes / "nvme-subsys0").symlink_to(subsystem)
-        with (machine.proc / "self" / "mountinfo").open("a") as mounts:
-            mounts.write("22 1 259:1 / /srv rw - ext4 /dev/nvme0n1p1 rw\n")
-        assert self.uses(machine) == ("nvme0n1p1 is on /srv",)
-
-    def test_path_of_a_multipath_disk_has_no_number(self, machine):
-        """Linux 6.12 shows nvme0c1n1 below the controller, hidden, without `dev`."""
-        part = self.add_disk(machine, machine.add(NIC) / "nvme" / "nvme0")
-        (part / "dev").unlink()
-        assert self.uses(machine) == ()
-
-    def test_a_disk_of_another_function_does_not_count(self, machine):
-        other = a("0000:02:00.0")
-        self.add_disk(machine, machine.add(other) / "nvme" / "nvme0")
-        machine.add(NIC)
-        with (machine.proc / "self" / "mountinfo").open("a") as mounts:
-            mounts.write("22 1 259:1 / /srv rw - ext4 /dev/nvme0n1p1 rw\n")
-        assert self.uses(machine) == ()
-        assert self.uses(machine, other) == ("nvme0n1p1 is on /srv",)

@@ -24,7 +24,7 @@ from virtfabric.adapters.libvirt.waiting import Pulse
 from virtfabric.adapters.pci.functionfiles import FunctionFiles
 from virtfabric.adapters.pci.handlers import pci_handlers
 from virtfabric.adapters.pci.holders import VfioHolders
-from virtfabric.adapters.pci.inuse import HostUses
+from virtfabric.adapters.pci.inventory import CurrentUses
 from virtfabric.adapters.pci.vfs import VfPools
 from virtfabric.adapters.registry import HandlerRegistry
 from virtfabric.adapters.sysfs import Sysfs
@@ -103,5 +103,5 @@ def open_libvirt(
         definitions=LibvirtDefinitions(connection),
         handlers=HandlerRegistry((*libvirt_handlers(around), *pci_handlers(sys, proc))),
         stats=LibvirtStats(connection),
-        vfs=VfPools(functions, HostUses(functions, proc)),
+        vfs=VfPools(functions, CurrentUses(sys, proc)),
     )

@@ -5,6 +5,7 @@ Source: Documentation/ABI/testing/sysfs-bus-pci.
 
 from __future__ import annotations
 
+import logging
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -16,9 +17,17 @@ from virtfabric.adapters.pci.tree import SysTree
 from virtfabric.adapters.pci.uses import HostUses, read_uses
 from virtfabric.adapters.pci.watch import DeviceWatcher
 from virtfabric.model.device import PciAddress, PciFunction
+from virtfabric.model.errors import VirtfabricError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
+
+    from virtfabric.model.device import VfSettings
+
+    ReadSettings = Callable[[PciAddress], Mapping[PciAddress, VfSettings]]
+    """What a PF keeps for each of its VFs."""
+
+log = logging.getLogger(__name__)
 
 DEVICES: Final = "bus/pci/devices"
 _ADDRESS: Final = re.compile(r"[0-9a-f]{4,8}:[0-9a-f]{2}:[01][0-9a-f]\.[0-7]")
@@ -28,9 +37,15 @@ _BRIDGE_CLASS: Final = 0x0604
 class SysfsDeviceTree:
     """The host's functions; a DeviceTree."""
 
-    def __init__(self, root: Path = Path("/sys"), proc: Path = Path("/proc")) -> None:
-        """Read below these; nothing is touched before a call."""
+    def __init__(
+        self,
+        root: Path = Path("/sys"),
+        proc: Path = Path("/proc"),
+        settings: ReadSettings | None = None,
+    ) -> None:
+        """Read below these, and VF settings by `settings`; nothing is touched before a call."""
         self._sys, self._proc = SysTree(root), SysTree(proc)
+        self._settings = settings
         self._watchers: list[DeviceWatcher] = []
 
     def read_functions(self) -> dict[PciAddress, PciFunction]:
@@ -39,7 +54,8 @@ class SysfsDeviceTree:
         Raises:
             InvalidValueError: a file does not have the form that the kernel documents.
         """
-        return read_functions(self._sys, self._proc)
+        functions = read_functions(self._sys, self._proc)
+        return functions if self._settings is None else _add_settings(functions, self._settings)
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` from a thread of its own when functions or their uses have changed."""
@@ -51,6 +67,19 @@ class SysfsDeviceTree:
         """Stop watching; safe to repeat."""
         while self._watchers:
             self._watchers.pop().close()
+
+
+class CurrentUses:
+    """How the host uses a function at this very moment: asked before a driver is taken away."""
+
+    def __init__(self, root: Path = Path("/sys"), proc: Path = Path("/proc")) -> None:
+        """Read below these; nothing is read before a call."""
+        self._sys, self._proc = SysTree(root), SysTree(proc)
+
+    def __call__(self, address: PciAddress) -> tuple[str, ...]:
+        """For people; empty when it does not."""
+        uses = read_uses(self._sys, self._proc, _read_homes(self._sys))
+        return tuple(map(str, uses.of(address)))
 
 
 def read_functions(sys: SysTree, proc: SysTree) -> dict[PciAddress, PciFunction]:
@@ -121,3 +150,18 @@ def _join_vfs(
         for number, vf in there.items():
             joined[vf] = replace(joined[vf], vf_index=number)
     return joined
+
+
+def _add_settings(
+    functions: dict[PciAddress, PciFunction], read: ReadSettings
+) -> dict[PciAddress, PciFunction]:
+    """VFs learn what their PF keeps for them, as far as it tells."""
+    known = dict(functions)
+    for pf in [one.address for one in functions.values() if one.vfs]:
+        try:
+            settings = read(pf)
+        except VirtfabricError as error:  # the PF is going away, or its driver is
+            log.warning("VF settings of PF %s are not known: %s", pf, error)
+            continue
+        known |= {vf: replace(known[vf], settings=settings[vf]) for vf in settings if vf in known}
+    return known
