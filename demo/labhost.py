@@ -22,6 +22,13 @@ CHECKOUT = "/opt/virtfabric/checkout"
 CONFIG = "/etc/virtfabric/passthrough.toml"
 AGENT_LOG = "/var/log/virtfabricd.log"
 CONSOLES = "/var/log/libvirt/qemu"
+INTERVALS = """\
+[agent]
+sample_interval_s = 10
+drift_interval_s = 300
+
+"""
+"""An emulated host is some twelve times slower: at the default ones it would do little else."""
 _UP_S = 1800.0
 _STEP_S = 600.0
 
@@ -136,16 +143,17 @@ class LabHost:
     def install(self, config: str) -> None:
         """Hook, bus policy, configuration; libvirtd again: it looks for hooks at its start."""
         self.do("virtfabric install > /dev/null && kill -HUP $(cat /run/dbus/pid)")
-        self.write(CONFIG, config)
+        self.write(CONFIG, INTERVALS + config)
         self.do("kill $(pidof libvirtd)")
         self.wait("! pidof libvirtd > /dev/null", "libvirtd ends")
         self.do("libvirtd -d")
         self.wait("virsh -q uri > /dev/null 2>&1", "libvirtd answers")
 
     def start_agent(self) -> None:
-        """`virtfabricd`, until it answers."""
+        """`virtfabricd`, until it is ready."""
         self.do(f"setsid virtfabricd > {AGENT_LOG} 2>&1 < /dev/null & disown")
-        self.wait("virtfabric status > /dev/null 2>&1", "the agent answers")
+        # asked by its log: each start of a client takes an emulated host seconds
+        self.wait(f"grep -qs 'virtfabricd: ready' {AGENT_LOG}", "the agent is ready")
 
     def stop_agent(self) -> None:
         """SIGTERM, until it is gone."""

@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo import devicechecker as judge
 from demo.checker import Verdicts
-from demo.labhost import AGENT_LOG, LabError, LabGuest, LabHost
+from demo.labhost import AGENT_LOG, INTERVALS, LabError, LabGuest, LabHost
 from demo.stage import Stage
 
 if TYPE_CHECKING:
@@ -127,7 +127,7 @@ class Demo:
         for pf in (PF, UPLINK):
             self.lab.do(f"ip link set $(ls /sys/bus/pci/devices/{pf}/net) up")
         self.stage.command("cat /etc/virtfabric/passthrough.toml")
-        self.stage.output(CONFIG)
+        self.stage.output(INTERVALS + CONFIG)
         self.lab.install(CONFIG)
         self.stage.command("virtfabricd &")
         self.lab.start_agent()
@@ -139,6 +139,7 @@ class Demo:
             self.stage.command(f"virsh start {guest.name}", done)
             if done.returncode:
                 raise LabError(f"virsh start {guest.name}: {done.stderr}")
+        for guest in (DATABASE, BATCH):
             self.lab.wait_ready(guest)
         self.stage.say("What batch's policy asks for was attached when it ran:")
         self.start = self.judge(
