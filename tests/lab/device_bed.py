@@ -195,17 +195,22 @@ class DeviceBed:
             "virtfabric-python - <<'X'\n"
             "import sqlite3, json\n"
             "db = sqlite3.connect('file:/var/lib/virtfabric/journal.db?mode=ro', uri=True)\n"
-            "names = [n for (n,) in db.execute('select name from sqlite_master where type=\"table\"')]\n"
-            "print(json.dumps({n: db.execute(f'select count(*) from {n}').fetchone()[0] for n in names}))\n"
+            "named = db.execute('select name from sqlite_master where type=\"table\"').fetchall()\n"
+            "def rows(name):\n"
+            "    return db.execute(f'select count(*) from {name}').fetchone()[0]\n"
+            "print(json.dumps({name: rows(name) for (name,) in named}))\n"
             "X"
         )
         drivers = self.lab.run(
-            f"for f in {DEVICES}/*; do echo ${{f##*/}} $(basename $(readlink $f/driver || echo -)); done"
+            f"for f in {DEVICES}/*; do "
+            "echo ${f##*/} $(basename $(readlink $f/driver || echo -)); done"
         )
         return Trace(
             drivers=dict(line.split() for line in drivers.splitlines()),
             groups=int(self.lab.run("ls /sys/kernel/iommu_groups | wc -l")),
-            agent_files=int(self.lab.run("ls /proc/$(pgrep -f '[c]li.agentd' | head -n 1)/fd | wc -l")),
+            agent_files=int(
+                self.lab.run("ls /proc/$(pgrep -f '[c]li.agentd' | head -n 1)/fd | wc -l")
+            ),
             libvirtd_files=int(self.lab.run("ls /proc/$(pidof libvirtd)/fd | wc -l")),
             journal_rows=json.loads(rows),
         )

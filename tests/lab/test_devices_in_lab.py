@@ -1,4 +1,4 @@
-"""PCIe functions for running KVM guests: the agent as operators use it, on a real kernel and libvirt.
+"""PCIe functions for running KVM guests: the agent as operators use it, on a real kernel.
 
 Each test leaves its guests without functions; under TCG a guest's start takes a minute.
 """
@@ -131,7 +131,9 @@ def test_a_victim_gives_its_nic_and_has_it_back(web: DeviceBed) -> None:
     assert len(web.hostdevs("batch") + web.hostdevs("batch2")) == 3
     web.assert_sound("web", "batch", "batch2")
     web.release(grant)
-    web.lab.wait("[ $(for g in batch batch2; do virsh -q dumpxml $g; done | grep -c '<hostdev ') -eq 4 ]")
+    web.lab.wait(
+        "[ $(for g in batch batch2; do virsh -q dumpxml $g; done | grep -c '<hostdev ') -eq 4 ]"
+    )
     web.assert_sound("web", "batch", "batch2")
     web.stop("batch")
     web.stop("batch2")
@@ -220,6 +222,6 @@ def test_a_fatal_error_of_the_port(web: DeviceBed) -> None:
     web.lab.fault("aer-fatal", "rp0")
     web.lab.wait("dmesg | grep -qiE 'AER.*(fatal|uncorrect)'")
     web.stop("web")
-    web.lab.wait("! virtfabric devices --json | grep -q '\"holder\": *\"web\"'", timeout_s=180)
+    web.lab.wait('! virtfabric devices --json | grep -q \'"holder": *"web"\'', timeout_s=180)
     function = web.functions()[address]
     assert function["quarantine"] or function["driver"] is None, function
