@@ -1,4 +1,4 @@
-"""`DeviceBed`: the agent in the passthrough lab, guests with ports, and what came of their functions.
+"""`DeviceBed`: the agent in the passthrough lab, guests with ports, and their functions.
 
 What the agent says is not believed: sysfs, virsh and the guests' own consoles are asked.
 """
