@@ -36,9 +36,11 @@ class IdleHandler:
 
 def main() -> int:
     """Runs the agent with idle handlers."""
-    if not hasattr(real, "libvirt_handlers"):
-        sys.exit("noop_agent: virtfabric.adapters.libvirt builds its handlers elsewhere now")
-    real.libvirt_handlers = lambda _host: tuple(IdleHandler(kind) for kind in STEP_TYPES)
+    idle = tuple(IdleHandler(kind) for kind in STEP_TYPES)
+    for name, handlers in (("libvirt_handlers", idle), ("pci_handlers", ())):
+        if not hasattr(real, name):
+            sys.exit(f"noop_agent: virtfabric.adapters.libvirt has no {name} now")
+        setattr(real, name, lambda *_where, handlers=handlers: handlers)
     return agentd.main()
 
 
