@@ -13,7 +13,7 @@ What the guest prints on its serial console, one line each:
     VFDEV gone net eth0
 
 VFREADY comes once, when hot-plug is served; VFSTAT then about every second. VFDEV comes with a
-NIC that was plugged in, which is up then and answers at the link-local IPv6 address of its MAC
+NIC that was plugged in (before or after VFREADY), which is up then and answers at the link-local IPv6 address of its MAC
 address; with an NVMe disk, whose first 256 KiB were written and read past every cache (MD5); and
 when either goes.
 """
@@ -73,6 +73,13 @@ while read -r module; do insmod "/modules/$module"; done < /modules/order
 # CPUs that come are brought online by the event, never by a loop: a loop would also bring back the
 # one that is just being taken away.
 uevent /uevent > /dev/null 2>&1 &
+# What was plugged in before anybody listened, once more. Netlink's 15 is uevents; 0 the kernel.
+until awk '$2 == 15 && $3 > 0 {found = 1} END {exit !found}' /proc/net/netlink; do
+  sleep 0.1
+done
+for event in /sys/class/net/*/uevent /sys/block/nvme*/uevent; do
+  [ ! -e "$event" ] || echo add > "$event"
+done
 read -r up rest < /proc/uptime
 echo VFREADY
 while :; do
@@ -101,7 +108,7 @@ try_disk() {
 }
 case $ACTION:$SUBSYSTEM:$DEVPATH in
   add:cpu:*) echo 1 > "/sys$DEVPATH/online" ;;
-  add:net:*/virtio*) ;;
+  add:net:*/virtio*|add:net:/devices/virtual/*) ;;
   add:net:*) ip link set "$INTERFACE" up; tell net "$INTERFACE" "$(cat "/sys$DEVPATH/address")" ;;
   add:block:*/nvme*n[0-9]) try_disk ;;
   remove:net:*) tell gone net "$INTERFACE" ;;
