@@ -64,5 +64,8 @@ def bring_up(topology: str) -> Iterator[RunningLab]:
         assert done.returncode == 0, done.stderr
         yield RunningLab(name)
     finally:
+        # pytest shows this beside a failure; a lab that died has said why here
+        print(lab_command("console", "--log", name).stdout[-6000:])
+        print(lab_command("status", name).stdout)
         gone = lab_command("down", name)
         assert gone.returncode == 0, gone.stderr
