@@ -40,7 +40,10 @@ _MEMORY_DEVICE = re.compile(r"<memory model=.*?</memory>", re.DOTALL)
 
 @dataclass(frozen=True)
 class Trace:
-    """What must be the same before and after functions came and went."""
+    """What must be the same before and after functions came and went.
+
+    Of the journal: the books and what is open. Ended transactions stay, up to 10,000.
+    """
 
     drivers: dict[str, str]
     groups: int
@@ -97,6 +100,12 @@ class DeviceBed:
         """End a grant."""
         self.ask(f"release {grant}")
 
+    def cycle(self, guest: str, capability: str, rounds: int) -> None:
+        """Grants and releases, one after the other."""
+        script = "/opt/virtfabric/checkout/tests/lab/cycle.py"
+        words = f"virtfabric-python {script} {guest} {capability} {rounds}"
+        self.lab.run(f"{words} 2>&1", timeout_s=120 + 60 * rounds)
+
     def functions(self) -> dict[str, Any]:
         """By address, as `virtfabric devices` has them."""
         return {row["address"]: row for row in self.ask("devices")}
@@ -124,6 +133,7 @@ class DeviceBed:
         xml = xml.replace("guest-console", f"{name}-console")
         xml = _MEMORY_DEVICE.sub("", xml)
         xml = re.sub(r"<maxMemory.*?</maxMemory>", "", xml)
+        self.lab.run(f"virsh -q undefine {name} 2> /dev/null", code=None)
         self.lab.run(f"cat > /tmp/{name}.xml <<'X'\n{xml}\nX\nvirsh -q define /tmp/{name}.xml")
 
     def boot(self, name: str) -> None:
@@ -132,8 +142,9 @@ class DeviceBed:
         self.lab.wait(f"grep -aqs VFREADY {console(name)}", timeout_s=300)
 
     def stop(self, name: str) -> None:
-        """Off, by force."""
-        self.lab.run(f"virsh -q destroy {name}", timeout_s=200)
+        """Off, by force; QEMU may take long to let go of a function behind a dead link."""
+        self.lab.run(f"virsh -q destroy {name}", timeout_s=200, code=None)
+        self.lab.wait(f"! virsh -q list --name | grep -qx {name}", timeout_s=300)
 
     def await_told(self, guest: str, pattern: str, *, count: int = 1) -> str:
         """The last VFDEV line of this form on the guest's console, once there are so many."""
@@ -196,9 +207,11 @@ class DeviceBed:
             "import sqlite3, json\n"
             "db = sqlite3.connect('file:/var/lib/virtfabric/journal.db?mode=ro', uri=True)\n"
             "named = db.execute('select name from sqlite_master where type=\"table\"').fetchall()\n"
-            "def rows(name):\n"
-            "    return db.execute(f'select count(*) from {name}').fetchone()[0]\n"
-            "print(json.dumps({name: rows(name) for (name,) in named}))\n"
+            "tables = {name for (name,) in named} - {'txn', 'step'}\n"
+            "tables.add('txn where state = \"open\"')\n"
+            "def rows(table):\n"
+            "    return db.execute(f'select count(*) from {table}').fetchone()[0]\n"
+            "print(json.dumps({table: rows(table) for table in tables}))\n"
             "X"
         )
         drivers = self.lab.run(

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
     from running_lab import RunningLab
 
-CYCLES = int(os.environ.get("VIRTFABRIC_CYCLES", "10"))
+CYCLES = int(os.environ.get("VIRTFABRIC_CYCLES", "20"))
 NEAR_0 = {"0000:01:10.0", "0000:01:10.2"}
 NEAR_1 = {"0000:51:10.0", "0000:51:10.2"}
 NVME_VFS = {"0000:52:00.1", "0000:52:00.2"}
@@ -191,10 +191,9 @@ def test_qemu_is_killed(web: DeviceBed) -> None:
 
 
 def test_nothing_leaks(web: DeviceBed) -> None:
-    web.release(web.allocate("web", "net.vf"))
+    web.cycle("web", "net.vf", 2)
     before = web.trace()
-    for _ in range(CYCLES):
-        web.release(web.allocate("web", "net.vf"))
+    web.cycle("web", "net.vf", CYCLES)
     after = web.trace()
     assert after.drivers == before.drivers
     assert after.groups == before.groups
