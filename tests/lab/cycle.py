@@ -27,7 +27,7 @@ async def _job(client: AgentClient, method: str, *words: Any) -> dict[str, Any]:
 async def _cycle(guest: str, capability: str, rounds: int) -> None:
     async with AgentClient.connected(None) as client:
         for _ in range(rounds):
-            done = await _job(client, "Allocate", guest, {"devices": {capability: "+1"}})
+            done = await _job(client, "Allocate", guest, {capability: "1", "deadline": "300"})
             await _job(client, "Release", done["result"]["grant"])
 
 
