@@ -129,7 +129,7 @@ def after_plan(
         at: UNIX seconds.
     """
     books = with_functions(books, plan.functions)
-    ways_back = {f.address: f.found for h in before.holdings.values() for f in h.functions}
+    ways_back = {f.address: f.found for h in before.holdings.values() for f in h.claims}
     for step, why in skipped:
         if isinstance(step, ResetFunction | BindDriver | SetUpVf):
             found = ways_back.get(step.address)
@@ -171,7 +171,21 @@ def abandoned(books: Books, guest: GuestId, why: str, at: float) -> Books:
     holding = books.holdings.get(guest)
     for function in holding.functions if holding else ():
         books = quarantined(books, function.address, why, at, function.found)
-    return books
+    return unnamed(books, guest, why, at)
+
+
+def unnamed(books: Books, guest: GuestId, why: str, at: float) -> Books:
+    """What the guest's XML names is no claim any more; what was bound for it has the way back.
+
+    Not what libvirt bound (managed='yes'): it gives that back itself.
+    """
+    holding = books.holdings.get(guest)
+    if holding is None or not holding.named:
+        return books
+    for function in holding.named:
+        if function.found.driver is not None:
+            books = quarantined(books, function.address, why, at, function.found)
+    return replace(books, holdings=books.holdings | {guest: replace(holding, named=())})
 
 
 def departed(books: Books, guest: GuestId, why: str, at: float) -> Books:

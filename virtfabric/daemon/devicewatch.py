@@ -231,12 +231,12 @@ class DeviceWatch:
         state = self._observatory.guest(guest)
         holding = self._ledger.view().books.holdings.get(guest)
         topic = f"paused {guest}"
-        if state is None or holding is None or not holding.functions or not state.halted:
+        if state is None or holding is None or not holding.claims or not state.halted:
             self._notices.settle(topic)
             return
-        functions = ", ".join(f.address for f in holding.functions)
+        functions = ", ".join(f.address for f in holding.claims)
         self._audit.append(
-            "device.guest-halted", [guest, *(f.address for f in holding.functions)],
+            "device.guest-halted", [guest, *(f.address for f in holding.claims)],
             {"guest": guest, "name": state.name, "functions": functions},
         )  # fmt: skip
         self._notices.alert(

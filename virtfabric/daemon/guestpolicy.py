@@ -10,6 +10,7 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from virtfabric.daemon.custody import unnamed
 from virtfabric.daemon.intake import parse_policy_changes
 from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.domxml.policy import format_bare_policy, format_policy
@@ -165,7 +166,7 @@ class PolicyDesk:
 
     def _lift(self, guest: GuestState, progress: Progress) -> Json:
         request = new_request()
-        now = self._clock.now()
+        now, why = self._clock.now(), f"{guest.name} became unmanaged while it had it"
 
         def place(snapshot: HostSnapshot, _: Decision | None) -> Plan | Refusal:
             return _writing(plan_lift(snapshot, guest.uuid, request), snapshot, guest.uuid, "")
@@ -174,7 +175,9 @@ class PolicyDesk:
             request,
             f"lift of {guest.name}",
             place,
-            settle_books=lambda books: depart(books, guest.uuid, now),
+            settle_books=lambda books: depart(
+                unnamed(books, guest.uuid, why, now), guest.uuid, now
+            ),
             body={"guest": guest.uuid, "name": guest.name},
         )
         outcome = self._conductor.conduct(work, progress)

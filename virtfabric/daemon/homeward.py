@@ -63,7 +63,7 @@ def user_of(snapshot: HostSnapshot, entry: Quarantine) -> str:
     """The guest that has a function, by the books or in its live machine; empty for none."""
     for uuid, guest in snapshot.guests.items():
         holding = snapshot.books.holdings.get(uuid)
-        held = {f.address for f in holding.functions} if holding else set()
+        held = {f.address for f in holding.claims} if holding else set()
         live = {d.address for d in guest.devices} if guest.active else set()
         if entry.address in held | live:
             return guest.name

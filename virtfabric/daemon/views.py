@@ -112,13 +112,14 @@ def guest_view(snapshot: HostSnapshot, guest: GuestState) -> Json:
 def _devices_view(guest: GuestState, holding: Holding | None) -> list[Json]:
     """Functions that it holds, attached or not, and those that somebody else attached."""
     held = {f.address: f.capability for f in holding.functions} if holding else {}
+    named = {f.address for f in holding.named} if holding else set()
     live = {d.address: d for d in guest.devices} if guest.active else {}
     return [
         {
             "address": address, "capability": held.get(address), "attached": address in live,
             "ours": address in held,
         }
-        for address in sorted({*held, *live}, key=lambda a: a.parts)
+        for address in sorted({*held, *named, *live}, key=lambda a: a.parts)
     ]  # fmt: skip
 
 

@@ -206,7 +206,7 @@ class _Origins:
         self.found: dict[PciAddress, Found] = {}
         self.drivers: dict[PciAddress, str] = {}
         for holding in stock.snapshot.books.holdings.values():
-            for held in holding.functions:
+            for held in holding.claims:
                 self.found[held.address] = held.found
                 self.drivers |= dict(held.found.siblings)
         own = {a: f.driver for a, f in self.found.items() if f.driver is not None}

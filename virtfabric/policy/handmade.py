@@ -152,8 +152,7 @@ def _uses(function: PciFunction) -> str:
 def _holder(snapshot: HostSnapshot, guest: GuestId, address: PciAddress) -> str:
     """Name of another guest that has a function, by the books or by its live XML; "" for none."""
     for other, holding in snapshot.books.holdings.items():
-        held = (*holding.functions, *holding.named)
-        if other != guest and any(f.address == address for f in held):
+        if other != guest and any(f.address == address for f in holding.claims):
             state = snapshot.guests.get(other)
             return state.name if state else str(other)
     for state in snapshot.guests.values():

@@ -58,7 +58,7 @@ class Stock:
     def holders(self) -> dict[PciAddress, GuestId]:
         """Who holds what by the books, as granted or as named in its own XML."""
         holdings = self.snapshot.books.holdings
-        return {f.address: g for g, h in holdings.items() for f in (*h.functions, *h.named)}
+        return {f.address: g for g, h in holdings.items() for f in h.claims}
 
     @cached_property
     def strangers(self) -> dict[PciAddress, str]:
