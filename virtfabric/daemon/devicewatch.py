@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.observatory import Observatory
     from virtfabric.daemon.undertaking import Caps
     from virtfabric.model.decision import Decision
-    from virtfabric.model.device import HeldFunction, PciAddress, Quarantine
+    from virtfabric.model.device import Found, HeldFunction, PciAddress, Quarantine
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import Books, HostSnapshot
@@ -126,17 +126,23 @@ class DeviceWatch:
     def _vanished(self, guest: GuestId, address: PciAddress) -> None:
         self._await_plans(guest)
         self._observatory.refresh_devices()
+        self._observatory.refresh([guest])
         if address not in self._observatory.devices.functions:
             self._lose(guest, address, "it is gone from the host", doubtful=False)
 
     def _return_strays(self) -> None:
-        """What is bound for guests, has a way back and no guest goes home; tried once each."""
+        """What is bound for guests, has a way back and no guest goes home; tried once each.
+
+        Of what is gone from the host, only what was done around it.
+        """
         snapshot = self._observatory.snapshot()
         for address, entry in snapshot.books.quarantine.items():
-            function = snapshot.devices.functions.get(address)
-            bound = function is not None and function.driver == VFIO_PCI
-            stray = bound and entry.found.driver is not None and not user_of(snapshot, entry)
-            if stray and address not in self._tried:
+            function, found = snapshot.devices.functions.get(address), entry.found
+            if function is None:
+                stray = _has_surroundings(found)
+            else:
+                stray = function.driver == VFIO_PCI and found.driver is not None
+            if stray and address not in self._tried and not user_of(snapshot, entry):
                 self._send_home(entry)
 
     # -- functions that left their guest -----------------------------------------------------
@@ -146,7 +152,12 @@ class DeviceWatch:
         self._await_plans(guest)
         self._observatory.refresh([guest])
         state = self._observatory.guest(guest)
-        holding = self._ledger.view().books.holdings.get(guest)
+        books = self._ledger.view().books
+        for address in books.quarantine:
+            if alias_of(address) == alias:
+                self._tried.discard(address)
+                self.satisfy_soon()
+        holding = books.holdings.get(guest)
         attached = {d.address for d in state.devices} if state else set()
         for function in holding.functions if holding else ():
             gone = alias_of(function.address) == alias and function.address not in attached
@@ -156,17 +167,18 @@ class DeviceWatch:
         self._settle_residues(guest)
 
     def _lose(self, guest: GuestId, address: PciAddress, why: str, *, doubtful: bool) -> None:
-        """Take a function out of a guest's holding; in quarantine first, if in doubt."""
+        """Take a function out of a guest's holding; in quarantine first, if it has a way back."""
         holding = self._ledger.view().books.holdings.get(guest)
         held = {f.address: f for f in holding.functions} if holding else {}
         function = held.get(address)
         if function is None:
             return
         now = self._clock.now()
+        homeless = doubtful or _has_surroundings(function.found)
 
         def change(books: Books) -> Books:
             books = forfeited(books, guest, function, now)
-            if doubtful:
+            if homeless:
                 books = quarantined(books, address, why, now, function.found)
             return books
 
@@ -323,3 +335,8 @@ class DeviceWatch:
         except VirtfabricError as error:
             log.error("%s of %s cannot be recorded: %s", kind, entry.address, error)
         self._notices.publish(kind, body)
+
+
+def _has_surroundings(found: Found) -> bool:
+    """Whether anything beside the function itself was prepared for its guest: port, group."""
+    return found.port is not None or bool(found.siblings)

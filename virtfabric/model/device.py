@@ -139,6 +139,8 @@ class PciFunction:
         interfaces: names of its network interfaces and block devices, for people.
         settings: of a VF of a NIC, what its PF keeps for it now: what a plan puts back; None
             where no PF keeps any.
+        limit: of a port, MT/s that the link below it is held to, though both ends can do more; 0
+            for no limit, None where that is not told.
     """
 
     address: PciAddress
@@ -163,6 +165,7 @@ class PciFunction:
     uses: tuple[HostUse, ...] = ()
     interfaces: tuple[str, ...] = ()
     settings: VfSettings | None = None
+    limit: int | None = None
 
     @property
     def ids(self) -> str:

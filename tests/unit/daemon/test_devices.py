@@ -16,6 +16,7 @@ from virtfabric.model.device import (
     DevicePool,
     Match,
     PciAddress,
+    PciFunction,
     VfSettings,
     device_key,
 )
@@ -96,7 +97,7 @@ def kinds(world, subject):
 def test_a_guest_gets_a_function_and_gives_it_back(world):
     before = world.frozen()
     job = allocate(world, "web")
-    assert job["state"] == "done", job
+    assert job["state"] == "done", job["error"]
     assert job["result"]["delta"] == {"device:net.vf": 1}
     [address] = world.functions_of("web")
     assert held(world, "web") == [address]
@@ -188,7 +189,7 @@ def test_a_higher_priority_takes_what_may_be_taken_and_it_goes_home(build):
     world.settle()
     assert len(world.functions_of("batch")) == 4
     job = allocate(world, "database")
-    assert job["state"] == "done", job
+    assert job["state"] == "done", job["error"]
     assert len(world.functions_of("batch")) == 3
     [address] = world.functions_of("database")
     assert address not in world.functions_of("batch")
@@ -293,7 +294,7 @@ def test_it_stays_in_quarantine_where_it_cannot_be_reset(world):
     assert allocate(world, "database", want="4")["state"] == "refused"
 
     job = world.finish(world.agent.device_release(aw.ROOT, address)["job"])
-    assert job["state"] == "done", job
+    assert job["state"] == "done", job["error"]
     world.settle()
     assert quarantine(world) == {}
     assert drivers(world)[address] is None
@@ -317,6 +318,36 @@ def test_a_function_taken_out_of_the_host_is_out_of_the_books(world):
     [grant] = world.agent.grants(aw.ROOT)
     assert grant["amounts"] == {"device:net.vf": 1}
     assert any(f"web lost {lost}" in a for a in alerts(world))
+
+
+@pytest.mark.parametrize("first", ["guest", "host", "host long before"])
+def test_what_was_done_around_a_function_that_vanished_is_taken_back(build, first):
+    """The limit of its link, and the drivers of its group."""
+    port, mate = PciAddress("0000:00:10.2"), PciAddress("0000:03:00.1")
+    sibling = SimulatedFunction(PciFunction(mate, driver="snd", group=11, parent=port))
+    pools = replace(ACCELERATOR, link_speed=2500), DevicePool("audio.hda", Match(frozenset({mate})))
+    world = build(pools=pools, functions=(*small_devices(), sibling))
+    job = allocate(world, "web", "crypto.aes")
+    assert job["state"] == "done", job["error"]
+    ports = world.host.devices.read_functions
+    assert (ports()[port].limit, drivers(world)[mate]) == (2500, VFIO_PCI)
+    if first == "guest":
+        world.host.remove_function(CRYPTO)
+    elif first == "host":
+        world.host.devices.remove(CRYPTO)
+        world.host.let_go(aw.uuid_of(50), CRYPTO)
+    else:
+        world.host.devices.remove(CRYPTO)
+        world.settle()
+        assert any(f"{CRYPTO} is in quarantine: it is gone" in a for a in alerts(world))
+        assert drivers(world)[mate] == VFIO_PCI, "QEMU has the group still"
+        world.host.let_go(aw.uuid_of(50), CRYPTO)
+    world.settle()
+    assert held(world, "web") == []
+    assert world.functions_of("web") == []
+    assert (ports()[port].limit, drivers(world)[mate]) == (0, "snd")
+    assert quarantine(world) == {}
+    assert not any("quarantine" in a for a in alerts(world))
 
 
 def test_a_function_that_vanished_while_the_agent_was_away(world):
@@ -365,7 +396,7 @@ def test_a_victim_that_keeps_its_function_is_replaced_by_another(build):
     world.settle()
     world.host.faults.keeps_functions.add(aw.uuid_of(10))
     job = allocate(world, "database")
-    assert job["state"] == "done", job
+    assert job["state"] == "done", job["error"]
     assert [len(world.functions_of(n)) for n in ("batch", "web", "database")] == [2, 1, 1]
 
 

@@ -394,6 +394,53 @@ def test_the_link_of_a_function_that_vanished_is_still_limited_for_the_next():
     assert world.host.links == {at(29): 8000}
 
 
+def test_a_limit_does_not_outlive_a_function_that_was_pulled_and_put_back():
+    """It is in quarantine and not prepared any more when its guest goes: seeds of lives."""
+    world = World.of(inventory_of(disk(1)), device_guest(1))
+    allocate(world, A, nvme=1)
+    world.vanish(at(1))
+    world.books.quarantine[at(1)] = Quarantine(at(1), "why", "how", 0.0)
+    world.reappear(at(1))
+    world.stop(A)
+    plan, _ = world.commit(choose_departure(world.snapshot(), A, REQUEST))
+    assert words(plan) == [f"LimitLink {at(29)} 8000>0"]
+    assert world.host.links == {at(29): 0}
+
+
+def test_a_limit_that_is_there_is_neither_set_again_nor_taken_for_none():
+    world = World.of(inventory_of(disk(1)), device_guest(1))
+    world.host.links[at(29)] = 8000
+    plan, grant = allocate(world, A, nvme=1)
+    assert not any(isinstance(step, LimitLink) for step in plan.steps)
+    world.commit(choose_release(world.snapshot(), REQUEST, grant), grant)
+    world.host.links[at(29)] = 2500
+    plan, _ = allocate(world, A, nvme=1)
+    assert f"LimitLink {at(29)} 2500>8000" in words(plan)
+
+
+def test_where_no_port_tells_its_limit_the_first_sets_it_and_the_last_lifts_it():
+    world = World.of(inventory_of(disk(1), disk(2)), device_guest(1), device_guest(2))
+
+    def blind(snapshot):
+        functions = {a: replace(f, limit=None) for a, f in snapshot.devices.functions.items()}
+        return replace(snapshot, devices=replace(snapshot.devices, functions=functions))
+
+    limits = []
+    for guest in (A, B):
+        decision = decided(choose_allocation(blind(world.snapshot()), ask_for(guest, nvme=1)))
+        plan = plan_decision(blind(world.snapshot()), decision)
+        limits.append([w for w in words(plan) if "Limit" in w])
+        world.commit(decision)
+    assert limits == [[f"LimitLink {at(29)} 0>8000"], []]
+    for guest, gone in ((A, []), (B, [f"LimitLink {at(29)} 8000>0"])):
+        world.stop(guest)
+        decision = choose_departure(blind(world.snapshot()), guest, REQUEST)
+        plan = plan_decision(blind(world.snapshot()), decision)
+        assert [w for w in words(plan) if "Limit" in w] == gone
+        world.commit(decision)
+        world.departed(guest)
+
+
 @pytest.mark.parametrize("grabbed", [1, 2])
 def test_what_somebody_attached_by_hand_meanwhile_is_neither_reset_nor_unbound(grabbed):
     """A guest holds one of a group; a stranger has it, or its sibling, when the guest goes."""
