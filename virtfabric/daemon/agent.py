@@ -45,6 +45,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.ids import GrantId, GuestId, JobId
+    from virtfabric.model.policy import GuestPolicy
 
     Json = dict[str, Any]
 
@@ -360,6 +361,21 @@ class Agent:
     def policy_set(self, caller: Caller, guest: str, changes: Mapping[str, str]) -> Json:
         """See `AgentApi`."""
         about = {"guest": guest, "changes": dict(changes)}
+        state, policy = self._prepare_policy(caller, guest, changes)
+        notes = self._ports.warn(state, policy)
+        answer = self._desk.set(state, policy, uid=caller.uid) | {"notes": notes}
+        self._world.audit.append("policy.set", [state.uuid], about | {"by": str(caller.principal)})
+        return answer
+
+    def policy_plan(self, caller: Caller, guest: str, changes: Mapping[str, str]) -> Json:
+        """See `AgentApi`."""
+        state, policy = self._prepare_policy(caller, guest, changes)
+        return self._desk.preview(state, policy) | {"notes": self._ports.warn(state, policy)}
+
+    def _prepare_policy(
+        self, caller: Caller, guest: str, changes: Mapping[str, str]
+    ) -> tuple[GuestState, GuestPolicy]:
+        about = {"guest": guest, "changes": dict(changes)}
         self._require(caller, Action.POLICY, **about)
         state = self._allocation.find(guest)
         policy = self._desk.prepare(state, changes)
@@ -368,10 +384,7 @@ class Agent:
         except RefusedError as error:
             self._denied(caller, error, about)
             raise
-        notes = self._ports.warn(state, policy)
-        answer = self._desk.set(state, policy, uid=caller.uid) | {"notes": notes}
-        self._world.audit.append("policy.set", [state.uuid], about | {"by": str(caller.principal)})
-        return answer
+        return state, policy
 
     def policy_clear(self, caller: Caller, guest: str) -> Json:
         """See `AgentApi`."""

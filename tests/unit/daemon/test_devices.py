@@ -424,6 +424,68 @@ def test_an_attach_that_cannot_be_undone_is_a_residue_and_in_quarantine(world):
     assert world.frozen() == before
 
 
+# -- asked for in a policy ----------------------------------------------------------------------
+
+
+def set_policy(world, guest, **devices):
+    changes = {f"device:{name.replace('_', '.')}": text for name, text in devices.items()}
+    answer = world.agent.policy_set(aw.ROOT, guest, changes)
+    job = world.finish(answer["job"])
+    world.settle()
+    return job
+
+
+def wishes(world, guest):
+    return list(world.spec(guest).policy.devices)
+
+
+def test_policy_set_asks_for_functions_and_gives_back_what_is_above(world):
+    assert set_policy(world, "web", net_vf="2:reclaimable", crypto_aes="1")["state"] == "done"
+    assert wishes(world, "web") == [LENT, DevicePolicy("crypto.aes")]
+    assert len(held(world, "web")) == 3
+    set_policy(world, "web", net_vf="1")
+    assert wishes(world, "web")[0] == DevicePolicy("net.vf", 1, reclaimable=True)
+    assert len(world.functions_of("web")) == len(held(world, "web")) == 2
+    set_policy(world, "web", net_vf="kept")
+    assert wishes(world, "web")[0] == DevicePolicy("net.vf", 1)
+    set_policy(world, "web", net_vf="0", crypto_aes="0")
+    assert (wishes(world, "web"), world.functions_of("web")) == ([], [])
+    assert set(drivers(world).values()).isdisjoint({VFIO_PCI})
+
+
+def test_what_was_granted_outlives_the_wish(world):
+    assert allocate(world, "web")["state"] == "done"
+    set_policy(world, "web", net_vf="2")
+    assert len(held(world, "web")) == 2
+    set_policy(world, "web", net_vf="0")
+    assert len(held(world, "web")) == 1
+
+
+def test_a_dry_run_of_a_policy_changes_nothing(world):
+    set_policy(world, "web", net_vf="1")
+    [address] = held(world, "web")
+    before, audited = world.frozen(), len(world.agent.audit(aw.ROOT, 0, ""))
+    answer = world.agent.policy_plan(aw.ROOT, "web", {"device:net.vf": "0", "priority": "51"})
+    assert (answer["policy"]["devices"], answer["policy"]["priority"]) == ((), 51)
+    texts = [step["text"] for step in answer["plan"]["steps"]]
+    assert f"web: detach {address}" in texts
+    assert answer["plan"]["decision"]["delta"] == {"device:net.vf": -1}
+    assert world.frozen() == before
+    assert (held(world, "web"), len(world.agent.audit(aw.ROOT, 0, ""))) == ([address], audited)
+    world.host.stop_guest(aw.uuid_of(50))
+    world.settle()
+    assert world.agent.policy_plan(aw.ROOT, "web", {"device:net.vf": "0"})["plan"] is None
+
+
+def test_one_that_is_not_let_go_leaves_the_policy_as_it_was(world):
+    set_policy(world, "web", net_vf="1")
+    world.host.faults.keeps_functions.add(aw.uuid_of(50))
+    job = set_policy(world, "web", net_vf="0")
+    assert (job["state"], job["error"]["reason"]) == ("refused", "guest-uncooperative")
+    assert wishes(world, "web") == [WISH]
+    assert len(held(world, "web")) == 1
+
+
 def test_a_reset_that_fails_after_a_release_is_quarantine(world):
     job = allocate(world, "web")
     [address] = world.functions_of("web")
