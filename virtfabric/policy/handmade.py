@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.device import VFIO_PCI, Found, HeldFunction
-from virtfabric.model.devicesteps import BindDriver
+from virtfabric.model.devicesteps import BindDriver, ResetFunction
 from virtfabric.model.errors import Reason, Refusal
+from virtfabric.policy.stock import functions_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -63,23 +64,32 @@ def plan_binding(snapshot: HostSnapshot, guest: GuestState) -> Binding | Refusal
     return Binding(tuple(steps), tuple(ready.values()))
 
 
-def plan_unbinding(snapshot: HostSnapshot, guest: GuestId, name: str) -> tuple[BindDriver, ...]:
-    """What brings the functions that a guest's XML named back to the drivers that they had."""
-    steps = []
-    for function in reversed(_named(snapshot, guest)):
-        if function.found.driver is None:
-            continue
-        for address, driver in (
-            (function.address, function.found.driver),
-            *function.found.siblings,
-        ):
-            there = snapshot.devices.functions.get(address)
-            now = driver if there is None else there.driver or ""
-            if now != driver:
-                steps.append(
-                    BindDriver(guest=guest, name=name, address=address, before=now, after=driver)
-                )
-    return tuple(steps)
+def plan_unbinding(
+    snapshot: HostSnapshot, guest: GuestId, name: str
+) -> tuple[ResetFunction | BindDriver, ...]:
+    """What brings the functions that a guest's XML named back to the drivers that they had.
+
+    All are reset first: the host must not find anything of the guest. Of the guest's own granted
+    functions nothing is done: they go back as such, by its departure.
+    """
+    there = snapshot.devices.functions
+    bound = [f for f in reversed(_named(snapshot, guest)) if f.found.driver is not None]
+    resets = [
+        ResetFunction(guest=guest, name=name, address=function.address)
+        for function in bound
+        if function.address in there and there[function.address].driver == VFIO_PCI
+    ]
+    granted = {function.address for function in functions_of(snapshot, guest)}
+    homes: dict[PciAddress, str] = {}
+    for function in bound:
+        homes[function.address] = function.found.driver or ""
+        homes |= {a: driver for a, driver in function.found.siblings if a not in granted}
+    binds = [
+        BindDriver(guest=guest, name=name, address=address, before=now, after=driver)
+        for address, driver in homes.items()
+        if address in there and (now := there[address].driver or "") != driver
+    ]
+    return (*resets, *binds)
 
 
 def with_named(books: Books, guest: GuestId, named: tuple[HeldFunction, ...]) -> Books:

@@ -9,6 +9,7 @@ import agent_world as aw
 import pytest
 
 from virtfabric.adapters.simulated.devices import SimulatedFunction
+from virtfabric.adapters.simulated.faults import Effect, Fault
 from virtfabric.model.device import (
     DevicePool,
     GuestDevice,
@@ -62,6 +63,31 @@ def test_bound_before_it_starts_and_given_back_when_it_ended(world: aw.AgentWorl
     world.host.stop_guest(DATABASE)
     world.settle()
     assert driver(world) == "ixgbe"
+
+
+def test_it_is_reset_before_the_host_has_it_again(world: aw.AgentWorld) -> None:
+    running(world)
+    assert world.host.devices.find(NIC).dirty
+    world.host.stop_guest(DATABASE)
+    world.settle()
+    assert not world.host.devices.find(NIC).dirty
+    records = world.agent.audit(aw.ROOT, 0, "")
+    title = "functions named by database go back"
+    steps = [
+        r["body"]["steps"] for r in records
+        if r["kind"] == "plan.committed" and r["body"]["title"] == title
+    ]  # fmt: skip
+    assert steps == [[f"database: reset {NIC}", f"database: {NIC} driver vfio-pci -> ixgbe"]]
+
+
+def test_a_reset_that_fails_is_quarantine(world: aw.AgentWorld) -> None:
+    running(world)
+    world.host.faults.add(Fault(Effect.FAIL, kind="reset-function"))
+    world.host.stop_guest(DATABASE)
+    world.settle()
+    assert "failed: database: reset" in shown(world)["quarantine"]["why"]
+    assert driver(world) == "ixgbe"
+    assert "is in quarantine" in prepare(world)
 
 
 def test_what_the_host_uses_is_refused_and_left_alone(world: aw.AgentWorld) -> None:
