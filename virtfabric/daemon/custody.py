@@ -21,12 +21,13 @@ from virtfabric.model.devicesteps import (
 )
 from virtfabric.model.ledger import Residue
 from virtfabric.model.plan import SetVcpuCount
+from virtfabric.policy.faults import find_faults
 from virtfabric.policy.loans import depart, settle
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
-    from virtfabric.model.device import HeldFunction, PciAddress
+    from virtfabric.model.device import DeviceInventory, HeldFunction, PciAddress
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import Books
     from virtfabric.model.plan import Plan
@@ -107,6 +108,22 @@ def quarantined(
         return books
     entry = Quarantine(address, why, remedy_for(address), at, found or Found())
     return replace(books, quarantine=books.quarantine | {address: entry})
+
+
+def condemned(books: Books, inventory: DeviceInventory, at: float) -> Books:
+    """With every function in quarantine that had a fatal error while a guest had it.
+
+    Also those that guests have still. Nothing but an operator's word lets them out.
+    """
+    found = dict(books.quarantine)
+    ways = {f.address: f.found for h in books.holdings.values() for f in h.claims}
+    for address, why in find_faults(books, inventory).items():
+        entry = found.get(address) or Quarantine(
+            address, why, remedy_for(address), at, ways[address]
+        )
+        if not entry.condemned:
+            found[address] = replace(entry, why=why, condemned=True)
+    return books if found == books.quarantine else replace(books, quarantine=found)
 
 
 def released(books: Books, address: PciAddress) -> Books:

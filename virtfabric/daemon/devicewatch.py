@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.daemon.api import JobState
-from virtfabric.daemon.custody import DEVICE, forfeited, quarantined
+from virtfabric.daemon.custody import DEVICE, condemned, forfeited, quarantined
 from virtfabric.daemon.homeward import homeward, user_of
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.model.device import VFIO_PCI, alias_of, device_key
@@ -113,8 +113,9 @@ class DeviceWatch:
         self._look()
 
     def _look(self) -> None:
-        """Read all functions anew; what guests held of those that are gone is lost."""
+        """Read all functions anew: some are gone from their guests, some had a fatal error."""
         self._observatory.refresh_devices()
+        self._condemn()
         there = self._observatory.devices.functions
         for guest, holding in self._ledger.view().books.holdings.items():
             for function in holding.functions:
@@ -122,6 +123,14 @@ class DeviceWatch:
                     lose = partial(self._vanished, guest, function.address)
                     self._errands.put(guest, lose)
         self._satisfy()
+
+    def _condemn(self) -> None:
+        books, inventory = self._ledger.view().books, self._observatory.devices
+        now = self._clock.now()
+        if condemned(books, inventory, now) != books:
+            self._ledger.commit(
+                None, lambda books: condemned(books, inventory, now), self._journal.store_books
+            )
 
     def _vanished(self, guest: GuestId, address: PciAddress) -> None:
         self._await_plans(guest)
@@ -209,9 +218,9 @@ class DeviceWatch:
         return pool is not None and pool.one_time_use
 
     def _send_home(self, entry: Quarantine) -> None:
-        """Where all of it is done and verified, its state is certain again."""
+        """Where all of it is done and verified, its state is certain again, if it is sane."""
         self._tried.add(entry.address)
-        lift = not self._is_for_one_use(entry.address)
+        lift = not (entry.condemned or self._is_for_one_use(entry.address))
         work = homeward(entry, "virtfabricd", lift=lift)
         job = self._conduct(work)
         job.ended.wait()
@@ -246,6 +255,7 @@ class DeviceWatch:
         if state is None or holding is None or not holding.claims or not state.halted:
             self._notices.settle(topic)
             return
+        self.look_soon()
         functions = ", ".join(f.address for f in holding.claims)
         self._audit.append(
             "device.guest-halted", [guest, *(f.address for f in holding.claims)],
@@ -317,8 +327,10 @@ class DeviceWatch:
         """An alert for each function in quarantine, an audit record for each that came or went."""
         with self._telling:
             found = self._ledger.view().books.quarantine
-            for address in found.keys() - self._quarantine.keys():
-                entry = found[address]
+            for address, entry in found.items():
+                known = self._quarantine.get(address)
+                if known is not None and known.why == entry.why:
+                    continue
                 self._record("device.quarantined", entry)
                 text = f"{address} is in quarantine: {entry.why}; {entry.remedy}"
                 self._notices.alert(f"quarantine {address}", text)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from virtfabric.model.device import Found, HeldFunction, VfSettings, capability_of, device_key
 from virtfabric.model.errors import Reason, Refusal
+from virtfabric.policy.faults import count_fatal
 from virtfabric.policy.functionoffers import Asker, make_function_offers
 from virtfabric.policy.nearness import memory_nodes, pullable_nodes
 from virtfabric.policy.pools import pool_of
@@ -223,6 +224,7 @@ class _Origins:
         return Found(
             self._driver(function), settings, self._siblings(inventory, held.address),
             port.address if port is not None and limit else None, limit or 0,
+            count_fatal(inventory, held.address),
         )  # fmt: skip
 
     def regrouped(self, held: HeldFunction) -> Found:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 from virtfabric.model.device import VFIO_PCI, Found, HeldFunction
 from virtfabric.model.devicesteps import BindDriver, ResetFunction
 from virtfabric.model.errors import Reason, Refusal
+from virtfabric.policy.faults import count_fatal
 from virtfabric.policy.stock import functions_of
 
 if TYPE_CHECKING:
@@ -53,7 +54,8 @@ def plan_binding(snapshot: HostSnapshot, guest: GuestState) -> Binding | Refusal
         if refusal is not None:
             return refusal
         known = held.get(device.address)
-        found = Found() if known is None else known.found
+        found = Found(fatal_errors=count_fatal(snapshot.devices, device.address))
+        found = found if known is None else known.found
         if not device.managed:
             moved = {step.address for step in steps}
             own, siblings = _to_bind(snapshot, guest, device.address, moved)
@@ -213,4 +215,6 @@ def _way_back(found: Found, own: list[PciFunction], siblings: list[PciFunction])
     """Of a function that an operator bound to vfio-pci before, that is where it goes back to."""
     driver = (own[0].driver or "") if own else found.driver
     drivers = dict(found.siblings) | {one.address: one.driver or "" for one in siblings}
-    return Found(VFIO_PCI if driver is None else driver, siblings=tuple(drivers.items()))
+    return replace(
+        found, driver=VFIO_PCI if driver is None else driver, siblings=tuple(drivers.items())
+    )

@@ -145,6 +145,25 @@ def test_what_a_link_is_held_to(fake: FakeSys, space: bytes, limit: int | None) 
     assert found[PORT].limit == limit
 
 
+FATAL = "Undefined 0\nDLP {}\nSDES 0\nTOTAL_ERR_FATAL {}"
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ({}, None),
+        ({"aer_dev_fatal": FATAL.format(0, 0)}, 0),
+        ({"aer_dev_fatal": FATAL.format(1, 2)}, 2),
+        ({"aer_dev_fatal": FATAL.format(1, 1), "aer_rootport_total_err_fatal": "3"}, 4),
+        ({"aer_rootport_total_err_fatal": "3"}, 3),
+        ({"aer_dev_fatal": ""}, None),
+    ],
+)
+def test_fatal_errors(fake: FakeSys, files: dict[str, str], count: int | None) -> None:
+    fake.port(PORT, **files)
+    assert fake.read()[PORT].fatal_errors == count
+
+
 def test_nothing_but_a_port_is_held_to_anything(fake: FakeSys) -> None:
     space = bytearray(express(1))
     space[0x0E] = 0
@@ -253,6 +272,7 @@ def test_uses_are_those_of_the_moment(fake: FakeSys) -> None:
         ("sriov_totalvfs", "many"),
         ("current_link_speed", "fast"),
         ("current_link_width", "wide"),
+        ("aer_dev_fatal", "TOTAL_ERR_FATAL many"),
         ("device", b"\xff\xfe"),
     ],
 )

@@ -133,6 +133,7 @@ def _read_function(read: Attributes, address: PciAddress, uses: HostUses) -> Pci
         uses=uses.of(address),
         interfaces=uses.interfaces_of(address),
         limit=configspace.parse_target_speed(config) if bridge else None,
+        fatal_errors=read.fatal_errors(),
     )
     # Asked last: one that goes away meanwhile answers "none" to some of the above.
     whole = None not in (vendor, device, class_code) and read.is_there()
