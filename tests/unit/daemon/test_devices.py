@@ -415,7 +415,7 @@ def test_an_attach_that_cannot_be_undone_is_a_residue_and_in_quarantine(world):
         world.agent.device_release(aw.ROOT, address)
 
     world.host.faults.clear()
-    world.agent._lifecycle.enqueue(world.agent._audit_host)
+    world.agent._lifecycle.enqueue(world.agent._rounds.look_over)
     world.settle()
     assert world.functions_of("web") == []
     assert world.guest("web")["residues"] == []
@@ -628,7 +628,7 @@ def test_a_guest_that_became_unmanaged_by_hand_keeps_its_function_in_quarantine(
     assert "became unmanaged" in quarantine(world)[address]
     assert allocate(world, "database", want="4")["state"] == "refused"
     world.host.stop_guest(aw.uuid_of(50))
-    world.agent._lifecycle.enqueue(world.agent._audit_host)
+    world.agent._lifecycle.enqueue(world.agent._rounds.look_over)
     world.settle()
     assert quarantine(world) == {}
     assert drivers(world)[address] is None
@@ -642,7 +642,7 @@ def test_a_departure_that_fails_leaves_the_functions_to_a_later_try(world):
     world.host.events.drain()
     assert world.agent._lifecycle._errands.drain(aw.DEADLINE_S)
     world.journal.failure = None
-    world.agent._lifecycle.enqueue(world.agent._audit_host)
+    world.agent._lifecycle.enqueue(world.agent._rounds.look_over)
     world.settle()
     assert held(world, "web") == []
     assert drivers(world)[address] is None

@@ -83,7 +83,7 @@ def test_given_back_it_waits_for_an_operator(world: aw.AgentWorld) -> None:
     count(world, CRYPTO_PORT)
     world.host.stop_guest(WEB)
     world.settle()
-    world.agent._lifecycle.enqueue(world.agent._audit_host)
+    world.agent._lifecycle.enqueue(world.agent._rounds.look_over)
     world.settle()
     assert drivers(world)[CRYPTO] is None, "with the host again"
     assert list(quarantine(world)) == [CRYPTO]

@@ -145,7 +145,7 @@ def test_one_that_becomes_unmanaged_keeps_it_and_the_way_back(
     assert entry["why"] == "database became unmanaged while it had it"
     assert driver(world) == "vfio-pci"
     world.host.stop_guest(DATABASE)
-    world.agent._lifecycle.enqueue(world.agent._audit_host)
+    world.agent._lifecycle.enqueue(world.agent._rounds.look_over)
     world.settle()
     assert driver(world) == "ixgbe"
     assert shown(world)["quarantine"] is None
