@@ -13,6 +13,7 @@ from virtfabric.daemon.intake import (
     parse_duration,
     parse_policy_changes,
     parse_want,
+    parse_wish,
 )
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.units import Bytes, MilliCpu
@@ -94,6 +95,17 @@ def _device(text: str) -> tuple[str, str]:
     return key, want
 
 
+def _wish(text: str) -> tuple[str, str]:
+    """`net.vf`, `net.vf:2`, `net.vf:2:reclaimable`, `net.vf:0`: key and value of a change.
+
+    A capability alone asks for one.
+    """
+    capability, _, wish = text.partition(":")
+    key, value = f"{DEVICE}{capability}", wish if ":" in text else "1"
+    parse_wish(key, value, None)
+    return key, value
+
+
 def _duration(text: str) -> str:
     parse_duration(text, field="")
     return text
@@ -131,4 +143,5 @@ def check_policy(changes: dict[str, str]) -> None:
 CPU_WANT: Final = _checked(_cpu)
 MEMORY_WANT: Final = _checked(_memory)
 DEVICE_WANT: Final = _checked(_device)
+DEVICE_WISH: Final = _checked(_wish)
 DURATION: Final = _checked(_duration)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.cli.arguments import check_policy
+from virtfabric.cli.arguments import DEVICE_WISH, check_policy
 from virtfabric.cli.screen import print_json, print_lines
 from virtfabric.cli.session import DONE, ask, await_job
-from virtfabric.cli.tables import outcome_lines, policy_lines
+from virtfabric.cli.tables import outcome_lines, plan_lines, policy_lines
 from virtfabric.model.policy import Admission, DriftAction, Placement, Smt
 
 if TYPE_CHECKING:
@@ -29,10 +29,30 @@ def _show(args: argparse.Namespace) -> int:
 
 def _set(args: argparse.Namespace) -> int:
     changes = {f: getattr(args, f) for f in _FIELDS if getattr(args, f) is not None}
-    if not changes:
-        args.parser.error(f"give at least one of {', '.join('--' + f for f in _FIELDS)}")
+    wishes = args.device or ()
+    if not changes and not wishes:
+        options = ", ".join(f"--{f}" for f in (*_FIELDS, "device"))
+        args.parser.error(f"give at least one of {options}")
+    if len(dict(wishes)) < len(wishes):
+        args.parser.error("one --device for each capability: net.vf:2, not net.vf twice")
+    changes |= dict(wishes)
     check_policy(changes)
+    if args.dry_run:
+        return _tell_plan(args, ask(args, "PlanPolicy", args.guest, changes))
     return _finish(args, ask(args, "SetPolicy", args.guest, changes))
+
+
+def _tell_plan(args: argparse.Namespace, answer: Json) -> int:
+    if args.json:
+        print_json(answer)
+        return DONE
+    print_lines(policy_lines(answer))
+    print_lines([f"note: {text}" for text in answer["notes"]])
+    if answer["plan"] is None:
+        print_lines([f"{answer['name']} does not run: its metadata alone would be written"])
+    else:
+        print_lines(plan_lines(answer["name"], answer["plan"]))
+    return DONE
 
 
 def _clear(args: argparse.Namespace) -> int:
@@ -57,13 +77,19 @@ def _add_set(actions: Any) -> None:
         "set",
         help="change fields; what is not named stays",
         description="Change a guest's policy; a running guest follows at once.",
-        example="virtfabric policy set db --priority 90 --cpu 1:4 --memory 512M:4G",
+        example="virtfabric policy set db --priority 90 --cpu 1:4 --memory 512M:4G "
+        "--device net.vf:2:reclaimable",
     )
     parser.add_argument("guest", help="name or UUID")
     parser.add_argument("--priority", metavar="N", help="0 to 100; a higher one may reclaim")
     parser.add_argument("--cpu", metavar="RES:LIMIT", help="in CPUs, like 1:4 or 500m:2")
     parser.add_argument("--memory", metavar="RES:LIMIT", help="like 512M:4G")
     parser.add_argument("--shares", metavar="N", help="share of what is contended, 100 is normal")
+    parser.add_argument(
+        "--device", type=DEVICE_WISH, action="append", metavar="CAP[:N][:reclaimable|:kept]",
+        help="PCIe functions: net.vf (one), net.vf:2, net.vf:reclaimable (a higher priority may "
+        "take them), net.vf:kept, net.vf:0 (no more); may be repeated",
+    )  # fmt: skip
     for name, kind, text in (
         ("placement", Placement, "pCPUs of its own, or the shared pool"),
         ("smt", Smt, "what a dedicated guest wants of SMT siblings"),
@@ -71,6 +97,7 @@ def _add_set(actions: Any) -> None:
         ("drift", DriftAction, "what happens to changes made beside the agent"),
     ):
         parser.add_argument(f"--{name}", choices=[k.value for k in kind], help=text)
+    parser.add_argument("--dry-run", action="store_true", help="print the steps, change nothing")
     parser.set_defaults(run=_set, parser=parser)
 
 

@@ -1,17 +1,17 @@
 """The agent's facade: every request, from every edge, is authorised here and handed on.
 
-It owns the start (recover, reconcile), the periodic tick (residues, drift, telemetry)
-and the clean stop. It holds no policy of its own.
+It owns the start (recover, reconcile) and the clean stop. It holds no policy of its own.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any
 
 from virtfabric import __version__
 from virtfabric.daemon.allocation import Allocation
+from virtfabric.daemon.archive import Archive
 from virtfabric.daemon.authority import Action, Authority
 from virtfabric.daemon.conductor import Conductor
 from virtfabric.daemon.devicedesk import DeviceDesk
@@ -25,11 +25,10 @@ from virtfabric.daemon.notices import Notices
 from virtfabric.daemon.observatory import Observatory
 from virtfabric.daemon.portdesk import PortDesk
 from virtfabric.daemon.recovery import recover
-from virtfabric.daemon.story import tell
+from virtfabric.daemon.rounds import Rounds
 from virtfabric.daemon.vfcounts import make_vfs
 from virtfabric.daemon.views import grants_view, guests_view, host_view, loans_view
 from virtfabric.model.errors import (
-    HypervisorGoneError,
     InvalidValueError,
     Reason,
     Refusal,
@@ -44,14 +43,12 @@ if TYPE_CHECKING:
     from virtfabric.daemon.wiring import Settings, World
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
-    from virtfabric.model.ids import GrantId, GuestId, JobId
+    from virtfabric.model.ids import GrantId, JobId
+    from virtfabric.model.policy import GuestPolicy
 
     Json = dict[str, Any]
 
 log = logging.getLogger(__name__)
-
-TICK_END_S: Final = 2.0
-"""Longest wait at the stop for a tick: libvirt may hold its sample up while any hook runs."""
 
 
 class Agent:
@@ -104,13 +101,16 @@ class Agent:
             jobs=self._jobs, audit=world.audit, watch=self._lifecycle.devices,
         )  # fmt: skip
         self._ports = PortDesk(world.definitions, world.audit)
-        self._drift.repair_with(self._repair_guest)
+        self._archive = Archive(world.audit, self._observatory, self._jobs)
+        self._rounds = Rounds(
+            settings=lambda: self._settings, world=world, observatory=self._observatory,
+            ledger=self._ledger, conductor=self._conductor, lifecycle=self._lifecycle,
+            drift=self._drift, notices=self._notices,
+        )  # fmt: skip
+        self._drift.repair_with(self._rounds.repair)
         self._leases = LeaseWatch(self._ledger, clock, self._expire)
         self._stop = threading.Event()
-        self._ticker = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
         self._connected = False
-        self._telemetry: Mapping[str, float] = {}
-        self._stats: Mapping[GuestId, Mapping[str, int]] = {}
 
     # -- life -------------------------------------------------------------------------------
 
@@ -131,7 +131,7 @@ class Agent:
         self._world.audit.append("agent.started", [], {"version": __version__})
         self._drift.check()
         self._leases.start()
-        self._ticker.start()
+        self._rounds.start()
 
     def _make_vfs(self) -> None:
         make_vfs(self._world.vfs, self._settings.pools, self._notices, self._world.audit)
@@ -149,15 +149,13 @@ class Agent:
         if self._stop.is_set():
             return
         self._stop.set()
+        self._rounds.stop()
         self._leases.close()
         self._jobs.close()
         self._world.events.close()
         self._world.devices.close()
         self._lifecycle.close()
-        if self._ticker.is_alive():
-            self._ticker.join(TICK_END_S)
-            if self._ticker.is_alive():
-                log.warning("stopping without the last sample: libvirt does not answer")
+        self._rounds.close()
         try:
             self._world.audit.append("agent.stopped", [], {"version": __version__})
         except VirtfabricError as error:
@@ -175,53 +173,11 @@ class Agent:
         self._make_vfs()
         self._lifecycle.devices.look_soon()
 
-    # -- the tick ---------------------------------------------------------------------------
-
-    def _tick_forever(self) -> None:
-        clock = self._world.clock
-        drift_at = clock.monotonic() + self._settings.drift_interval_s
-        while not self._stop.wait(self._settings.sample_interval_s):
-            try:
-                self._tick()
-                if clock.monotonic() >= drift_at:
-                    drift_at = clock.monotonic() + self._settings.drift_interval_s
-                    self._lifecycle.enqueue(self._audit_host)
-            except HypervisorGoneError:
-                continue  # the event thread reconnects and says so
-            except VirtfabricError as error:
-                log.warning("tick: %s", error)
-
-    def _tick(self) -> None:
-        self._lifecycle.retry_detained()
-        self._telemetry = self._world.load.sample()
-        self._stats = self._world.stats.sample()
-
     def _expire(self, grant: GrantId) -> None:
         running = {j.title for j in self._jobs.all() if not j.ended.is_set()}
         if f"release of {grant}" not in running:
             log.info("the lease of %s ended", grant)
             self._allocation.release(grant, uid=0, by="lease")
-
-    def _audit_host(self) -> None:
-        """The periodic look: read all, settle what was missed, compare, retry residues."""
-        self._conductor.unfinished.finish()
-        self._lifecycle.resync()
-        self._lifecycle.devices.look_soon()
-        residual = {r.guest for r in self._ledger.view().books.residues}
-        for guest in residual - self._ledger.view().busy:
-            self._lifecycle.converge([guest], "retry of a residue")
-        self._drift.check()
-
-    def _repair_guest(self, guest: Any) -> None:
-        state = self._observatory.guest(guest)
-        job = self._lifecycle.converge([guest], f"repair of {state.name if state else guest}")
-        self._lifecycle.enqueue(lambda: self._after_repair(guest, job), guest)
-
-    def _after_repair(self, guest: Any, job: Any) -> None:
-        job.ended.wait()
-        body = {"guest": guest, "steps": (job.result or {}).get("steps", []), "error": job.error}
-        self._world.audit.append("drift.repaired", [guest], body)
-        self._notices.publish("drift.repaired", body)
 
     # -- authorisation ----------------------------------------------------------------------
 
@@ -254,12 +210,12 @@ class Agent:
     def host(self, caller: Caller) -> Json:
         """See `AgentApi`."""
         self._require(caller, Action.READ)
-        return host_view(self._observatory.snapshot()) | {"load": dict(self._telemetry)}
+        return host_view(self._observatory.snapshot()) | {"load": dict(self._rounds.telemetry)}
 
     def guests(self, caller: Caller) -> list[Json]:
         """See `AgentApi`."""
         self._require(caller, Action.READ)
-        stats = self._stats
+        stats = self._rounds.stats
         return [
             view | {"stats": dict(stats.get(view["uuid"], {}))}
             for view in guests_view(self._observatory.snapshot())
@@ -309,39 +265,17 @@ class Agent:
     def explain(self, caller: Caller, subject: str) -> Json:
         """See `AgentApi`."""
         self._require(caller, Action.AUDIT)
-        records = self._world.audit.read(subject=self._audit_subject(subject))
-        if not records:
-            raise RefusedError(Refusal(Reason.UNKNOWN_ID, f"nothing is recorded about {subject!r}"))
-        related = {r.sequence: r for r in records}
-        for request in {str(r.body["request"]) for r in records if r.body.get("request")}:
-            related |= {r.sequence: r for r in self._world.audit.read(subject=request)}
-        ordered = [related[n] for n in sorted(related)]
-        return {"subject": subject, "lines": tell(ordered), "records": [_json(r) for r in ordered]}
-
-    def _audit_subject(self, subject: str) -> str:
-        """A job is known by its request; a guest by its UUID."""
-        guest = self._observatory.find(subject)
-        if guest is not None:
-            return guest.uuid
-        for job in self._jobs.all():
-            if job.id == subject and job.result:
-                return str(job.result.get("request", subject))
-        return subject
+        return self._archive.explain(subject)
 
     def audit(self, caller: Caller, since: float, subject: str) -> list[Json]:
         """See `AgentApi`."""
         self._require(caller, Action.AUDIT)
-        chosen = self._audit_subject(subject) if subject else None
-        return [_json(r) for r in self._world.audit.read(since=since or None, subject=chosen)]
+        return self._archive.records(since, subject)
 
     def audit_verify(self, caller: Caller, head: str) -> Json:
         """See `AgentApi`."""
         self._require(caller, Action.AUDIT)
-        verdict = self._world.audit.verify(head or None)
-        return {
-            "whole": not verdict.problem, "records": verdict.records, "head": verdict.head,
-            "problem": verdict.problem,
-        }  # fmt: skip
+        return self._archive.verify(head)
 
     def drift(self, caller: Caller) -> list[Json]:
         """See `AgentApi`."""
@@ -360,6 +294,21 @@ class Agent:
     def policy_set(self, caller: Caller, guest: str, changes: Mapping[str, str]) -> Json:
         """See `AgentApi`."""
         about = {"guest": guest, "changes": dict(changes)}
+        state, policy = self._prepare_policy(caller, guest, changes)
+        notes = self._ports.warn(state, policy)
+        answer = self._desk.set(state, policy, uid=caller.uid) | {"notes": notes}
+        self._world.audit.append("policy.set", [state.uuid], about | {"by": str(caller.principal)})
+        return answer
+
+    def policy_plan(self, caller: Caller, guest: str, changes: Mapping[str, str]) -> Json:
+        """See `AgentApi`."""
+        state, policy = self._prepare_policy(caller, guest, changes)
+        return self._desk.preview(state, policy) | {"notes": self._ports.warn(state, policy)}
+
+    def _prepare_policy(
+        self, caller: Caller, guest: str, changes: Mapping[str, str]
+    ) -> tuple[GuestState, GuestPolicy]:
+        about = {"guest": guest, "changes": dict(changes)}
         self._require(caller, Action.POLICY, **about)
         state = self._allocation.find(guest)
         policy = self._desk.prepare(state, changes)
@@ -368,10 +317,7 @@ class Agent:
         except RefusedError as error:
             self._denied(caller, error, about)
             raise
-        notes = self._ports.warn(state, policy)
-        answer = self._desk.set(state, policy, uid=caller.uid) | {"notes": notes}
-        self._world.audit.append("policy.set", [state.uuid], about | {"by": str(caller.principal)})
-        return answer
+        return state, policy
 
     def policy_clear(self, caller: Caller, guest: str) -> Json:
         """See `AgentApi`."""
@@ -476,10 +422,3 @@ class Agent:
     def find_guest(self, name: str) -> GuestState | None:
         """A guest as last read, for local parts (marks of missed hooks)."""
         return self._observatory.find(name)
-
-
-def _json(record: Any) -> Json:
-    return {
-        "sequence": record.sequence, "at": record.at, "kind": record.kind,
-        "subjects": list(record.subjects), "body": dict(record.body), "mac": record.mac,
-    }  # fmt: skip

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.daemon.devicedesk import blast_view
 from virtfabric.daemon.intake import parse_request
 from virtfabric.daemon.undertaking import Undertaking, new_request
+from virtfabric.daemon.views import plan_view
 from virtfabric.model.amounts import CPU, MEMORY, Key
 from virtfabric.model.device import device_key
 from virtfabric.model.errors import Reason, Refusal, RefusedError
@@ -122,13 +122,7 @@ class Allocation:
             raise RefusedError(answer)
         snapshot, decision, plan = answer
         assert decision is not None
-        return {
-            "decision": decision.to_json(),
-            "steps": [{"text": str(s), "data": s.to_json()} for s in plan.steps],
-            "offers": [o.to_json() | {"text": o.why} for o in plan.offers],
-            "generation": plan.generation,
-            "devices": blast_view(snapshot, plan),
-        }
+        return plan_view(snapshot, decision, plan)
 
     def start(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
         """Start an allocation job; a repeated key answers with the first one.

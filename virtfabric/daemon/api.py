@@ -85,8 +85,14 @@ class AgentApi(Protocol):
         """Change policy fields.
 
         Keys as in the command: priority, cpu `1:4`, memory `512M:4G`, shares, placement, smt,
-        admission, drift. Returns the new policy, `notes` (sentences for a person) and, for a
-        running guest, `job`: its re-placement.
+        admission, drift, device:CAPABILITY `2:reclaimable|2|kept|0`. Returns the new policy,
+        `notes` (sentences for a person) and, for a running guest, `job`: its re-placement.
+        """
+
+    def policy_plan(self, caller: Caller, guest: str, changes: Mapping[str, str]) -> Json:
+        """`--dry-run` of `policy_set`: the new policy, `notes`, and `plan`, as `plan` answers it.
+
+        `plan` is None for a guest that does not run.
         """
 
     def policy_clear(self, caller: Caller, guest: str) -> Json:

@@ -21,12 +21,13 @@ from virtfabric.model.devicesteps import (
 )
 from virtfabric.model.ledger import Residue
 from virtfabric.model.plan import SetVcpuCount
+from virtfabric.policy.faults import find_faults
 from virtfabric.policy.loans import depart, settle
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
-    from virtfabric.model.device import HeldFunction, PciAddress
+    from virtfabric.model.device import DeviceInventory, HeldFunction, PciAddress
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import Books
     from virtfabric.model.plan import Plan
@@ -109,6 +110,22 @@ def quarantined(
     return replace(books, quarantine=books.quarantine | {address: entry})
 
 
+def condemned(books: Books, inventory: DeviceInventory, at: float) -> Books:
+    """With every function in quarantine that had a fatal error while a guest had it.
+
+    Also those that guests have still. Nothing but an operator's word lets them out.
+    """
+    found = dict(books.quarantine)
+    ways = {f.address: f.found for h in books.holdings.values() for f in h.claims}
+    for address, why in find_faults(books, inventory).items():
+        entry = found.get(address) or Quarantine(
+            address, why, remedy_for(address), at, ways[address]
+        )
+        if not entry.condemned:
+            found[address] = replace(entry, why=why, condemned=True)
+    return books if found == books.quarantine else replace(books, quarantine=found)
+
+
 def released(books: Books, address: PciAddress) -> Books:
     """With this function out of quarantine."""
     return replace(
@@ -129,7 +146,7 @@ def after_plan(
         at: UNIX seconds.
     """
     books = with_functions(books, plan.functions)
-    ways_back = {f.address: f.found for h in before.holdings.values() for f in h.functions}
+    ways_back = {f.address: f.found for h in before.holdings.values() for f in h.claims}
     for step, why in skipped:
         if isinstance(step, ResetFunction | BindDriver | SetUpVf):
             found = ways_back.get(step.address)
@@ -171,7 +188,21 @@ def abandoned(books: Books, guest: GuestId, why: str, at: float) -> Books:
     holding = books.holdings.get(guest)
     for function in holding.functions if holding else ():
         books = quarantined(books, function.address, why, at, function.found)
-    return books
+    return unnamed(books, guest, why, at)
+
+
+def unnamed(books: Books, guest: GuestId, why: str, at: float) -> Books:
+    """What the guest's XML names is no claim any more; what was bound for it has the way back.
+
+    Not what libvirt bound (managed='yes'): it gives that back itself.
+    """
+    holding = books.holdings.get(guest)
+    if holding is None or not holding.named:
+        return books
+    for function in holding.named:
+        if function.found.driver is not None:
+            books = quarantined(books, function.address, why, at, function.found)
+    return replace(books, holdings=books.holdings | {guest: replace(holding, named=())})
 
 
 def departed(books: Books, guest: GuestId, why: str, at: float) -> Books:

@@ -101,7 +101,7 @@ def holders_of(snapshot: HostSnapshot) -> dict[PciAddress, str]:
             found |= {d.address: guest.name for d in guest.devices}
     for uuid, holding in snapshot.books.holdings.items():
         state = snapshot.guests.get(uuid)
-        found |= {f.address: state.name if state else uuid for f in holding.functions}
+        found |= {f.address: state.name if state else uuid for f in holding.claims}
     return found
 
 

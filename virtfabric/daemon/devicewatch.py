@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.daemon.api import JobState
-from virtfabric.daemon.custody import DEVICE, forfeited, quarantined
+from virtfabric.daemon.custody import DEVICE, condemned, forfeited, quarantined
 from virtfabric.daemon.homeward import homeward, user_of
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.model.device import VFIO_PCI, alias_of, device_key
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.observatory import Observatory
     from virtfabric.daemon.undertaking import Caps
     from virtfabric.model.decision import Decision
-    from virtfabric.model.device import HeldFunction, PciAddress, Quarantine
+    from virtfabric.model.device import Found, HeldFunction, PciAddress, Quarantine
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import Books, HostSnapshot
@@ -113,8 +113,9 @@ class DeviceWatch:
         self._look()
 
     def _look(self) -> None:
-        """Read all functions anew; what guests held of those that are gone is lost."""
+        """Read all functions anew: some are gone from their guests, some had a fatal error."""
         self._observatory.refresh_devices()
+        self._condemn()
         there = self._observatory.devices.functions
         for guest, holding in self._ledger.view().books.holdings.items():
             for function in holding.functions:
@@ -123,20 +124,34 @@ class DeviceWatch:
                     self._errands.put(guest, lose)
         self._satisfy()
 
+    def _condemn(self) -> None:
+        books, inventory = self._ledger.view().books, self._observatory.devices
+        now = self._clock.now()
+        if condemned(books, inventory, now) != books:
+            self._ledger.commit(
+                None, lambda books: condemned(books, inventory, now), self._journal.store_books
+            )
+
     def _vanished(self, guest: GuestId, address: PciAddress) -> None:
         self._await_plans(guest)
         self._observatory.refresh_devices()
+        self._observatory.refresh([guest])
         if address not in self._observatory.devices.functions:
             self._lose(guest, address, "it is gone from the host", doubtful=False)
 
     def _return_strays(self) -> None:
-        """What is bound for guests, has a way back and no guest goes home; tried once each."""
+        """What is bound for guests, has a way back and no guest goes home; tried once each.
+
+        Of what is gone from the host, only what was done around it.
+        """
         snapshot = self._observatory.snapshot()
         for address, entry in snapshot.books.quarantine.items():
-            function = snapshot.devices.functions.get(address)
-            bound = function is not None and function.driver == VFIO_PCI
-            stray = bound and entry.found.driver is not None and not user_of(snapshot, entry)
-            if stray and address not in self._tried:
+            function, found = snapshot.devices.functions.get(address), entry.found
+            if function is None:
+                stray = _has_surroundings(found)
+            else:
+                stray = function.driver == VFIO_PCI and found.driver is not None
+            if stray and address not in self._tried and not user_of(snapshot, entry):
                 self._send_home(entry)
 
     # -- functions that left their guest -----------------------------------------------------
@@ -146,7 +161,12 @@ class DeviceWatch:
         self._await_plans(guest)
         self._observatory.refresh([guest])
         state = self._observatory.guest(guest)
-        holding = self._ledger.view().books.holdings.get(guest)
+        books = self._ledger.view().books
+        for address in books.quarantine:
+            if alias_of(address) == alias:
+                self._tried.discard(address)
+                self.satisfy_soon()
+        holding = books.holdings.get(guest)
         attached = {d.address for d in state.devices} if state else set()
         for function in holding.functions if holding else ():
             gone = alias_of(function.address) == alias and function.address not in attached
@@ -156,17 +176,18 @@ class DeviceWatch:
         self._settle_residues(guest)
 
     def _lose(self, guest: GuestId, address: PciAddress, why: str, *, doubtful: bool) -> None:
-        """Take a function out of a guest's holding; in quarantine first, if in doubt."""
+        """Take a function out of a guest's holding; in quarantine first, if it has a way back."""
         holding = self._ledger.view().books.holdings.get(guest)
         held = {f.address: f for f in holding.functions} if holding else {}
         function = held.get(address)
         if function is None:
             return
         now = self._clock.now()
+        homeless = doubtful or _has_surroundings(function.found)
 
         def change(books: Books) -> Books:
             books = forfeited(books, guest, function, now)
-            if doubtful:
+            if homeless:
                 books = quarantined(books, address, why, now, function.found)
             return books
 
@@ -197,9 +218,9 @@ class DeviceWatch:
         return pool is not None and pool.one_time_use
 
     def _send_home(self, entry: Quarantine) -> None:
-        """Where all of it is done and verified, its state is certain again."""
+        """Where all of it is done and verified, its state is certain again, if it is sane."""
         self._tried.add(entry.address)
-        lift = not self._is_for_one_use(entry.address)
+        lift = not (entry.condemned or self._is_for_one_use(entry.address))
         work = homeward(entry, "virtfabricd", lift=lift)
         job = self._conduct(work)
         job.ended.wait()
@@ -231,12 +252,13 @@ class DeviceWatch:
         state = self._observatory.guest(guest)
         holding = self._ledger.view().books.holdings.get(guest)
         topic = f"paused {guest}"
-        if state is None or holding is None or not holding.functions or not state.halted:
+        if state is None or holding is None or not holding.claims or not state.halted:
             self._notices.settle(topic)
             return
-        functions = ", ".join(f.address for f in holding.functions)
+        self.look_soon()
+        functions = ", ".join(f.address for f in holding.claims)
         self._audit.append(
-            "device.guest-halted", [guest, *(f.address for f in holding.functions)],
+            "device.guest-halted", [guest, *(f.address for f in holding.claims)],
             {"guest": guest, "name": state.name, "functions": functions},
         )  # fmt: skip
         self._notices.alert(
@@ -305,8 +327,10 @@ class DeviceWatch:
         """An alert for each function in quarantine, an audit record for each that came or went."""
         with self._telling:
             found = self._ledger.view().books.quarantine
-            for address in found.keys() - self._quarantine.keys():
-                entry = found[address]
+            for address, entry in found.items():
+                known = self._quarantine.get(address)
+                if known is not None and known.why == entry.why:
+                    continue
                 self._record("device.quarantined", entry)
                 text = f"{address} is in quarantine: {entry.why}; {entry.remedy}"
                 self._notices.alert(f"quarantine {address}", text)
@@ -323,3 +347,8 @@ class DeviceWatch:
         except VirtfabricError as error:
             log.error("%s of %s cannot be recorded: %s", kind, entry.address, error)
         self._notices.publish(kind, body)
+
+
+def _has_surroundings(found: Found) -> bool:
+    """Whether anything beside the function itself was prepared for its guest: port, group."""
+    return found.port is not None or bool(found.siblings)

@@ -10,11 +10,14 @@ from dataclasses import asdict, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from virtfabric.daemon.custody import unnamed
 from virtfabric.daemon.intake import parse_policy_changes
 from virtfabric.daemon.undertaking import Undertaking, new_request
+from virtfabric.daemon.views import plan_view
 from virtfabric.domxml.policy import format_bare_policy, format_policy
 from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
 from virtfabric.model.decision import Decision
+from virtfabric.model.device import device_key
 from virtfabric.model.errors import Reason, Refusal, RefusedError
 from virtfabric.model.plan import Definition, SetPolicy
 from virtfabric.model.policy import Placement
@@ -104,6 +107,23 @@ class PolicyDesk:
         )
         return policy_view(replace(guest, policy=policy, policy_error="")) | {"job": job.id}
 
+    def preview(self, guest: GuestState, policy: GuestPolicy) -> Json:
+        """What `set` would do, and for a running guest by which steps (`plan`).
+
+        Raises:
+            RefusedError: as `set` or its job.
+        """
+        now = self._check_free(guest)
+        answer = policy_view(replace(now, policy=policy, policy_error="")) | {"plan": None}
+        if not now.active:
+            return answer
+        found = self._conductor.consider(_undertaking(now, policy, new_request()))
+        if isinstance(found, Refusal):
+            raise RefusedError(found)
+        snapshot, decision, plan = found
+        assert decision is not None
+        return answer | {"plan": plan_view(snapshot, decision, plan)}
+
     def _write_only(self, guest: GuestState, policy: GuestPolicy | None) -> None:
         """Nothing of it concerns anybody who runs: one call of libvirt does it all."""
         self._writer.write_policy(guest.uuid, policy)
@@ -128,13 +148,7 @@ class PolicyDesk:
 
     def _change(self, guest: GuestState, policy: GuestPolicy, progress: Progress) -> Json:
         request = new_request()
-        work = Undertaking(
-            request,
-            f"new policy of {guest.name}",
-            lambda snapshot, decision: _place(snapshot, decision, guest.uuid, policy),
-            lambda snapshot, caps: _decide(snapshot, caps, guest, policy, request),
-            body={"guest": guest.uuid, "name": guest.name, "policy": format_bare_policy(policy)},
-        )
+        work = _undertaking(guest, policy, request)
         outcome = self._conductor.conduct(work, progress)
         # alerts about the former policy end, and what other guests' plans left undone is done
         self._lifecycle.enqueue(partial(self._lifecycle.settle_in, guest.uuid), guest.uuid)
@@ -165,7 +179,7 @@ class PolicyDesk:
 
     def _lift(self, guest: GuestState, progress: Progress) -> Json:
         request = new_request()
-        now = self._clock.now()
+        now, why = self._clock.now(), f"{guest.name} became unmanaged while it had it"
 
         def place(snapshot: HostSnapshot, _: Decision | None) -> Plan | Refusal:
             return _writing(plan_lift(snapshot, guest.uuid, request), snapshot, guest.uuid, "")
@@ -174,12 +188,24 @@ class PolicyDesk:
             request,
             f"lift of {guest.name}",
             place,
-            settle_books=lambda books: depart(books, guest.uuid, now),
+            settle_books=lambda books: depart(
+                unnamed(books, guest.uuid, why, now), guest.uuid, now
+            ),
             body={"guest": guest.uuid, "name": guest.name},
         )
         outcome = self._conductor.conduct(work, progress)
         self._lifecycle.converge(None, f"pool after {guest.name} was cleared").ended.wait()
         return self._result(request, outcome)
+
+
+def _undertaking(guest: GuestState, policy: GuestPolicy, request: RequestId) -> Undertaking:
+    return Undertaking(
+        request,
+        f"new policy of {guest.name}",
+        lambda snapshot, decision: _place(snapshot, decision, guest.uuid, policy),
+        lambda snapshot, caps: _decide(snapshot, caps, guest, policy, request),
+        body={"guest": guest.uuid, "name": guest.name, "policy": format_bare_policy(policy)},
+    )
 
 
 def _under(snapshot: HostSnapshot, guest: GuestId, policy: GuestPolicy) -> HostSnapshot:
@@ -206,7 +232,7 @@ def _decide(
     held = snapshot.books.holdings.get(guest)
     if held is None:
         return choose_admission(snapshot, state, request, caps=caps)
-    wanted = _correction(snapshot, state, held.amounts, request)
+    wanted = _correction(snapshot, state, held.amounts, found.policy, request)
     if wanted is None:
         return Decision(request, guest, snapshot.generation, Amounts())
     return choose_allocation(snapshot, wanted, caps=caps)
@@ -242,18 +268,44 @@ def _writing(plan: Plan, snapshot: HostSnapshot, guest: GuestId, text: str) -> P
 
 
 def _correction(
-    snapshot: HostSnapshot, state: GuestState, held: Amounts, request: RequestId
+    snapshot: HostSnapshot,
+    state: GuestState,
+    held: Amounts,
+    old: GuestPolicy | None,
+    request: RequestId,
 ) -> Request | None:
     """What brings the holding between floor and ceiling; None where it is there already."""
     target = _clamp(state, held, floor_of(state, snapshot), ceiling_of(state, snapshot))
-    if target == held:
+    devices = _surplus(snapshot, state, held, old)
+    if target == held and not devices:
         return None
     cpu, memory = Key(CPU), Key(MEMORY)
     return Request(
         request, state.uuid, AGENT, Origin.AGENT,
         cpu=Want(Mode.TO, target[cpu]) if target[cpu] != held[cpu] else None,
         memory=Want(Mode.TO, target[memory]) if target[memory] != held[memory] else None,
+        devices=devices,
     )  # fmt: skip
+
+
+def _surplus(
+    snapshot: HostSnapshot, state: GuestState, held: Amounts, old: GuestPolicy | None
+) -> dict[str, Want]:
+    """Functions to give back: above the count, or no longer asked for nor granted otherwise.
+
+    What a policy newly asks for comes later, as for any wish.
+    """
+    counts = {wish.capability: wish.count for wish in state.policy.devices} if state.policy else {}
+    grants = [g.amounts for g in snapshot.books.grants.values() if g.guest == state.uuid]
+    most = {
+        wish.capability: sum(amounts[device_key(wish.capability)] for amounts in grants)
+        for wish in (old.devices if old else ())
+    } | counts
+    return {
+        capability: Want(Mode.TO, count)
+        for capability, count in most.items()
+        if held[device_key(capability)] > count
+    }
 
 
 def _clamp(state: GuestState, held: Amounts, floor: Amounts, ceiling: Amounts) -> Amounts:

@@ -7,12 +7,11 @@ Each is a transaction of its own: journalled, verified, undone as a whole when a
 from __future__ import annotations
 
 import logging
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from virtfabric.daemon.api import JobState
+from virtfabric.daemon.custody import unnamed
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
-from virtfabric.model.device import Quarantine
 from virtfabric.model.errors import Refusal, RefusedError
 from virtfabric.model.plan import Plan
 from virtfabric.policy.handmade import (
@@ -97,28 +96,18 @@ class Handmade:
         if job.state is not JobState.DONE:
             why = (job.error or {}).get("detail", "the agent failed")
             log.warning("functions of %s cannot be given back: %s", name, why)
-            self._quarantine(guest, f"it did not go back to the host after {name} ended: {why}")
+            doubt, now = (
+                f"it did not go back to the host after {name} ended: {why}",
+                self._clock.now(),
+            )
+            self._ledger.commit(
+                None, lambda books: unnamed(books, guest, doubt, now), self._journal.store_books
+            )
 
     def _start(self, work: Undertaking) -> Job:
         return self._jobs.start(
             work.title, lambda _, progress: summary(work, self._conduct(work, progress))
         )
-
-    def _quarantine(self, guest: GuestId, why: str) -> None:
-        now = self._clock.now()
-
-        def change(books: Books) -> Books:
-            entries = {
-                f.address: Quarantine(
-                    f.address, why,
-                    f"see which driver it has, then: virtfabric devices release {f.address}", now,
-                )
-                for f in _named(books, guest)
-                if f.found.driver is not None
-            }  # fmt: skip
-            return replace(books, quarantine=entries | books.quarantine)
-
-        self._ledger.commit(None, change, self._journal.store_books)
 
 
 def _binding(guest: GuestState, deadline_s: float) -> Undertaking:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from virtfabric.model.decision import Decision
     from virtfabric.model.device import Quarantine
     from virtfabric.model.ids import RequestId
-    from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.ledger import Books, HostSnapshot
 
 NO_GUEST = GuestId("00000000-0000-0000-0000-000000000000")
 """Whom the steps of a function are for that no guest has."""
@@ -38,7 +38,8 @@ def homeward(entry: Quarantine, by: str, *, lift: bool) -> Undertaking:
     Args:
         entry: as it stands in the books.
         by: who wants it.
-        lift: whether it may be given to guests again when all of it was done and verified.
+        lift: whether it may be given to guests again when all of it was done and verified, and
+            nothing worse came to light meanwhile.
     """
     request = new_request()
     address = entry.address
@@ -50,11 +51,16 @@ def homeward(entry: Quarantine, by: str, *, lift: bool) -> Undertaking:
             return Refusal(Reason.DEVICE_IN_USE, detail)
         return plan_home(snapshot, entry, request)
 
+    def settle(books: Books) -> Books:
+        now = books.quarantine.get(address)
+        worse = now is not None and now.condemned and not entry.condemned
+        return released(books, address) if lift and not worse else books
+
     return Undertaking(
         request,
         f"release of {address} from quarantine" if lift else f"return of {address}",
         place,
-        settle_books=lambda books: released(books, address) if lift else books,
+        settle_books=settle,
         body={"address": address, "by": by, "why": entry.why, "devices": [address]},
     )
 
@@ -63,7 +69,7 @@ def user_of(snapshot: HostSnapshot, entry: Quarantine) -> str:
     """The guest that has a function, by the books or in its live machine; empty for none."""
     for uuid, guest in snapshot.guests.items():
         holding = snapshot.books.holdings.get(uuid)
-        held = {f.address for f in holding.functions} if holding else set()
+        held = {f.address for f in holding.claims} if holding else set()
         live = {d.address for d in guest.devices} if guest.active else set()
         if entry.address in held | live:
             return guest.name

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeVar
 
@@ -11,6 +12,7 @@ from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.policy import (
     Admission,
     CpuPolicy,
+    DevicePolicy,
     DriftAction,
     GuestPolicy,
     MemoryPolicy,
@@ -34,6 +36,9 @@ CHANGES: Final = frozenset(
 _DURATION: Final = re.compile(r"([0-9]{1,9})(?:\.[0-9]+)?([smhd]?)")
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 MAX_DEADLINE_S: Final = 600.0
+MAX_WISH: Final = 64
+"""Functions of one capability that a policy can ask for."""
+_RECLAIMABLE: Final = {"reclaimable": True, "kept": False}
 _T = TypeVar("_T")
 _E = TypeVar("_E", bound=StrEnum)
 
@@ -164,13 +169,52 @@ def _number(text: str, low: int, high: int, *, field: str) -> int:
     return int(text)
 
 
+def parse_wish(key: str, text: str, old: DevicePolicy | None) -> DevicePolicy | None:
+    """`device:net.vf` and `2`, `2:reclaimable`, `reclaimable` or `kept`; what is absent stays.
+
+    Returns:
+        What the policy says of the capability afterwards; None for nothing (`0`).
+
+    Raises:
+        InvalidValueError: names the field.
+    """
+    capability = parse_capability(key.removeprefix(DEVICE), field="device")
+    wish = old or DevicePolicy(capability)
+    first, *rest = text.split(":")
+    words = rest if first.isdecimal() else [first, *rest]
+    if first.isdecimal():
+        count = _number(first, 0, MAX_WISH, field=key)
+        if not count and not rest:
+            return None
+        wish = replace(wish, count=count)
+    if len(words) > 1 or not wish.count or not _RECLAIMABLE.keys() >= set(words):
+        raise InvalidValueError(
+            key, text, f"must be a number up to {MAX_WISH}, reclaimable, kept, or both",
+            advice="like 2, 2:reclaimable or kept; 0 alone removes it",
+        )  # fmt: skip
+    return replace(wish, reclaimable=_RECLAIMABLE[words[0]]) if words else wish
+
+
+def _parse_wishes(
+    old: tuple[DevicePolicy, ...], changes: Mapping[str, str]
+) -> tuple[DevicePolicy, ...]:
+    """What a policy asks for afterwards: in its order, new capabilities last."""
+    known = {f"{DEVICE}{wish.capability}": wish for wish in reversed(old)}
+    changed = {key: parse_wish(key, text, known.get(key)) for key, text in changes.items()}
+    kept = (wish for wish in old if f"{DEVICE}{wish.capability}" not in changed)
+    new = (wish for wish in changed.values() if wish is not None)
+    places = {wish.capability: n for n, wish in reversed(list(enumerate(old)))}
+    return tuple(sorted((*kept, *new), key=lambda w: places.get(w.capability, len(old))))
+
+
 def parse_policy_changes(old: GuestPolicy | None, changes: Mapping[str, str]) -> GuestPolicy:
     """The policy after `changes` (the words of `virtfabric policy set`).
 
     Raises:
         InvalidValueError: names the field and the value; limit below reservation included.
     """
-    _check_keys(changes, CHANGES, "policy")
+    wishes = {k: v for k, v in changes.items() if k.startswith(DEVICE)}
+    _check_keys({k: v for k, v in changes.items() if k not in wishes}, CHANGES, "policy")
     base = old or GuestPolicy()
     cpu, memory = base.cpu, base.memory
     cpu_range = (cpu.reservation, cpu.limit)
@@ -197,5 +241,5 @@ def parse_policy_changes(old: GuestPolicy | None, changes: Mapping[str, str]) ->
             smt=_choice(Smt, changes.get("smt", cpu.smt.value), field="smt"),
         ),
         memory=MemoryPolicy(*memory_range, shares=shares or memory.shares, tiers=memory.tiers),
-        devices=base.devices,
+        devices=_parse_wishes(base.devices, wishes),
     )

@@ -10,7 +10,13 @@ import uuid
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.daemon.custody import DEVICE, after_plan, after_undo, with_residues
+from virtfabric.daemon.custody import (
+    DEVICE,
+    after_plan,
+    after_undo,
+    condemned,
+    with_residues,
+)
 from virtfabric.daemon.undertaking import Outcome
 from virtfabric.model.devicesteps import AttachFunction
 from virtfabric.model.errors import JournalError, Refusal, RefusedError, VirtfabricError
@@ -78,8 +84,7 @@ class Settlement:
             VirtfabricError: they did not; the caller undoes what was applied.
         """
         with execution.outside:
-            incoming = {work.incoming.uuid} if work.incoming else set()
-            self._observatory.refresh(plan.guests - incoming)
+            self._read_back(work, plan)
         now = self._clock.now()
         grant = self._new_grant(work, decision, now)
         loans = (
@@ -89,7 +94,7 @@ class Settlement:
         final: list[Books] = []
 
         def change(before: Books) -> Books:
-            books = before
+            books = before = condemned(before, self._observatory.devices, now)
             if decision is not None:
                 books = settle(
                     books, decision, grant=work.ends, new_grant=grant, loan_ids=loans, at=now,
@@ -123,6 +128,13 @@ class Settlement:
         if plan.addresses:
             self._moved()
         return outcome
+
+    def _read_back(self, work: Undertaking, plan: Plan) -> None:
+        incoming = {work.incoming.uuid} if work.incoming else set()
+        self._observatory.refresh(plan.guests - incoming)
+        if plan.addresses:
+            # a fatal error may be what made somebody give a function back
+            self._observatory.refresh_devices()
 
     def _new_grant(self, work: Undertaking, decision: Decision | None, now: float) -> Grant | None:
         if decision is None:

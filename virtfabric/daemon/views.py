@@ -7,15 +7,18 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from virtfabric.daemon.devicedesk import blast_view
 from virtfabric.model.errors import Refusal
 from virtfabric.model.policy import Placement
 from virtfabric.policy.layout import choose_layout
 from virtfabric.policy.standing import capacity_of, ceiling_of, floor_of, free
 
 if TYPE_CHECKING:
+    from virtfabric.model.decision import Decision
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import Holding, HostSnapshot
+    from virtfabric.model.plan import Plan
 
     Json = dict[str, Any]
 
@@ -112,13 +115,14 @@ def guest_view(snapshot: HostSnapshot, guest: GuestState) -> Json:
 def _devices_view(guest: GuestState, holding: Holding | None) -> list[Json]:
     """Functions that it holds, attached or not, and those that somebody else attached."""
     held = {f.address: f.capability for f in holding.functions} if holding else {}
+    named = {f.address for f in holding.named} if holding else set()
     live = {d.address: d for d in guest.devices} if guest.active else {}
     return [
         {
             "address": address, "capability": held.get(address), "attached": address in live,
             "ours": address in held,
         }
-        for address in sorted({*held, *live}, key=lambda a: a.parts)
+        for address in sorted({*held, *named, *live}, key=lambda a: a.parts)
     ]  # fmt: skip
 
 
@@ -144,3 +148,14 @@ def loans_view(snapshot: HostSnapshot) -> list[Json]:
         }
         for loan in loans
     ]
+
+
+def plan_view(snapshot: HostSnapshot, decision: Decision, plan: Plan) -> Json:
+    """What a request would come to: the decision, and exactly the steps."""
+    return {
+        "decision": decision.to_json(),
+        "steps": [{"text": str(s), "data": s.to_json()} for s in plan.steps],
+        "offers": [o.to_json() | {"text": o.why} for o in plan.offers],
+        "generation": plan.generation,
+        "devices": blast_view(snapshot, plan),
+    }

@@ -48,6 +48,7 @@ CALLS: Final[dict[str, Callable[..., Any]]] = {
     "ReleaseDevice": lambda agent, who, address: agent.device_release(who, address),
     "ShowPolicy": lambda agent, who, guest: agent.policy_show(who, guest),
     "SetPolicy": lambda agent, who, guest, changes: agent.policy_set(who, guest, changes),
+    "PlanPolicy": lambda agent, who, guest, changes: agent.policy_plan(who, guest, changes),
     "ClearPolicy": lambda agent, who, guest: agent.policy_clear(who, guest),
     "ListPorts": lambda agent, who, guest: agent.ports(who, guest),
     "AddPorts": lambda agent, who, guest, count: agent.ports_add(who, guest, count),

@@ -116,6 +116,7 @@ MANAGER_INTERFACE: Final = Interface(
         Method("ReleaseDevice", (Argument("s", "address"),), _JOB),
         Method("ShowPolicy", (_GUEST,), _JSON),
         Method("SetPolicy", (_GUEST, Argument("a{ss}", "changes")), _JSON),
+        Method("PlanPolicy", (_GUEST, Argument("a{ss}", "changes")), _JSON),
         Method("ClearPolicy", (_GUEST,), _JSON),
         Method("ListPorts", (_GUEST,), _JSON),
         Method("AddPorts", (_GUEST, Argument("u", "count")), _JSON),

@@ -139,6 +139,10 @@ class PciFunction:
         interfaces: names of its network interfaces and block devices, for people.
         settings: of a VF of a NIC, what its PF keeps for it now: what a plan puts back; None
             where no PF keeps any.
+        limit: of a port, MT/s that the link below it is held to, though both ends can do more; 0
+            for no limit, None where that is not told.
+        fatal_errors: how many fatal ones it has reported since the host booted, for a root port
+            also those that reached it; None where nothing counts them (no AER).
     """
 
     address: PciAddress
@@ -163,6 +167,8 @@ class PciFunction:
     uses: tuple[HostUse, ...] = ()
     interfaces: tuple[str, ...] = ()
     settings: VfSettings | None = None
+    limit: int | None = None
+    fatal_errors: int | None = None
 
     @property
     def ids(self) -> str:
@@ -302,6 +308,7 @@ class Found:
         siblings: drivers of the other functions of its group that no guest holds.
         port: whose link is limited while a guest has it; None where none is.
         speed: MT/s that it is limited to.
+        fatal_errors: what `policy.faults` counted; None where nothing counts.
     """
 
     driver: str | None = None
@@ -309,12 +316,14 @@ class Found:
     siblings: tuple[tuple[PciAddress, str], ...] = ()
     port: PciAddress | None = None
     speed: int = 0
+    fatal_errors: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
         return {
             "driver": self.driver, "settings": str(self.settings),
             "siblings": dict(self.siblings), "port": self.port, "speed": self.speed,
+            "fatal_errors": self.fatal_errors,
         }  # fmt: skip
 
     @classmethod
@@ -323,7 +332,8 @@ class Found:
         siblings = tuple((PciAddress(a), driver) for a, driver in data["siblings"].items())
         port = PciAddress(data["port"]) if data["port"] else None
         settings = VfSettings.parse(data["settings"])
-        return cls(data["driver"], settings, siblings, port, data["speed"])
+        errors = data.get("fatal_errors")
+        return cls(data["driver"], settings, siblings, port, data["speed"], errors)
 
 
 @dataclass(frozen=True, slots=True)
@@ -355,6 +365,7 @@ class Quarantine:
         remedy: the way out, for the operator.
         since: UNIX seconds.
         found: the way back to how it was before a guest had it, where no plan went that way.
+        condemned: it stays also when it went that way: something is wrong with itself.
     """
 
     address: PciAddress
@@ -362,12 +373,13 @@ class Quarantine:
     remedy: str
     since: float
     found: Found = Found()
+    condemned: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """For the journal and for clients."""
         return {
             "address": self.address, "why": self.why, "remedy": self.remedy, "since": self.since,
-            "found": self.found.to_json(),
+            "found": self.found.to_json(), "condemned": self.condemned,
         }  # fmt: skip
 
     @classmethod
@@ -375,7 +387,7 @@ class Quarantine:
         """The reverse of `to_json`."""
         return cls(
             PciAddress(data["address"]), data["why"], data["remedy"], data["since"],
-            Found.from_json(data["found"]),
+            Found.from_json(data["found"]), data.get("condemned", False),
         )  # fmt: skip
 
 

@@ -41,6 +41,11 @@ class Holding:
         """The pCPUs of a dedicated guest."""
         return CpuSet(self.order)
 
+    @property
+    def claims(self) -> tuple[HeldFunction, ...]:
+        """All functions that nobody else may have, granted or named by its XML."""
+        return (*self.functions, *self.named)
+
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
         return {

@@ -18,13 +18,13 @@ def check_functions(books: Books, inventory: DeviceInventory) -> list[str]:
     """No function with two guests, none of one IOMMU group either, and counts that agree."""
     problems = []
     groups: dict[int, GuestId] = {}
-    times = Counter(f.address for h in books.holdings.values() for f in h.functions)
+    times = Counter(f.address for h in books.holdings.values() for f in h.claims)
     problems += [f"{address} is held {n} times" for address, n in times.items() if n > 1]
     for guest, holding in books.holdings.items():
         counts = Counter(device_key(f.capability) for f in holding.functions)
         if dict(counts) != device_amounts(holding.amounts):
             problems.append(f"{guest} holds {dict(counts)} functions, its amounts say otherwise")
-        for held in holding.functions:
+        for held in holding.claims:
             function = inventory.functions.get(held.address)
             if function is not None and function.group is not None:
                 other = groups.setdefault(function.group, guest)
@@ -35,10 +35,10 @@ def check_functions(books: Books, inventory: DeviceInventory) -> list[str]:
 
 def check_new_functions(before: Books, after: Books) -> list[str]:
     """Nothing in quarantine is given to anybody."""
-    held = {(g, f.address) for g, h in before.holdings.items() for f in h.functions}
+    held = {(g, f.address) for g, h in before.holdings.items() for f in h.claims}
     return [
         f"{guest} was given {function.address}, which is in quarantine"
         for guest, holding in after.holdings.items()
-        for function in holding.functions
+        for function in holding.claims
         if function.address in before.quarantine and (guest, function.address) not in held
     ]

@@ -25,10 +25,12 @@ if TYPE_CHECKING:
 
 
 def held_after(snapshot: HostSnapshot, allotment: Allotment) -> dict[PciAddress, HeldFunction]:
-    """Every function that somebody holds afterwards."""
+    """Every function that somebody holds afterwards, as granted or as named in its own XML."""
     holdings = snapshot.books.holdings
     held = {g: h.functions for g, h in holdings.items() if h.functions} | allotment.after
-    return {function.address: function for functions in held.values() for function in functions}
+    named = (function for holding in holdings.values() for function in holding.named)
+    granted = (function for functions in held.values() for function in functions)
+    return {function.address: function for function in (*named, *granted)}
 
 
 def choose_repairs(snapshot: HostSnapshot, guests: Iterable[GuestId]) -> Allotment:

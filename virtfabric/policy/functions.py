@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from virtfabric.model.device import Found, HeldFunction, VfSettings, capability_of, device_key
 from virtfabric.model.errors import Reason, Refusal
+from virtfabric.policy.faults import count_fatal
 from virtfabric.policy.functionoffers import Asker, make_function_offers
 from virtfabric.policy.nearness import memory_nodes, pullable_nodes
 from virtfabric.policy.pools import pool_of
@@ -206,7 +207,7 @@ class _Origins:
         self.found: dict[PciAddress, Found] = {}
         self.drivers: dict[PciAddress, str] = {}
         for holding in stock.snapshot.books.holdings.values():
-            for held in holding.functions:
+            for held in holding.claims:
                 self.found[held.address] = held.found
                 self.drivers |= dict(held.found.siblings)
         own = {a: f.driver for a, f in self.found.items() if f.driver is not None}
@@ -223,6 +224,7 @@ class _Origins:
         return Found(
             self._driver(function), settings, self._siblings(inventory, held.address),
             port.address if port is not None and limit else None, limit or 0,
+            count_fatal(inventory, held.address),
         )  # fmt: skip
 
     def regrouped(self, held: HeldFunction) -> Found:

@@ -87,10 +87,9 @@ class FunctionSteps:
                     ResetFunction(guest=guest, name=name, address=held.address, optional=False)
                 )
             return
-        if used:
-            if not theirs:
-                self.returns.append(ResetFunction(guest=guest, name=name, address=held.address))
-            self._unlimit(guest, name, held.found)
+        if used and not theirs:
+            self.returns.append(ResetFunction(guest=guest, name=name, address=held.address))
+        self._unlimit(guest, name, held.found, used=used)
         if function is not None and not theirs:
             self._restore_settings(guest, name, held, function)
         for address, driver in ((held.address, held.found.driver), *held.found.siblings):
@@ -113,7 +112,7 @@ class FunctionSteps:
                     before=before, after=pool.settings,
                 )
             )  # fmt: skip
-        self._limit(state, held.found)
+        self._limit(state, held)
         self.attaches.append(
             self._attachment(
                 state.uuid, state.name, held.address, Presence.ABSENT, Presence.ATTACHED
@@ -134,34 +133,19 @@ class FunctionSteps:
             )
         )  # fmt: skip
 
-    def _limit(self, state: GuestState, found: Found) -> None:
-        if found.port is None or found.port in self._handled or self._is_limited(found.port):
+    def _limit(self, state: GuestState, held: HeldFunction) -> None:
+        """The first with a limit sets it; while it has it, nobody sets another."""
+        port, speed = held.found.port, held.found.speed
+        if port is None or port in self._handled:
             return
-        self._handled.add(found.port)
+        now = self._limit_of(port)
+        shared = any(one.found.port == port for one in self._before if one.address != held.address)
+        if now == speed or (shared and now != 0):
+            return
+        self._handled.add(port)
         self.prepares.append(
-            LimitLink(
-                guest=state.uuid, name=state.name, address=found.port, before=0, after=found.speed
-            )
+            LimitLink(guest=state.uuid, name=state.name, address=port, before=now or 0, after=speed)
         )
-
-    def _is_limited(self, port: PciAddress) -> bool:
-        """Whether a function that was prepared for a guest has had the link limited.
-
-        No snapshot shows a limit, so it is told from the function. One that was pulled, put back
-        and not attached again (quarantine) looks unprepared: the limit then outlives it until the
-        next function of that port comes and goes.
-        """
-        return any(
-            held.found.port == port and self._is_prepared(guest, held)
-            for guest, holding in self.snapshot.books.holdings.items()
-            for held in holding.functions
-        )
-
-    def _is_prepared(self, guest: GuestId, held: HeldFunction) -> bool:
-        state, function = self._state(guest), self._function(held.address)
-        if function is None or (state is not None and is_attached(state, held.address)):
-            return True  # as `leave` takes it of one that vanished
-        return function.driver == VFIO_PCI and held.found.driver not in (VFIO_PCI, None)
 
     def _restore_settings(
         self, guest: GuestId, name: str, held: HeldFunction, function: PciFunction
@@ -180,18 +164,33 @@ class FunctionSteps:
                 )
             )  # fmt: skip
 
-    def _unlimit(self, guest: GuestId, name: str, found: Found) -> None:
-        if found.port is None or found.port in self._handled:
+    def _unlimit(self, guest: GuestId, name: str, found: Found, *, used: bool) -> None:
+        """The last with a limit lifts it, also where it lost the function meanwhile."""
+        if found.port is None or found.port in self._handled or not self._function(found.port):
             return
         if any(held.found.port == found.port for held in self.after.values()):
+            return
+        now = self._limit_of(found.port)
+        if now is None and used:
+            now = found.speed
+        if not now:
             return
         self._handled.add(found.port)
         self.returns.append(
             LimitLink(
-                guest=guest, name=name, address=found.port, optional=True,
-                before=found.speed, after=0,
+                guest=guest, name=name, address=found.port, optional=True, before=now, after=0
             )
-        )  # fmt: skip
+        )
+
+    def _limit_of(self, port: PciAddress) -> int | None:
+        function = self._function(port)
+        return function.limit if function else None
+
+    @cached_property
+    def _before(self) -> tuple[HeldFunction, ...]:
+        """What anybody holds now."""
+        holdings = self.snapshot.books.holdings.values()
+        return tuple(held for holding in holdings for held in holding.functions)
 
     def _unbind(self, guest: GuestId, name: str, address: PciAddress, driver: str | None) -> None:
         function = self._function(address)

@@ -10,8 +10,10 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.device import VFIO_PCI, Found, HeldFunction
-from virtfabric.model.devicesteps import BindDriver
+from virtfabric.model.devicesteps import BindDriver, ResetFunction
 from virtfabric.model.errors import Reason, Refusal
+from virtfabric.policy.faults import count_fatal
+from virtfabric.policy.stock import functions_of
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -52,7 +54,8 @@ def plan_binding(snapshot: HostSnapshot, guest: GuestState) -> Binding | Refusal
         if refusal is not None:
             return refusal
         known = held.get(device.address)
-        found = Found() if known is None else known.found
+        found = Found(fatal_errors=count_fatal(snapshot.devices, device.address))
+        found = found if known is None else known.found
         if not device.managed:
             moved = {step.address for step in steps}
             own, siblings = _to_bind(snapshot, guest, device.address, moved)
@@ -63,23 +66,32 @@ def plan_binding(snapshot: HostSnapshot, guest: GuestState) -> Binding | Refusal
     return Binding(tuple(steps), tuple(ready.values()))
 
 
-def plan_unbinding(snapshot: HostSnapshot, guest: GuestId, name: str) -> tuple[BindDriver, ...]:
-    """What brings the functions that a guest's XML named back to the drivers that they had."""
-    steps = []
-    for function in reversed(_named(snapshot, guest)):
-        if function.found.driver is None:
-            continue
-        for address, driver in (
-            (function.address, function.found.driver),
-            *function.found.siblings,
-        ):
-            there = snapshot.devices.functions.get(address)
-            now = driver if there is None else there.driver or ""
-            if now != driver:
-                steps.append(
-                    BindDriver(guest=guest, name=name, address=address, before=now, after=driver)
-                )
-    return tuple(steps)
+def plan_unbinding(
+    snapshot: HostSnapshot, guest: GuestId, name: str
+) -> tuple[ResetFunction | BindDriver, ...]:
+    """What brings the functions that a guest's XML named back to the drivers that they had.
+
+    All are reset first: the host must not find anything of the guest. Of the guest's own granted
+    functions nothing is done: they go back as such, by its departure.
+    """
+    there = snapshot.devices.functions
+    bound = [f for f in reversed(_named(snapshot, guest)) if f.found.driver is not None]
+    resets = [
+        ResetFunction(guest=guest, name=name, address=function.address)
+        for function in bound
+        if function.address in there and there[function.address].driver == VFIO_PCI
+    ]
+    granted = {function.address for function in functions_of(snapshot, guest)}
+    homes: dict[PciAddress, str] = {}
+    for function in bound:
+        homes[function.address] = function.found.driver or ""
+        homes |= {a: driver for a, driver in function.found.siblings if a not in granted}
+    binds = [
+        BindDriver(guest=guest, name=name, address=address, before=now, after=driver)
+        for address, driver in homes.items()
+        if address in there and (now := there[address].driver or "") != driver
+    ]
+    return (*resets, *binds)
 
 
 def with_named(books: Books, guest: GuestId, named: tuple[HeldFunction, ...]) -> Books:
@@ -152,8 +164,7 @@ def _uses(function: PciFunction) -> str:
 def _holder(snapshot: HostSnapshot, guest: GuestId, address: PciAddress) -> str:
     """Name of another guest that has a function, by the books or by its live XML; "" for none."""
     for other, holding in snapshot.books.holdings.items():
-        held = (*holding.functions, *holding.named)
-        if other != guest and any(f.address == address for f in held):
+        if other != guest and any(f.address == address for f in holding.claims):
             state = snapshot.guests.get(other)
             return state.name if state else str(other)
     for state in snapshot.guests.values():
@@ -204,4 +215,6 @@ def _way_back(found: Found, own: list[PciFunction], siblings: list[PciFunction])
     """Of a function that an operator bound to vfio-pci before, that is where it goes back to."""
     driver = (own[0].driver or "") if own else found.driver
     drivers = dict(found.siblings) | {one.address: one.driver or "" for one in siblings}
-    return Found(VFIO_PCI if driver is None else driver, siblings=tuple(drivers.items()))
+    return replace(
+        found, driver=VFIO_PCI if driver is None else driver, siblings=tuple(drivers.items())
+    )

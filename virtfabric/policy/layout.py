@@ -15,8 +15,9 @@ from virtfabric.model.guest import NumaMode
 from virtfabric.model.policy import Smt
 from virtfabric.model.units import CpuSet
 from virtfabric.policy.nearness import memory_nodes, pullable_nodes
-from virtfabric.policy.offers import Terrain, Wanted, is_sound, make_offers
+from virtfabric.policy.offers import is_sound, make_offers
 from virtfabric.policy.standing import CPU_KEY, MEMORY_KEY, WHOLE_CPU, is_dedicated
+from virtfabric.policy.terrain import Terrain, Wanted
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Mapping

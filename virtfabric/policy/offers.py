@@ -6,103 +6,23 @@ not look at amounts or at other guests: the caller says which pCPUs this guest m
 
 from __future__ import annotations
 
-from collections import Counter
-from dataclasses import dataclass, replace
-from functools import cached_property
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.plan import Offer
 from virtfabric.model.policy import Smt
-from virtfabric.model.units import CpuSet
-from virtfabric.policy.nearness import distance
+from virtfabric.policy.offercosts import cost_of, describe_offer
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator, Sequence
+    from collections.abc import Iterator, Sequence
     from collections.abc import Set as AbstractSet
 
-    from virtfabric.model.host import HostTopology
-    from virtfabric.model.ids import GuestId
+    from virtfabric.model.units import CpuSet
+    from virtfabric.policy.terrain import Terrain, Wanted
 
-COST_WORDS: Final = ("distance to its memory", "cores broken", "vCPUs moved", "housekeeping pCPUs")
-"""What the components of an offer's cost mean; the last component is the first pCPU."""
 OFFERS_SHOWN: Final = 4
 NODES_NEARBY: Final = 3
 """How many nodes are looked at for a guest that has a place already."""
-
-
-@dataclass(frozen=True)
-class Terrain:
-    """The host's tables that the search walks, made once for a layout.
-
-    `managed` and `housekeeping` are plain frozensets: `isdisjoint` walks a subclass in Python.
-    """
-
-    topology: HostTopology
-    managed: frozenset[int]
-    housekeeping: frozenset[int]
-
-    @cached_property
-    def cores_of(self) -> dict[int, tuple[CpuSet, ...]]:
-        """Cores with a managed pCPU, by node; those with the fewest housekeeping pCPUs first."""
-        by_node: dict[int, list[CpuSet]] = {}
-        seen: set[int] = set()
-        for number in sorted(self.managed):
-            if number not in seen:
-                pcpu = self.topology.pcpus[number]
-                seen |= pcpu.siblings
-                by_node.setdefault(pcpu.node, []).append(pcpu.siblings)
-        for cores in by_node.values():
-            cores.sort(key=lambda core: len(core & self.housekeeping))
-        return {node: tuple(cores) for node, cores in sorted(by_node.items())}
-
-    def node(self, cpu: int) -> int:
-        """The node of a pCPU."""
-        return self.topology.pcpus[cpu].node
-
-    def siblings(self, cpu: int) -> CpuSet:
-        """The threads of a pCPU's core, itself included."""
-        return self.topology.pcpus[cpu].siblings
-
-    def distance(self, a: int, b: int) -> int:
-        """How much farther than local node `b` is from node `a`, in SLIT units."""
-        return distance(self.topology, a, b)
-
-    def nearest(self, homes: Iterable[int]) -> list[int]:
-        """Nodes with managed pCPUs, nearest to any of `homes` first."""
-        wanted = tuple(homes)
-
-        def rank(node: int) -> tuple[int, int, int]:
-            far = min((self.distance(node, h) for h in wanted), default=0)
-            return far, int(node not in wanted), node
-
-        return sorted(self.cores_of, key=rank)
-
-    def kept_empty(self, order: Iterable[int], smt: Smt) -> set[int]:
-        """Managed siblings that nobody else may use beside these pCPUs."""
-        if smt is Smt.PREFER:
-            return set()
-        own = set(order)
-        return {s for cpu in own for s in self.siblings(cpu) if s in self.managed} - own
-
-
-@dataclass(frozen=True, slots=True)
-class Wanted:
-    """What one dedicated guest needs.
-
-    Attributes:
-        held: pCPU of each vCPU until now; empty for a guest that is placed for the first time.
-        pins: the operator's pins by vCPU number: hard constraints.
-        home: nodes of its memory, empty where nothing is known.
-        pullable: nodes that its memory may follow to; empty for a guest that is not movable.
-    """
-
-    guest: GuestId
-    count: int
-    smt: Smt = Smt.PREFER
-    held: tuple[int, ...] = ()
-    pins: tuple[tuple[int, CpuSet], ...] = ()
-    home: frozenset[int] = frozenset()
-    pullable: frozenset[int] = frozenset()
 
 
 def make_offers(terrain: Terrain, wanted: Wanted, free: AbstractSet[int]) -> list[Offer]:
@@ -119,11 +39,11 @@ def make_offers(terrain: Terrain, wanted: Wanted, free: AbstractSet[int]) -> lis
         if order is not None and is_sound(terrain, wanted, order, free):
             orders[order] = None
     offers = [
-        Offer(wanted.guest, order, _cost(terrain, wanted, order, free), "") for order in orders
+        Offer(wanted.guest, order, cost_of(terrain, wanted, order, free), "") for order in orders
     ]
     offers.sort(key=lambda o: (o.cost, o.order))
     return [
-        replace(o, why=_why(terrain, wanted, o, offers[0]), chosen=i == 0)
+        replace(o, why=describe_offer(terrain, wanted, o, offers[0]), chosen=i == 0)
         for i, o in enumerate(offers[:OFFERS_SHOWN])
     ]
 
@@ -273,88 +193,3 @@ def is_sound(
 def _is_packed(cores: set[CpuSet], count: int) -> bool:
     sizes = sorted((len(c) for c in cores), reverse=True)
     return sum(sizes[:-1]) < count
-
-
-def _cost(
-    terrain: Terrain, wanted: Wanted, order: tuple[int, ...], free: AbstractSet[int]
-) -> tuple[int, ...]:
-    far, pulled = _locality(terrain, wanted, order)
-    moved = sum(a != b for a, b in zip(wanted.held, order, strict=False))
-    return (
-        far,
-        0 if wanted.smt is Smt.ISOLATE else _broken(terrain, order, free),
-        moved + (wanted.count if pulled else 0),
-        len(terrain.housekeeping & set(order)),
-        min(order),
-    )
-
-
-def _locality(terrain: Terrain, wanted: Wanted, order: tuple[int, ...]) -> tuple[int, bool]:
-    """Distance of all pCPUs to the memory, and whether the memory has to be pulled for that."""
-    nodes = Counter(terrain.node(c) for c in order)
-    main = max(nodes, key=lambda n: (nodes[n], -n))
-
-    def far(homes: Iterable[int]) -> int:
-        places = tuple(homes)
-        return sum(k * min(terrain.distance(n, h) for h in places) for n, k in nodes.items())
-
-    if not wanted.home:
-        return far((main,)), False
-    stay = far(wanted.home)
-    if main in wanted.pullable and main not in wanted.home:
-        follow = far((main,))
-        if follow < stay:
-            return follow, True
-    return stay, False
-
-
-def _broken(terrain: Terrain, order: tuple[int, ...], free: AbstractSet[int]) -> int:
-    """Cores used in part: 1 for each, 2 where another dedicated guest has the rest."""
-    own = set(order)
-    parts = {core for cpu in order if not (core := terrain.siblings(cpu)) <= own}
-    return sum(2 if (core & terrain.managed) - own - free else 1 for core in parts)
-
-
-def _why(terrain: Terrain, wanted: Wanted, offer: Offer, best: Offer) -> str:
-    """The offer in words, and what it lost on against the best one."""
-    parts = [*_changes(terrain, wanted, offer.order), _where(terrain, wanted, offer.order)]
-    if offer.cost[1]:
-        parts.append("shares a core with others")
-    if offer.cost[3]:
-        used = CpuSet(terrain.housekeeping & set(offer.order))
-        parts.append(f"takes housekeeping pCPU {used}")
-    text = "; ".join(parts)
-    if offer is best:
-        return text
-    for word, mine, its in zip(COST_WORDS, offer.cost, best.cost, strict=False):
-        if mine != its:
-            return f"{text}; lost on {word}: {mine} against {its}"
-    return f"{text}; equal, but pCPU {best.order[0]} comes first"
-
-
-def _changes(terrain: Terrain, wanted: Wanted, order: tuple[int, ...]) -> list[str]:
-    old, new = set(wanted.held), set(order)
-    words = []
-    if old & new:
-        words.append(f"keeps pCPU {CpuSet(old & new)}")
-    added = new - old
-    beside = {c for c in added if terrain.siblings(c) & old & new}
-    if beside:
-        words.append(f"adds {'its sibling' if len(beside) == 1 else 'siblings'} {CpuSet(beside)}")
-    if added - beside:
-        words.append(f"adds pCPU {CpuSet(added - beside)}" if old else f"pCPU {CpuSet(new)}")
-    if old - new:
-        words.append(f"gives up pCPU {CpuSet(old - new)}")
-    return [", ".join(words)]
-
-
-def _where(terrain: Terrain, wanted: Wanted, order: tuple[int, ...]) -> str:
-    nodes = CpuSet(terrain.node(c) for c in order)
-    _, pulled = _locality(terrain, wanted, order)
-    if pulled:
-        return f"its memory is pulled after it to node {nodes}"
-    if wanted.home and nodes <= wanted.home:
-        return f"node {nodes} is where its memory is"
-    if wanted.home:
-        return f"node {nodes}, its memory is on node {CpuSet(wanted.home)}"
-    return f"all on node {nodes}" if len(nodes) == 1 else f"spread over nodes {nodes}"

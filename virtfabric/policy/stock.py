@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from virtfabric.model.device import capability_of, device_key
+from virtfabric.policy.faults import find_faults
 from virtfabric.policy.nearness import remoteness
 from virtfabric.policy.pools import members, obstacles, pool_of
 
@@ -58,7 +59,7 @@ class Stock:
     def holders(self) -> dict[PciAddress, GuestId]:
         """Who holds what by the books, as granted or as named in its own XML."""
         holdings = self.snapshot.books.holdings
-        return {f.address: g for g, h in holdings.items() for f in (*h.functions, *h.named)}
+        return {f.address: g for g, h in holdings.items() for f in h.claims}
 
     @cached_property
     def strangers(self) -> dict[PciAddress, str]:
@@ -87,6 +88,11 @@ class Stock:
             for key in self.keys
         }  # fmt: skip
 
+    @cached_property
+    def _faults(self) -> dict[PciAddress, str]:
+        """Not in quarantine yet, but not to be passed on either."""
+        return find_faults(self.snapshot.books, self.inventory)
+
     def members(self, key: Key) -> tuple[PciFunction, ...]:
         """The pool's functions, held or not, in address order."""
         return members(self.inventory, capability_of(key) or "")
@@ -107,6 +113,8 @@ class Stock:
         quarantine = self.snapshot.books.quarantine.get(address)
         if quarantine is not None:
             found.append(f"quarantined: {quarantine.why} ({quarantine.remedy})")
+        if quarantine is None and address in self._faults:
+            found.append(self._faults[address])
         if address in self.strangers:
             found.append(f"{self.strangers[address]} has it, which this agent did not give it")
         for sibling in self.inventory.group_of(address):

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from virtfabric.cli.arguments import DEVICE_WANT
+from virtfabric.cli.arguments import DEVICE_WANT, DEVICE_WISH
 from virtfabric.cli.main import main
 from virtfabric.dbus.client import with_agent
 
@@ -126,6 +126,35 @@ def test_devices_are_wants_like_any_other(given, key, want):
     assert DEVICE_WANT(given) == (key, want)
 
 
+@pytest.mark.parametrize(
+    ("given", "key", "value"),
+    [
+        ("net.vf", "device:net.vf", "1"),
+        ("net.vf:2", "device:net.vf", "2"),
+        ("net.vf:0", "device:net.vf", "0"),
+        ("net.vf:kept", "device:net.vf", "kept"),
+        ("storage.nvme:3:reclaimable", "device:storage.nvme", "3:reclaimable"),
+    ],
+)
+def test_devices_are_fields_of_a_policy(given, key, value):
+    assert DEVICE_WISH(given) == (key, value)
+
+
+def test_a_policy_with_devices_is_set_and_shown_before(inside):
+    code, out, _ = inside("policy", "set", "db", "--device", "net.vf:2", "--device", "crypto.aes")
+    assert (code, "placement: done" in out) == (0, True)
+    code, out, _ = inside("policy", "set", "db", "--device", "net.vf:2:reclaimable", "--dry-run")
+    assert code == 0
+    assert "db: priority 90" in out
+    assert "note: a note" in out
+    assert "1. batch: cap at 1 CPU" in out
+    assert "placement: done" not in out
+    out = inside("policy", "set", "db", "--priority", "80", "--dry-run")[1]
+    assert "db does not run: its metadata alone would be written" in out
+    out = inside("policy", "set", "db", "--device", "net.vf", "--dry-run", "--json")[1]
+    assert json.loads(out)["plan"]["steps"]
+
+
 def test_dry_run_tells_who_shares_what(inside):
     code, out, _ = inside("allocate", "db", "--device", "net.vf", "--dry-run")
     assert code == 0
@@ -187,6 +216,13 @@ def test_errors_have_their_documented_exit_codes(inside, command, code, words):
         (["allocate", "db", "--cpu", "1", "--for", "soon"], "--for"),
         (["policy", "set", "db"], "give at least one of"),
         (["policy", "set", "db", "--placement", "moon"], "--placement"),
+        (["policy", "set", "db", "--device", "Net"], "'Net' is not a capability"),
+        (["policy", "set", "db", "--device", "net.vf:"], "must be a number up to 64"),
+        (["policy", "set", "db", "--device", "net.vf:65"], "'65' must be a whole number"),
+        (["policy", "set", "db", "--device", "net.vf:0:kept"], "0 alone removes it"),
+        (["policy", "set", "db", "--device", "net.vf:2:2"], "reclaimable, kept, or both"),
+        (["policy", "set", "db", "--device", "net.vf:kept:reclaimable"], "kept, or both"),
+        (["policy", "set", "db", "--device", "net.vf", "--device", "net.vf:2"], "one --device for"),
         (["audit", "--head", "ff"], "--head goes with --verify"),
         (["explode"], "explode"),
         ([], "COMMAND"),

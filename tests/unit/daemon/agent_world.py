@@ -272,6 +272,7 @@ class AgentWorld:
         self._process.kill()
         self.host.events.close()
         self.agent._stop.set()
+        self.agent._rounds.stop()
         self.agent._leases._stop.set()
 
     def restart_agent(self) -> None:

@@ -16,6 +16,7 @@ from virtfabric.model.device import (
     DevicePool,
     Match,
     PciAddress,
+    PciFunction,
     VfSettings,
     device_key,
 )
@@ -96,7 +97,7 @@ def kinds(world, subject):
 def test_a_guest_gets_a_function_and_gives_it_back(world):
     before = world.frozen()
     job = allocate(world, "web")
-    assert job["state"] == "done", job
+    assert job["state"] == "done", job["error"]
     assert job["result"]["delta"] == {"device:net.vf": 1}
     [address] = world.functions_of("web")
     assert held(world, "web") == [address]
@@ -188,7 +189,7 @@ def test_a_higher_priority_takes_what_may_be_taken_and_it_goes_home(build):
     world.settle()
     assert len(world.functions_of("batch")) == 4
     job = allocate(world, "database")
-    assert job["state"] == "done", job
+    assert job["state"] == "done", job["error"]
     assert len(world.functions_of("batch")) == 3
     [address] = world.functions_of("database")
     assert address not in world.functions_of("batch")
@@ -293,7 +294,7 @@ def test_it_stays_in_quarantine_where_it_cannot_be_reset(world):
     assert allocate(world, "database", want="4")["state"] == "refused"
 
     job = world.finish(world.agent.device_release(aw.ROOT, address)["job"])
-    assert job["state"] == "done", job
+    assert job["state"] == "done", job["error"]
     world.settle()
     assert quarantine(world) == {}
     assert drivers(world)[address] is None
@@ -317,6 +318,36 @@ def test_a_function_taken_out_of_the_host_is_out_of_the_books(world):
     [grant] = world.agent.grants(aw.ROOT)
     assert grant["amounts"] == {"device:net.vf": 1}
     assert any(f"web lost {lost}" in a for a in alerts(world))
+
+
+@pytest.mark.parametrize("first", ["guest", "host", "host long before"])
+def test_what_was_done_around_a_function_that_vanished_is_taken_back(build, first):
+    """The limit of its link, and the drivers of its group."""
+    port, mate = PciAddress("0000:00:10.2"), PciAddress("0000:03:00.1")
+    sibling = SimulatedFunction(PciFunction(mate, driver="snd", group=11, parent=port))
+    pools = replace(ACCELERATOR, link_speed=2500), DevicePool("audio.hda", Match(frozenset({mate})))
+    world = build(pools=pools, functions=(*small_devices(), sibling))
+    job = allocate(world, "web", "crypto.aes")
+    assert job["state"] == "done", job["error"]
+    ports = world.host.devices.read_functions
+    assert (ports()[port].limit, drivers(world)[mate]) == (2500, VFIO_PCI)
+    if first == "guest":
+        world.host.remove_function(CRYPTO)
+    elif first == "host":
+        world.host.devices.remove(CRYPTO)
+        world.host.let_go(aw.uuid_of(50), CRYPTO)
+    else:
+        world.host.devices.remove(CRYPTO)
+        world.settle()
+        assert any(f"{CRYPTO} is in quarantine: it is gone" in a for a in alerts(world))
+        assert drivers(world)[mate] == VFIO_PCI, "QEMU has the group still"
+        world.host.let_go(aw.uuid_of(50), CRYPTO)
+    world.settle()
+    assert held(world, "web") == []
+    assert world.functions_of("web") == []
+    assert (ports()[port].limit, drivers(world)[mate]) == (0, "snd")
+    assert quarantine(world) == {}
+    assert not any("quarantine" in a for a in alerts(world))
 
 
 def test_a_function_that_vanished_while_the_agent_was_away(world):
@@ -365,7 +396,7 @@ def test_a_victim_that_keeps_its_function_is_replaced_by_another(build):
     world.settle()
     world.host.faults.keeps_functions.add(aw.uuid_of(10))
     job = allocate(world, "database")
-    assert job["state"] == "done", job
+    assert job["state"] == "done", job["error"]
     assert [len(world.functions_of(n)) for n in ("batch", "web", "database")] == [2, 1, 1]
 
 
@@ -384,13 +415,75 @@ def test_an_attach_that_cannot_be_undone_is_a_residue_and_in_quarantine(world):
         world.agent.device_release(aw.ROOT, address)
 
     world.host.faults.clear()
-    world.agent._lifecycle.enqueue(world.agent._audit_host)
+    world.agent._lifecycle.enqueue(world.agent._rounds.look_over)
     world.settle()
     assert world.functions_of("web") == []
     assert world.guest("web")["residues"] == []
     # it was reset, and is at home again with all that was prepared for it
     assert quarantine(world) == {}
     assert world.frozen() == before
+
+
+# -- asked for in a policy ----------------------------------------------------------------------
+
+
+def set_policy(world, guest, **devices):
+    changes = {f"device:{name.replace('_', '.')}": text for name, text in devices.items()}
+    answer = world.agent.policy_set(aw.ROOT, guest, changes)
+    job = world.finish(answer["job"])
+    world.settle()
+    return job
+
+
+def wishes(world, guest):
+    return list(world.spec(guest).policy.devices)
+
+
+def test_policy_set_asks_for_functions_and_gives_back_what_is_above(world):
+    assert set_policy(world, "web", net_vf="2:reclaimable", crypto_aes="1")["state"] == "done"
+    assert wishes(world, "web") == [LENT, DevicePolicy("crypto.aes")]
+    assert len(held(world, "web")) == 3
+    set_policy(world, "web", net_vf="1")
+    assert wishes(world, "web")[0] == DevicePolicy("net.vf", 1, reclaimable=True)
+    assert len(world.functions_of("web")) == len(held(world, "web")) == 2
+    set_policy(world, "web", net_vf="kept")
+    assert wishes(world, "web")[0] == DevicePolicy("net.vf", 1)
+    set_policy(world, "web", net_vf="0", crypto_aes="0")
+    assert (wishes(world, "web"), world.functions_of("web")) == ([], [])
+    assert set(drivers(world).values()).isdisjoint({VFIO_PCI})
+
+
+def test_what_was_granted_outlives_the_wish(world):
+    assert allocate(world, "web")["state"] == "done"
+    set_policy(world, "web", net_vf="2")
+    assert len(held(world, "web")) == 2
+    set_policy(world, "web", net_vf="0")
+    assert len(held(world, "web")) == 1
+
+
+def test_a_dry_run_of_a_policy_changes_nothing(world):
+    set_policy(world, "web", net_vf="1")
+    [address] = held(world, "web")
+    before, audited = world.frozen(), len(world.agent.audit(aw.ROOT, 0, ""))
+    answer = world.agent.policy_plan(aw.ROOT, "web", {"device:net.vf": "0", "priority": "51"})
+    assert (answer["policy"]["devices"], answer["policy"]["priority"]) == ((), 51)
+    texts = [step["text"] for step in answer["plan"]["steps"]]
+    assert f"web: detach {address}" in texts
+    assert answer["plan"]["decision"]["delta"] == {"device:net.vf": -1}
+    assert world.frozen() == before
+    assert (held(world, "web"), len(world.agent.audit(aw.ROOT, 0, ""))) == ([address], audited)
+    world.host.stop_guest(aw.uuid_of(50))
+    world.settle()
+    assert world.agent.policy_plan(aw.ROOT, "web", {"device:net.vf": "0"})["plan"] is None
+
+
+def test_one_that_is_not_let_go_leaves_the_policy_as_it_was(world):
+    set_policy(world, "web", net_vf="1")
+    world.host.faults.keeps_functions.add(aw.uuid_of(50))
+    job = set_policy(world, "web", net_vf="0")
+    assert (job["state"], job["error"]["reason"]) == ("refused", "guest-uncooperative")
+    assert wishes(world, "web") == [WISH]
+    assert len(held(world, "web")) == 1
 
 
 def test_a_reset_that_fails_after_a_release_is_quarantine(world):
@@ -535,7 +628,7 @@ def test_a_guest_that_became_unmanaged_by_hand_keeps_its_function_in_quarantine(
     assert "became unmanaged" in quarantine(world)[address]
     assert allocate(world, "database", want="4")["state"] == "refused"
     world.host.stop_guest(aw.uuid_of(50))
-    world.agent._lifecycle.enqueue(world.agent._audit_host)
+    world.agent._lifecycle.enqueue(world.agent._rounds.look_over)
     world.settle()
     assert quarantine(world) == {}
     assert drivers(world)[address] is None
@@ -549,7 +642,7 @@ def test_a_departure_that_fails_leaves_the_functions_to_a_later_try(world):
     world.host.events.drain()
     assert world.agent._lifecycle._errands.drain(aw.DEADLINE_S)
     world.journal.failure = None
-    world.agent._lifecycle.enqueue(world.agent._audit_host)
+    world.agent._lifecycle.enqueue(world.agent._rounds.look_over)
     world.settle()
     assert held(world, "web") == []
     assert drivers(world)[address] is None

@@ -26,6 +26,7 @@ from virtfabric.model.device import (
     PciFunction,
     UseKind,
 )
+from virtfabric.model.devicesteps import BindDriver
 from virtfabric.model.errors import Refusal, RefusedError, VirtfabricError
 from virtfabric.model.guest import GuestState, RunState
 from virtfabric.model.host import Capacity
@@ -81,7 +82,8 @@ class Host:
         if self.fails:
             raise VirtfabricError(self.fails)
         for step in plan.steps:
-            self.drivers[step.address] = step.after  # type: ignore[attr-defined]
+            if isinstance(step, BindDriver):
+                self.drivers[step.address] = step.after
         assert work.settle_books is not None
         self.ledger.commit(None, work.settle_books, self.journal.store_books)
         return Outcome(TransactionId("txn-1"), None, None, (), (), (), 0.0, 0.0)

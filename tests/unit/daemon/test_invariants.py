@@ -227,7 +227,7 @@ class Life(RuleBasedStateMachine):
         leased = {g["id"] for g in self.world.agent.grants(aw.ROOT) if g["expires"]}
         self.world.clock.leap(LEASE_S + 1)
         self.world.agent._leases._look()
-        self.world.agent._tick()
+        self.world.agent._rounds.tick()
         self.world.settle()
         assert not leased & {g["id"] for g in self.world.agent.grants(aw.ROOT)}
 
@@ -324,7 +324,7 @@ class Life(RuleBasedStateMachine):
         done = self.world.finish(self._ask_for(name, {"device:net.vf": "+1"}))
         assert done["state"] in ("refused", "failed"), done
         self.world.host.faults.clear()
-        self.world.agent._lifecycle.enqueue(self.world.agent._audit_host)
+        self.world.agent._lifecycle.enqueue(self.world.agent._rounds.look_over)
 
     @rule(name=names, cpu=st.integers(0, CORES - 1))
     def pinned_by_hand(self, name: str, cpu: int) -> None:
@@ -377,7 +377,7 @@ class Life(RuleBasedStateMachine):
         job = self.world.finish(self._ask_for(name, wants))
         self.world.host.faults.clear()
         self.world.host.reconnect()
-        self.world.agent._lifecycle.enqueue(self.world.agent._audit_host)
+        self.world.agent._lifecycle.enqueue(self.world.agent._rounds.look_over)
         self.world.settle()
         now = self.world.host.read_guests()
         if job["state"] != "done" and all(now[g].pid == running[g].pid for g in now):

@@ -217,6 +217,12 @@ class LittleAgent:
             raise InvalidValueError("priority", "99", "is above the ceiling")
         return self._policy(self.jobs_.start("placement", lambda *_: {"steps": []}).id)
 
+    def policy_plan(self, caller, guest, changes):
+        self._see(caller)
+        self._known(guest)
+        plan = PLAN if "device:net.vf" in changes else None
+        return self._policy() | {"notes": ["a note"], "plan": plan}
+
     def policy_clear(self, caller, guest):
         self._see(caller)
         self._known(guest)

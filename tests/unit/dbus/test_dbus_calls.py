@@ -28,6 +28,7 @@ ARGUMENTS = {
     "ReleaseDevice": ("0000:3b:10.1",),
     "ShowPolicy": ("db",),
     "SetPolicy": ("db", {"priority": "80"}),
+    "PlanPolicy": ("db", {"device:net.vf": "2"}),
     "ClearPolicy": ("db",),
     "ListPorts": ("db",),
     "AddPorts": ("db", 2),

@@ -38,6 +38,15 @@ def acs(offered: int, enabled: int) -> tuple[int, bytes]:
     return 0x0D, offered.to_bytes(2, "little") + enabled.to_bytes(2, "little")
 
 
+def express(target: int, version: int = 2) -> bytes:
+    """A port's configuration space whose Link Control 2 aims at this generation."""
+    space = bytearray(config(0x81))
+    space[0x34], space[0x60:0x62], space[0x62] = 0x40, bytes((0x10, 0)), version
+    space[0x40:0x42] = bytes((0x05, 0x60))  # MSI comes first
+    space[0x60 + 0x30] = target
+    return bytes(space)
+
+
 SERIAL = (0x03, bytes.fromhex("0123456789abcdef"))
 
 
@@ -113,6 +122,53 @@ def test_link_speed(fake: FakeSys, text: str, speed: int) -> None:
     fake.function(NIC, current_link_speed=text, current_link_width="255")
     link = fake.read()[NIC].link
     assert (link.speed, link.width) == (speed, 0)
+
+
+@pytest.mark.parametrize(
+    ("space", "limit"),
+    [
+        (express(2), 5000),
+        (express(3), 0),  # as fast as what is below can be
+        (express(4), 0),
+        (express(2, version=1), None),
+        (express(0), None),
+        (express(2)[:64], None),  # what others than root may read
+        (express(2)[:0x90], None),
+        (config(0x81), None),
+        (b"\xff" * 4096, None),
+    ],
+)
+def test_what_a_link_is_held_to(fake: FakeSys, space: bytes, limit: int | None) -> None:
+    port = fake.port(PORT, config=space, max_link_speed="16.0 GT/s PCIe")
+    fake.function(NIC, port, config=space, max_link_speed="8.0 GT/s PCIe")
+    found = fake.read()
+    assert found[PORT].limit == limit
+
+
+FATAL = "Undefined 0\nDLP {}\nSDES 0\nTOTAL_ERR_FATAL {}"
+
+
+@pytest.mark.parametrize(
+    ("files", "count"),
+    [
+        ({}, None),
+        ({"aer_dev_fatal": FATAL.format(0, 0)}, 0),
+        ({"aer_dev_fatal": FATAL.format(1, 2)}, 2),
+        ({"aer_dev_fatal": FATAL.format(1, 1), "aer_rootport_total_err_fatal": "3"}, 4),
+        ({"aer_rootport_total_err_fatal": "3"}, 3),
+        ({"aer_dev_fatal": ""}, None),
+    ],
+)
+def test_fatal_errors(fake: FakeSys, files: dict[str, str], count: int | None) -> None:
+    fake.port(PORT, **files)
+    assert fake.read()[PORT].fatal_errors == count
+
+
+def test_nothing_but_a_port_is_held_to_anything(fake: FakeSys) -> None:
+    space = bytearray(express(1))
+    space[0x0E] = 0
+    fake.function(NIC, config=bytes(space), max_link_speed="8.0 GT/s PCIe")
+    assert fake.read()[NIC].limit is None
 
 
 @pytest.mark.parametrize(
@@ -216,6 +272,7 @@ def test_uses_are_those_of_the_moment(fake: FakeSys) -> None:
         ("sriov_totalvfs", "many"),
         ("current_link_speed", "fast"),
         ("current_link_width", "wide"),
+        ("aer_dev_fatal", "TOTAL_ERR_FATAL many"),
         ("device", b"\xff\xfe"),
     ],
 )

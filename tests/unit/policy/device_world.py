@@ -210,7 +210,12 @@ class World:
 
     def snapshot(self) -> HostSnapshot:
         functions = {
-            a: replace(f, driver=self.host.drivers[a] or None, settings=self.host.settings.get(a))
+            a: replace(
+                f,
+                driver=self.host.drivers[a] or None,
+                settings=self.host.settings.get(a),
+                limit=self.host.links.get(a, 0) if f.bridge else None,
+            )
             for a, f in self.host.inventory.functions.items()
         }
         found = [self._seen(guest) for guest in self.guests.values()]
@@ -231,10 +236,6 @@ class World:
 
     def carry_out(self, plan: Plan) -> None:
         """All steps; and, on a copy, back from the end through every prefix."""
-        for step in plan.steps:
-            if isinstance(step, LimitLink) and step.after and not self._is_limited(step.address):
-                # of a function that was pulled out; to set it again changes nothing
-                self.host.links.pop(step.address, None)
         trail = [self.host.state()]
         for step in plan.steps:
             self.host.run(step)
@@ -243,13 +244,6 @@ class World:
         for index in reversed(range(len(plan.steps))):
             back.run(plan.steps[index].inverse())
             assert back.state() == trail[index], plan.steps[index]
-
-    def _is_limited(self, port: PciAddress) -> bool:
-        """Whether any guest has a function for which the link is limited."""
-        return any(
-            f.found.port == port and f.address in self.host.attached
-            for holding in self.books.holdings.values() for f in holding.functions
-        )  # fmt: skip
 
     def commit(self, decision: Decision, ends: Grant | None = None) -> tuple[Plan, Grant]:
         snapshot = self.snapshot()

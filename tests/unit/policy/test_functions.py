@@ -30,7 +30,14 @@ from host_data import load_host, make_guest
 
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.decision import Verdict
-from virtfabric.model.device import Found, HeldFunction, Quarantine, VfSettings, device_key
+from virtfabric.model.device import (
+    Found,
+    GuestDevice,
+    HeldFunction,
+    Quarantine,
+    VfSettings,
+    device_key,
+)
 from virtfabric.model.errors import Reason
 from virtfabric.model.guest import MemoryMechanism, NumaMode, RunState
 from virtfabric.model.ids import RequestId
@@ -55,8 +62,10 @@ from virtfabric.policy.arbiter import (
     choose_release,
 )
 from virtfabric.policy.bookcheck import check_functions, check_new_functions
+from virtfabric.policy.handmade import BY_HAND, with_named
 from virtfabric.policy.placement import plan_convergence, plan_decision, plan_lift
 from virtfabric.policy.standing import capacity_of, floor_of, free
+from virtfabric.policy.stock import Stock
 from virtfabric.policy.wishes import unmet_wishes
 
 REQUEST = RequestId("req-1")
@@ -385,6 +394,53 @@ def test_the_link_of_a_function_that_vanished_is_still_limited_for_the_next():
     assert world.host.links == {at(29): 8000}
 
 
+def test_a_limit_does_not_outlive_a_function_that_was_pulled_and_put_back():
+    """It is in quarantine and not prepared any more when its guest goes: seeds of lives."""
+    world = World.of(inventory_of(disk(1)), device_guest(1))
+    allocate(world, A, nvme=1)
+    world.vanish(at(1))
+    world.books.quarantine[at(1)] = Quarantine(at(1), "why", "how", 0.0)
+    world.reappear(at(1))
+    world.stop(A)
+    plan, _ = world.commit(choose_departure(world.snapshot(), A, REQUEST))
+    assert words(plan) == [f"LimitLink {at(29)} 8000>0"]
+    assert world.host.links == {at(29): 0}
+
+
+def test_a_limit_that_is_there_is_neither_set_again_nor_taken_for_none():
+    world = World.of(inventory_of(disk(1)), device_guest(1))
+    world.host.links[at(29)] = 8000
+    plan, grant = allocate(world, A, nvme=1)
+    assert not any(isinstance(step, LimitLink) for step in plan.steps)
+    world.commit(choose_release(world.snapshot(), REQUEST, grant), grant)
+    world.host.links[at(29)] = 2500
+    plan, _ = allocate(world, A, nvme=1)
+    assert f"LimitLink {at(29)} 2500>8000" in words(plan)
+
+
+def test_where_no_port_tells_its_limit_the_first_sets_it_and_the_last_lifts_it():
+    world = World.of(inventory_of(disk(1), disk(2)), device_guest(1), device_guest(2))
+
+    def blind(snapshot):
+        functions = {a: replace(f, limit=None) for a, f in snapshot.devices.functions.items()}
+        return replace(snapshot, devices=replace(snapshot.devices, functions=functions))
+
+    limits = []
+    for guest in (A, B):
+        decision = decided(choose_allocation(blind(world.snapshot()), ask_for(guest, nvme=1)))
+        plan = plan_decision(blind(world.snapshot()), decision)
+        limits.append([w for w in words(plan) if "Limit" in w])
+        world.commit(decision)
+    assert limits == [[f"LimitLink {at(29)} 0>8000"], []]
+    for guest, gone in ((A, []), (B, [f"LimitLink {at(29)} 8000>0"])):
+        world.stop(guest)
+        decision = choose_departure(blind(world.snapshot()), guest, REQUEST)
+        plan = plan_decision(blind(world.snapshot()), decision)
+        assert [w for w in words(plan) if "Limit" in w] == gone
+        world.commit(decision)
+        world.departed(guest)
+
+
 @pytest.mark.parametrize("grabbed", [1, 2])
 def test_what_somebody_attached_by_hand_meanwhile_is_neither_reset_nor_unbound(grabbed):
     """A guest holds one of a group; a stranger has it, or its sibling, when the guest goes."""
@@ -434,6 +490,52 @@ def test_functions_that_a_running_plan_touches_are_left_alone():
     assert any("a running plan works on" in line for line in answer.considered)
 
 
+def name_by_hand(world: World, guest, *functions: HeldFunction) -> None:
+    """As after `prepare`: what the guest's XML names is with vfio-pci, and so is its group."""
+    for function in functions:
+        for address in (function.address, *dict(function.found.siblings)):
+            world.host.drivers[address] = "vfio-pci"
+    world.books = with_named(world.books, guest, functions)
+
+
+def live_devices(world: World, guest, *addresses):
+    """The host with these `<hostdev>` in the guest's live and persistent XML."""
+    snapshot = world.snapshot()
+    devices = tuple(GuestDevice(one) for one in addresses)
+    state = replace(snapshot.guests[guest], devices=devices, config_devices=devices)
+    return replace(snapshot, guests={**snapshot.guests, guest: state})
+
+
+def test_what_a_guests_own_xml_names_is_its_own_and_nobody_elses():
+    world = World.of(inventory_of(nic(1), nic(2)), device_guest(1), device_guest(2))
+    name_by_hand(world, A, HeldFunction(BY_HAND, at(1), Found("igbvf")))
+    stock = Stock(live_devices(world, A, at(1)))
+    assert stock.holders == {at(1): A}
+    assert stock.strangers == {}
+    assert [f.address for f in stock.in_stock(NET_KEY)] == [at(2)]
+    answer = refused(choose_allocation(stock.snapshot, ask_for(B, net=2)))
+    assert answer.would_fit == {f"device:{NET}": 1}
+
+
+def test_what_a_running_plan_attaches_is_not_a_strangers():
+    world = World.of(inventory_of(nic(1)), device_guest(1))
+    snapshot = live_devices(world, A, at(1))
+    assert Stock(snapshot).strangers == {at(1): snapshot.guests[A].name}
+    assert Stock(replace(snapshot, working=frozenset((at(1),)))).strangers == {}
+
+
+def test_the_group_of_a_named_function_stays_with_vfio_when_another_of_it_goes_back():
+    world = World.of(inventory_of(nic(1, 50), nic(2, 50)), device_guest(1))
+    named = HeldFunction(BY_HAND, at(1), Found("igbvf", siblings=((at(2), "igbvf"),)))
+    name_by_hand(world, A, named)
+    _, grant = allocate(world, net=1)
+    assert world.held(A) == [at(2)]
+    assert world.books.holdings[A].functions[0].found.driver == "igbvf", "before `prepare`"
+    back, _ = world.commit(choose_release(world.snapshot(), REQUEST, grant), grant)
+    assert not any(isinstance(step, BindDriver) for step in moves(back))
+    assert world.books.holdings[A].named == (named,)
+
+
 def test_a_balloon_with_a_function_gives_no_memory():
     plain = make_guest(1, mechanism=MemoryMechanism.BALLOON, memory=256 * MIB,
                        memory_max=256 * MIB)  # fmt: skip
@@ -459,4 +561,9 @@ def test_the_checks_of_the_books_find_what_they_look_for():
     assert "amounts say otherwise" in check_functions(short, inventory)[0]
     broken = replace(world.books, quarantine={at(1): Quarantine(at(1), "why", "how", 0.0)})
     assert "in quarantine" in check_new_functions(broken, group)[0]
+    named = with_named(world.books, A, (one,))
+    assert "in quarantine" in check_new_functions(broken, named)[0]
+    assert check_functions(named, inventory) == []
+    assert "is held 2 times" in check_functions(with_named(named, B, (one,)), inventory)[0]
+    assert "share IOMMU group" in check_functions(with_named(named, B, (two,)), inventory)[0]
     assert check_new_functions(replace(group, quarantine=broken.quarantine), group) == []

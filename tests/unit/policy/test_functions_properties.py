@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from typing import Final
 
+import pytest
 from function_lives import live
 
 from virtfabric.model.errors import Reason
@@ -28,6 +29,15 @@ LEAST: Final = {
     Reason.NO_FREE_PORT: 10, Reason.ABOVE_LIMIT: 20, Reason.BELOW_FLOOR: 15,
 }  # fmt: skip
 """How often in 100 lives at least: what never happens proves nothing."""
+
+
+PINNED: Final = (701551, 9000629)
+"""In these a limit of a link outlived the functions that it was for."""
+
+
+@pytest.mark.parametrize("seed", PINNED)
+def test_a_life_that_went_wrong_once(seed: int) -> None:
+    live(seed, Counter())
 
 
 def test_functions_are_never_lost_leaked_or_shared() -> None:

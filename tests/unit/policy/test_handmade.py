@@ -21,6 +21,7 @@ from virtfabric.model.device import (
     UseKind,
     alias_of,
 )
+from virtfabric.model.devicesteps import BindDriver, ResetFunction
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import GuestState, RunState
 from virtfabric.model.host import Capacity
@@ -39,7 +40,7 @@ from virtfabric.policy.handmade import (
 if TYPE_CHECKING:
     from collections.abc import Iterable
 
-    from virtfabric.model.devicesteps import BindDriver
+    from virtfabric.model.step import Step
 
 DB = GuestId("00000000-0000-4000-8000-000000000001")
 WEB = GuestId("00000000-0000-4000-8000-000000000002")
@@ -97,8 +98,16 @@ def planned(answer: Binding | Refusal) -> Binding:
     return answer
 
 
-def moves(steps: Iterable[BindDriver]) -> list[tuple[PciAddress, str, str]]:
-    return [(step.address, step.before, step.after) for step in steps]
+def moves(steps: Iterable[Step]) -> list[tuple[PciAddress, str, str]]:
+    return [(s.address, s.before, s.after) for s in steps if isinstance(s, BindDriver)]
+
+
+def resets(steps: Iterable[Step]) -> list[PciAddress]:
+    """Those come before anything else."""
+    steps = list(steps)
+    found = [s.address for s in steps if isinstance(s, ResetFunction)]
+    assert all(isinstance(s, ResetFunction) and s.optional for s in steps[: len(found)])
+    return found
 
 
 def refused(answer: Binding | Refusal) -> tuple[Reason, str]:
@@ -131,7 +140,7 @@ def test_what_is_with_vfio_already_stays_there_afterwards() -> None:
     plan = planned(plan_binding(snapshot(there), guest(*by_hand(NIC))))
     assert moves(plan.steps) == []
     held = plan.named
-    assert moves(plan_unbinding(snapshot(there, held=held), DB, "db")) == []
+    assert plan_unbinding(snapshot(there, held=held), DB, "db") == ()
 
 
 def test_our_own_devices_are_not_made_by_hand() -> None:
@@ -144,7 +153,30 @@ def test_all_of_it_goes_back_to_what_it_was() -> None:
     plan = planned(plan_binding(snapshot(), guest(*by_hand(NIC))))
     there = {a: replace(f, driver="vfio-pci") for a, f in functions().items()}
     back = plan_unbinding(snapshot(there, held=plan.named), DB, "db")
+    assert resets(back) == [NIC]
     assert moves(back) == [(NIC, "vfio-pci", "ixgbe"), (AUDIO, "vfio-pci", "snd")]
+
+
+def test_all_are_reset_before_any_goes_back() -> None:
+    plan = planned(plan_binding(snapshot(), guest(*by_hand(NIC, NVME))))
+    there = {a: replace(f, driver="vfio-pci") for a, f in functions().items()}
+    back = plan_unbinding(snapshot(there, held=plan.named), DB, "db")
+    assert resets(back) == [NVME, NIC]
+    assert [move[0] for move in moves(back)] == [NVME, NIC, AUDIO]
+
+
+def test_what_is_with_the_host_again_is_not_reset() -> None:
+    plan = planned(plan_binding(snapshot(), guest(*by_hand(NIC))))
+    assert plan_unbinding(snapshot(held=plan.named), DB, "db") == ()
+
+
+def test_a_granted_function_of_its_group_goes_back_with_the_departure() -> None:
+    plan = planned(plan_binding(snapshot(), guest(*by_hand(NIC))))
+    there = {a: replace(f, driver="vfio-pci") for a, f in functions().items()}
+    found = snapshot(there, held=plan.named)
+    own = replace(found.books.holdings[DB], functions=(HeldFunction("audio", AUDIO),))
+    found = replace(found, books=replace(found.books, holdings={DB: own}))
+    assert moves(plan_unbinding(found, DB, "db")) == [(NIC, "vfio-pci", "ixgbe")]
 
 
 def test_the_books_keep_named_functions_apart_from_granted_ones() -> None:
@@ -162,6 +194,7 @@ def test_a_function_that_vanished_does_not_keep_the_others_from_going_back() -> 
     there = {a: replace(f, driver="vfio-pci") for a, f in functions().items()}
     del there[NIC]
     back = plan_unbinding(snapshot(there, held=plan.named), DB, "db")
+    assert resets(back) == []
     assert moves(back) == [(AUDIO, "vfio-pci", "snd")]
 
 

@@ -91,6 +91,26 @@ class Attributes:
             width_max=self._width("max_link_width"),
         )
 
+    def fatal_errors(self) -> int | None:
+        """Fatal errors counted by AER: its own, and at a root port those that reached it.
+
+        An endpoint cannot be asked after a fatal error of its own: then its root port alone
+        counts it (drivers/pci/pcie/aer.c: aer_get_device_error_info, pci_rootport_aer_stats_incr;
+        Documentation/ABI/testing/sysfs-bus-pci-devices-aer_stats).
+
+        Raises:
+            InvalidValueError: names the file.
+        """
+        own = dict(
+            line.rsplit(maxsplit=1)
+            for line in (self._sys.text(f"{self.home}/aer_dev_fatal") or "").splitlines()
+            if " " in line
+        )
+        total = own.get("TOTAL_ERR_FATAL")
+        mine = None if total is None else self._number("aer_dev_fatal", total, 10)
+        arrived = self.number("aer_rootport_total_err_fatal")
+        return None if mine is None and arrived is None else (mine or 0) + (arrived or 0)
+
     def is_there(self) -> bool:
         """Whether the function can still be read."""
         return self._sys.text(f"{self.home}/vendor") is not None

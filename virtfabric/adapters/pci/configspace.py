@@ -1,6 +1,7 @@
 """What is read out of a function's configuration space; bytes -> values, no I/O.
 
-Sources: PCI Local Bus Specification 3.0, 6.1; PCI Express Base Specification 6.0, 7.6 and 7.7.8;
+Sources: PCI Local Bus Specification 3.0, 6.1 and 6.7; PCI Express Base Specification 6.0, 7.5.3,
+7.6 and 7.7.8;
 Linux include/uapi/linux/pci_regs.h. Only root reads more than the first 64 bytes.
 """
 
@@ -20,6 +21,12 @@ _ACS: Final = 0x000D
 _ACS_BYTES: Final = 8
 _ACS_NEEDED: Final = 0x01 | 0x04 | 0x08 | 0x10
 """Source validation, request redirect, completion redirect, upstream forwarding."""
+_FIRST: Final = 0x34
+_EXPRESS: Final = 0x10
+_EXPRESS_BYTES: Final = 0x34
+_LINK_CONTROL_2: Final = 0x30
+SPEEDS: Final = (2_500, 5_000, 8_000, 16_000, 32_000, 64_000)
+"""MT/s of the generations 1 to 6."""
 
 
 def parse_bridge(config: bytes) -> bool | None:
@@ -44,16 +51,42 @@ def parse_acs(config: bytes) -> bool | None:
     return None
 
 
+def parse_target_speed(config: bytes) -> int | None:
+    """MT/s that software lets the link below a port be trained to; None where that is not told.
+
+    Link Control 2 is there from version 2 of the capability on, and may be hard-wired to 0.
+    """
+    for offset, number in _capabilities(config):
+        if number == _EXPRESS and len(config) >= offset + _EXPRESS_BYTES:
+            target = config[offset + _LINK_CONTROL_2] & 0xF
+            version = config[offset + 2] & 0xF
+            return SPEEDS[target - 1] if version >= 2 and 0 < target <= len(SPEEDS) else None
+    return None
+
+
 def choose_recorded(config: bytes) -> dict[int, bytes]:
     """The pieces that the functions above look at, by offset.
 
     The rest stays out of a record: it holds the device's serial number and its vital product data.
     """
     pieces = {0: config[:_HEADER]}
+    for offset, number in _capabilities(config):
+        size = _EXPRESS_BYTES if number == _EXPRESS else 2
+        pieces[offset] = config[offset : offset + size]
     for offset, number in _extended_capabilities(config):
         size = _ACS_BYTES if number == _ACS else 4
         pieces[offset] = config[offset : offset + size]
     return pieces
+
+
+def _capabilities(config: bytes) -> Iterator[tuple[int, int]]:
+    """Offset and number of each of the first 256 bytes; ends as the extended ones do."""
+    offset = config[_FIRST] & 0xFC if len(config) > _FIRST else 0
+    seen = set[int]()
+    while offset >= _HEADER and offset not in seen and len(config) >= offset + 2:
+        seen.add(offset)
+        yield offset, config[offset]
+        offset = config[offset + 1] & 0xFC
 
 
 def _extended_capabilities(config: bytes) -> Iterator[tuple[int, int]]:

@@ -93,7 +93,7 @@ def read_functions(sys: SysTree, proc: SysTree) -> dict[PciAddress, PciFunction]
         if function is not None:
             functions[address] = function
             vfs[address] = attributes.vfs() if function.vfs_max else {}
-    return _join_vfs(functions, vfs)
+    return _join_links(_join_vfs(functions, vfs))
 
 
 def _read_homes(sys: SysTree) -> dict[PciAddress, str]:
@@ -132,6 +132,8 @@ def _read_function(read: Attributes, address: PciAddress, uses: HostUses) -> Pci
         acs=configspace.parse_acs(config),
         uses=uses.of(address),
         interfaces=uses.interfaces_of(address),
+        limit=configspace.parse_target_speed(config) if bridge else None,
+        fatal_errors=read.fatal_errors(),
     )
     # Asked last: one that goes away meanwhile answers "none" to some of the above.
     whole = None not in (vendor, device, class_code) and read.is_there()
@@ -150,6 +152,20 @@ def _join_vfs(
         for number, vf in there.items():
             joined[vf] = replace(joined[vf], vf_index=number)
     return joined
+
+
+def _join_links(functions: dict[PciAddress, PciFunction]) -> dict[PciAddress, PciFunction]:
+    """What a port aims at limits its link only where it could do more, and what is below it too."""
+    ends: dict[PciAddress, list[int]] = {}
+    for one in functions.values():
+        for port in (one.address, one.parent):
+            if port is not None and one.link.speed_max:
+                ends.setdefault(port, []).append(one.link.speed_max)
+    limits = {one.address: one.limit for one in functions.values() if one.limit is not None}
+    return functions | {
+        port: replace(functions[port], limit=aim if aim < min(ends.get(port, [aim])) else 0)
+        for port, aim in limits.items()
+    }
 
 
 def _add_settings(

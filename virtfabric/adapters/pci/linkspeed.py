@@ -14,6 +14,7 @@ import errno
 import re
 from typing import TYPE_CHECKING, Final
 
+from virtfabric.adapters.pci.configspace import SPEEDS
 from virtfabric.adapters.pci.handler import PciHandler
 from virtfabric.model.device import PciAddress
 from virtfabric.model.devicesteps import LimitLink
@@ -26,8 +27,6 @@ if TYPE_CHECKING:
     from virtfabric.ports import StepContext
 
 _TYPE: Final = "PCIe_Port_Link_Speed_"
-_SPEEDS: Final = (2_500, 5_000, 8_000, 16_000, 32_000, 64_000)
-"""MT/s of the generations 1 to 6."""
 
 
 class LinkSpeeds:
@@ -43,7 +42,7 @@ class LinkSpeeds:
         Empty where the kernel offers no limit there: it is older than 6.13, or this is no port.
         """
         cooling = self._find_cooling(port)
-        return () if cooling is None else _SPEEDS[: _read_number(cooling / "max_state") + 1]
+        return () if cooling is None else SPEEDS[: _read_number(cooling / "max_state") + 1]
 
     def limit(self, port: PciAddress, speed: int) -> None:
         """Limit the link below a port to `speed` MT/s, 0 for none.
@@ -60,7 +59,7 @@ class LinkSpeeds:
                 advice="it needs Linux 6.13 or later with CONFIG_PCIE_THERMAL, and a PCIe port",
             )
         top = _read_number(cooling / "max_state")
-        offered = _SPEEDS[: top + 1]
+        offered = SPEEDS[: top + 1]
         if speed and speed not in offered:
             words = ", ".join(f"{one / 1000:g}" for one in offered)
             raise DeviceError(
@@ -73,7 +72,7 @@ class LinkSpeeds:
         except OSError as error:
             # More than the function behind the port can do: the kernel sets what both can, and
             # tells that it is not what was asked for.
-            if error.errno != errno.EAGAIN or self.current(port) > (speed or _SPEEDS[-1]):
+            if error.errno != errno.EAGAIN or self.current(port) > (speed or SPEEDS[-1]):
                 raise DeviceError(
                     f"the link below {port}: limiting it to {speed / 1000:g} GT/s: {error.strerror}"
                 ) from error

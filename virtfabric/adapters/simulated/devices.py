@@ -67,7 +67,11 @@ class SimulatedDevices:
     def read_functions(self) -> dict[PciAddress, PciFunction]:
         """All of them, by address."""
         with self._lock:
-            return {a: self._functions[a].shown for a in sorted(self._functions)}
+            found = {a: self._functions[a] for a in sorted(self._functions)}
+            return {
+                a: replace(one.shown, limit=one.limit) if one.limits else one.shown
+                for a, one in found.items()
+            }
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` at each change, in the thread that makes it."""
