@@ -26,8 +26,9 @@ async def _job(client: AgentClient, method: str, *words: Any) -> dict[str, Any]:
 
 async def _cycle(guest: str, capability: str, rounds: int) -> None:
     async with AgentClient.connected(None) as client:
+        wants = {f"device:{capability}": "+1", "deadline": "300"}
         for _ in range(rounds):
-            done = await _job(client, "Allocate", guest, {capability: "1", "deadline": "300"})
+            done = await _job(client, "Allocate", guest, wants)
             await _job(client, "Release", done["result"]["grant"])
 
 
