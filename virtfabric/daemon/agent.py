@@ -21,6 +21,7 @@ from virtfabric.daemon.jobs import Jobs
 from virtfabric.daemon.leases import LeaseWatch
 from virtfabric.daemon.ledger import Ledger
 from virtfabric.daemon.lifecycle import Lifecycle
+from virtfabric.daemon.memorydesk import MemoryDesk
 from virtfabric.daemon.notices import Notices
 from virtfabric.daemon.observatory import Observatory
 from virtfabric.daemon.portdesk import PortDesk
@@ -103,6 +104,7 @@ class Agent:
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, audit=world.audit, watch=self._lifecycle.devices,
         )  # fmt: skip
+        self._memory = MemoryDesk(world.memory, self._notices)
         self._ports = PortDesk(world.definitions, world.audit)
         self._drift.repair_with(self._repair_guest)
         self._leases = LeaseWatch(self._ledger, clock, self._expire)
@@ -128,6 +130,7 @@ class Agent:
         self._connected = True
         done.wait()
         self._lifecycle.devices.start()
+        self._memory.start()
         self._world.audit.append("agent.started", [], {"version": __version__})
         self._drift.check()
         self._leases.start()
@@ -153,6 +156,7 @@ class Agent:
         self._jobs.close()
         self._world.events.close()
         self._world.devices.close()
+        self._memory.close()
         self._lifecycle.close()
         if self._ticker.is_alive():
             self._ticker.join(TICK_END_S)
@@ -305,6 +309,11 @@ class Agent:
         self._require(caller, Action.DEVICES, address=address)
         job = self._devices.release(address, uid=caller.uid, by=str(caller.principal))
         return {"job": job.id}
+
+    def memory(self, caller: Caller) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        return self._memory.show()
 
     def explain(self, caller: Caller, subject: str) -> Json:
         """See `AgentApi`."""

@@ -67,7 +67,7 @@ def make_spec(
         vcpus=vcpus,
         vcpus_max=vcpus_max,
         boot_memory=Bytes((1024 if balloon else 256) * MIB),
-        devices=()
+        memory=self.host.memory, devices=()
         if balloon
         else (MemoryDevice("ua-mem0", 0, Bytes(1 * GIB), Bytes(initial_mib * MIB)),),
         balloon=balloon,

@@ -19,6 +19,7 @@ from virtfabric.adapters.simulated.events import SimulatedEvents
 from virtfabric.adapters.simulated.faults import Faults
 from virtfabric.adapters.simulated.guest import GuestSpec, Hardware, SimulatedGuest, write_policy
 from virtfabric.adapters.simulated.handlers import SimulatedHandler, simulated_handlers
+from virtfabric.adapters.simulated.memory import SimulatedMemory
 from virtfabric.model.errors import (
     DeviceError,
     GuestGoneError,
@@ -89,6 +90,7 @@ class SimulatedHost:
     Attributes:
         events, stats, load, handlers: `ports.EventSource`, `GuestStats`, `HostLoad`, `Handlers`.
         devices: `ports.DeviceTree`.
+        memory: `ports.MemoryTree`.
         definitions: `ports.DefinitionEditor`.
         faults: what goes wrong.
         clock: what deadlines are measured by.
@@ -102,6 +104,7 @@ class SimulatedHost:
     ) -> None:
         self.lock = threading.RLock()
         self.devices = SimulatedDevices(self.lock, functions)
+        self.memory = SimulatedMemory(self.lock, self.read_topology)
         self.clock: Clock = clock or SimulatedClock()
         self.faults = Faults()
         self.events = SimulatedEvents()
