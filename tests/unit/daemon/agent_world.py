@@ -67,7 +67,7 @@ def make_spec(
         vcpus=vcpus,
         vcpus_max=vcpus_max,
         boot_memory=Bytes((1024 if balloon else 256) * MIB),
-        memory=self.host.memory, devices=()
+        devices=()
         if balloon
         else (MemoryDevice("ua-mem0", 0, Bytes(1 * GIB), Bytes(initial_mib * MIB)),),
         balloon=balloon,
@@ -248,6 +248,7 @@ class AgentWorld:
         host = self._process.wrap(self.host, GONE)
         world = World(
             guests=host, devices=self._process.wrap(self.host.devices, GONE),
+            memory=self._process.wrap(self.host.memory, GONE),
             vfs=self._process.wrap(self.host.devices, GONE), policies=host,
             events=self.host.events,
             definitions=self.host.definitions,
