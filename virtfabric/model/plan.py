@@ -242,14 +242,7 @@ def parse_step(data: Mapping[str, Any]) -> Step:
     body = {f.name: data[f.name] for f in fields(kind) if f.name in data}
     for name in ("before", "after"):
         body[name] = _parse_value(kind, name, body.get(name))
-    if kind is SetPolicy:
-        if body.get("definition") not in tuple(Definition):
-            raise InvalidValueError("step.definition", body.get("definition"), "is not known")
-        body["definition"] = Definition(body["definition"])
-    if "address" in body:
-        body["address"] = PciAddress.parse(str(body["address"]), field="step.address")
-    if issubclass(kind, CreateRegion | OnlineMemory):
-        body |= _parse_place(body)
+    body |= _parse_place(kind, body)
     body["guest"] = GuestId.parse(str(body.get("guest")), field="step.guest")
     try:
         return kind(**body)
@@ -257,8 +250,21 @@ def parse_step(data: Mapping[str, Any]) -> Step:
         raise InvalidValueError("step", dict(data), f"is incomplete: {error}") from None
 
 
-def _parse_place(body: Mapping[str, Any]) -> dict[str, Any]:
-    """Which region a step is about."""
+def _parse_place(kind: type[Step], body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step is about, where that is more than an integer or a name."""
+    parsed: dict[str, Any] = {}
+    if kind is SetPolicy:
+        if body.get("definition") not in tuple(Definition):
+            raise InvalidValueError("step.definition", body.get("definition"), "is not known")
+        parsed["definition"] = Definition(body["definition"])
+    if "address" in body:
+        parsed["address"] = PciAddress.parse(str(body["address"]), field="step.address")
+    if issubclass(kind, CreateRegion | OnlineMemory):
+        parsed |= _parse_region(body)
+    return parsed
+
+
+def _parse_region(body: Mapping[str, Any]) -> dict[str, Any]:
     members = body.get("members")
     if not isinstance(members, list) or not members:
         raise InvalidValueError("step.members", members, "is missing or of the wrong type")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.adapters.registry import HandlerRegistry
 from virtfabric.adapters.simulated.clock import SimulatedClock
+from virtfabric.adapters.simulated.cxlhandlers import cxl_handlers
 from virtfabric.adapters.simulated.definitions import SimulatedDefinitions
 from virtfabric.adapters.simulated.devicehandlers import device_handlers
 from virtfabric.adapters.simulated.devices import SimulatedDevices
@@ -110,7 +111,9 @@ class SimulatedHost:
         self.events = SimulatedEvents()
         self.load = SimulatedLoad()
         self.stats = SimulatedStats(self)
-        self.handlers = HandlerRegistry((*simulated_handlers(self), *device_handlers(self)))
+        self.handlers = HandlerRegistry(
+            (*simulated_handlers(self), *device_handlers(self), *cxl_handlers(self))
+        )
         self.definitions = SimulatedDefinitions(self)
         self._topology = topology
         self._guests: dict[GuestId, SimulatedGuest] = {}
