@@ -1,8 +1,9 @@
 """Runs in a lab: carries out steps by the real handlers, and prints what came of each as JSON.
 
 Orders are lines of stdin: `[verb, argument]`, with `apply` (apply and verify) or `undo` and a
-step's journal encoding, `changes` (how often memory changed since asked last), `vfs` and `[PF, count]`, `nvme` and `[PF, queues]`, `settings` and a VF,
-`offered` and a port. It goes on until stdin ends: under TCG its start alone takes many seconds.
+step's journal encoding, `changes` (how often memory has changed since it was asked last), `vfs`
+and `[PF, count]`, `nvme` and `[PF, queues]`, `settings` and a VF, `offered` and a port. It goes on
+until stdin ends: under TCG its start alone takes many seconds.
 """
 
 from __future__ import annotations

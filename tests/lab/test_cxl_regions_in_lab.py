@@ -1,6 +1,6 @@
 """The life of CXL regions on a real kernel: made, online, offline, destroyed, and what is refused.
 
-What the handlers report is not believed: `cxl list`, `daxctl list` and the kernel's nodes are asked.
+What the handlers report is not believed: `cxl list`, `daxctl list` and sysfs are asked.
 """
 
 from __future__ import annotations
