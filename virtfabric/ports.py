@@ -69,11 +69,12 @@ class MemoryTree(Protocol):
         Garbage that a device tells of itself is among the inventory's problems.
         """
 
-    def read_conditions(self) -> Mapping[str, Condition]:
-        """Health and poison, asked of the memdevs, by the kernel's name. Takes seconds.
+    def read_conditions(self, cancelled: threading.Event) -> Mapping[str, Condition]:
+        """Health and poison, asked of the memdevs, by the kernel's name. Takes seconds of each.
 
         Raises:
             CxlError: nobody can ask them.
+            StepCancelledError: nobody waits for it any more.
         """
 
     def watch(self, changed: Callable[[], None]) -> None:

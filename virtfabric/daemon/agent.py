@@ -211,6 +211,7 @@ class Agent:
         self._conductor.unfinished.finish()
         self._lifecycle.resync()
         self._lifecycle.devices.look_soon()
+        self._memory.look()
         residual = {r.guest for r in self._ledger.view().books.residues}
         for guest in residual - self._ledger.view().busy:
             self._lifecycle.converge([guest], "retry of a residue")

@@ -13,27 +13,30 @@ from virtfabric.model.cxl import Condition, PoisonRecord
 from virtfabric.model.errors import CxlError
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Mapping
 
     from virtfabric.adapters.cxl.tools import Tool
 
-_ASK_S: Final = 15.0
+_ASK_S: Final = 300.0
+"""A poison list takes long: 7 s for each memdev were measured in an emulated host."""
 _LIST: Final = ("cxl", "list", "--memdevs", "--health", "--media-errors")
 _HEALTH_ONLY: Final = ("cxl", "list", "--memdevs", "--health")
 _MOST: Final = 1024
 """Poison records of a memdev that are shown."""
 
 
-def read_conditions(run: Tool) -> dict[str, Condition]:
+def read_conditions(run: Tool, cancelled: threading.Event) -> dict[str, Condition]:
     """By the kernel's name of the memdev.
 
     Raises:
         CxlError: the program is not there, or does not answer.
+        StepCancelledError: nobody waits for it any more.
     """
     try:
-        said = run(_LIST, deadline_s=_ASK_S)
-    except CxlError:
-        said = run(_HEALTH_ONLY, deadline_s=_ASK_S)  # before v80 it knows no poison
+        said = run(_LIST, deadline_s=_ASK_S, cancelled=cancelled)
+    except CxlError:  # before v80 it knows no poison
+        said = run(_HEALTH_ONLY, deadline_s=_ASK_S, cancelled=cancelled)
     return parse_conditions(said)
 
 

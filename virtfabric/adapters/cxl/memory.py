@@ -16,6 +16,7 @@ from virtfabric.adapters.sysfs import Sysfs
 from virtfabric.model.cxl import HostMemory
 
 if TYPE_CHECKING:
+    import threading
     from collections.abc import Callable
 
     from virtfabric.adapters.cxl.tools import Tool
@@ -62,13 +63,14 @@ class SysfsMemory:
         )
         return replace(found, regions=regions)
 
-    def read_conditions(self) -> dict[str, Condition]:
+    def read_conditions(self, cancelled: threading.Event) -> dict[str, Condition]:
         """Health and poison by the kernel's name of the memdev.
 
         Raises:
             CxlError: `cxl` is not installed or does not answer.
+            StepCancelledError: nobody waits for it any more.
         """
-        return read_conditions(self._run)
+        return read_conditions(self._run, cancelled)
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` from a thread of its own when CXL devices or memory came or went."""

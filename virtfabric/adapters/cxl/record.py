@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from virtfabric import __version__
+from virtfabric.adapters.cxl.daxdevices import MEMORY
 from virtfabric.adapters.cxl.inventory import read_inventory
 from virtfabric.adapters.cxl.nodes import read_access, read_tiers, read_zones
 from virtfabric.adapters.pci.record import TREE, record_tree
@@ -47,6 +48,7 @@ def _read(sys: SysTree, proc: SysTree) -> Reading:
     proc.text("meminfo")
     sys.text("devices/system/cpu/online")
     sys.text(f"{_NODES}/online")
+    sys.text(f"{MEMORY}/block_size_bytes")
     for node in sys.names(_NODES, re.compile(r"node\d+")):
         home = f"{_NODES}/{node}"
         for name in ("cpulist", "distance", "meminfo"):

@@ -51,7 +51,7 @@ class SimulatedMemory:
                         nodes[dax.node] = _node(dax)
             return HostMemory(nodes, self.cxl)
 
-    def read_conditions(self) -> dict[str, Condition]:
+    def read_conditions(self, cancelled: threading.Event) -> dict[str, Condition]:
         """As they were set."""
         with self._lock:
             return dict(self.conditions)
