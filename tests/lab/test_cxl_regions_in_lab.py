@@ -79,17 +79,22 @@ def dax(lab: RunningLab) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("window", "serials"),
-    [(ONE_BRIDGE, (0x100,)), (BOTH, (0x100, 0x101)), (OTHER_BRIDGE, (0x102, 0x103))],
+    ("window", "serials", "online_nodes"),
+    [
+        (ONE_BRIDGE, (0x100,), "0-1"),
+        (BOTH, (0x100, 0x101), "0,3"),
+        (OTHER_BRIDGE, (0x102, 0x103), "0,2"),
+    ],
     ids=["single", "interleaved", "behind-a-switch"],
 )
 def test_life_of_a_region(
-    cxl: RunningLab, bases: list[int], window: int, serials: tuple[int, ...]
+    cxl: RunningLab, bases: list[int], window: int, serials: tuple[int, ...], online_nodes: str
 ) -> None:
+    """Each window has a node of its own, which its regions become."""
     made = create(bases[window], *serials)
     online = use(made, MemoryUse.OFFLINE, MemoryUse.MOVABLE)
     done(carry_out(cxl, ("changes", None), ("apply", made), ("apply", online)))
-    assert nodes(cxl) == "0-1"
+    assert nodes(cxl) == online_nodes
     (region,) = regions(cxl)
     assert (region["size"], region["resource"]) == (made.size, bases[window])
     assert region["decode_state"] == "commit"
@@ -102,7 +107,7 @@ def test_life_of_a_region(
     destroy = made.inverse()
     (refused,) = carry_out(cxl, ("apply", destroy))
     assert "its memory is online" in refused["text"]
-    assert nodes(cxl) == "0-1"
+    assert nodes(cxl) == online_nodes
 
     done(carry_out(cxl, ("apply", online.inverse()), ("apply", destroy), ("apply", destroy)))
     assert nodes(cxl) == "0"
