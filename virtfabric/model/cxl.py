@@ -278,10 +278,10 @@ class CxlInventory:
 
     def behind(self, port: str) -> frozenset[str]:
         """Names of a port and all ports below it."""
-        found = {port}
-        for one in self.ports:  # parents come first
-            if one.parent in found:
-                found.add(one.name)
+        found, added = {port}, {port}
+        while added:
+            added = {one.name for one in self.ports if one.parent in added} - found
+            found |= added
         return frozenset(found)
 
 

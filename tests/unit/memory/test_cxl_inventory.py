@@ -15,7 +15,15 @@ from virtfabric.adapters.cxl.record import record_memory
 from virtfabric.adapters.pci.tree import SysTree
 from virtfabric.cli.main import main
 from virtfabric.daemon.memoryviews import memory_view
-from virtfabric.model.cxl import CxlInventory, DaxDevice, HostMemory, MemoryState, PortKind, Serial
+from virtfabric.model.cxl import (
+    CxlInventory,
+    CxlPort,
+    DaxDevice,
+    HostMemory,
+    MemoryState,
+    PortKind,
+    Serial,
+)
 from virtfabric.model.host import Tier
 from virtfabric.model.units import GIB, MIB
 from virtfabric.policy.regions import check_region
@@ -58,6 +66,14 @@ def test_ports_and_windows_of_the_lab(idle: Machine) -> None:
         (0x1D0000000, 2 * GIB, 1, 0, (other.name,)),
         (0x250000000, 2 * GIB, 2, 256, (one.name, other.name)),
     ]
+
+
+def test_a_switch_behind_a_switch_whatever_the_numbers() -> None:
+    ports = (
+        CxlPort("port10", PortKind.SWITCH, "port9"), CxlPort("port9", PortKind.SWITCH, "port2"),
+        CxlPort("port2", PortKind.BRIDGE, "root0"), CxlPort("port3", PortKind.BRIDGE, "root0"),
+    )  # fmt: skip
+    assert CxlInventory(ports=ports).behind("port2") == {"port2", "port9", "port10"}
 
 
 def test_regions_of_the_lab(busy: Machine) -> None:

@@ -103,7 +103,7 @@ def read_inventory(sys: SysTree) -> CxlInventory:
     windows, regions = _read_windows(sys, bridges), _read_regions(sys, endpoints, memdevs)
     return CxlInventory(
         memdevs=tuple(memdevs),
-        ports=tuple(sorted(ports, key=lambda port: (port.kind is not PortKind.ROOT, port.name))),
+        ports=tuple(sorted(ports, key=lambda port: port.kind is not PortKind.ROOT)),
         windows=tuple(window for window, _ in windows),
         regions=tuple(regions),
         problems=(
