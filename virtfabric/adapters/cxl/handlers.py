@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 
 from virtfabric.adapters.cxl.marks import RegionMarks
 from virtfabric.adapters.cxl.memory import MARKS, SysfsMemory
-from virtfabric.adapters.cxl.regions import CxlRegions, Patience, is_online, use_of
+from virtfabric.adapters.cxl.regions import CxlRegions, Deadline, is_online, use_of
 from virtfabric.adapters.cxl.tools import run_tool
 from virtfabric.model.cxlsteps import CreateRegion, MemoryUse, OnlineMemory, RegionPresence
 from virtfabric.model.errors import InvalidValueError, VerificationError
@@ -41,7 +41,7 @@ class RegionHandler(Generic[S]):
         """Bring about `step.after`."""
         own = self._own(step)
         context.progress(0.0, own.describe())
-        self.bring_about(own, Patience(own.deadline_s, context.cancelled))
+        self.bring_about(own, Deadline(own.deadline_s, context.cancelled))
         context.progress(1.0, own.describe())
 
     def verify(self, step: Step) -> None:
@@ -58,10 +58,10 @@ class RegionHandler(Generic[S]):
         if region is not None and not region.ours:
             log.warning("%s: made by hand, so there is nothing to undo", own.region)
         else:
-            self.give_back(own, region, Patience(own.deadline_s))
+            self.give_back(own, region, Deadline(own.deadline_s))
         return 0
 
-    def bring_about(self, step: S, patience: Patience) -> None:
+    def bring_about(self, step: S, deadline: Deadline) -> None:
         """Reach `step.after`.
 
         Raises:
@@ -69,7 +69,7 @@ class RegionHandler(Generic[S]):
         """
         raise NotImplementedError
 
-    def give_back(self, step: S, region: Region | None, patience: Patience) -> None:
+    def give_back(self, step: S, region: Region | None, deadline: Deadline) -> None:
         """Restore `step.before` of a region that is ours or is not there."""
         raise NotImplementedError
 
@@ -88,21 +88,21 @@ class CreateRegionHandler(RegionHandler[CreateRegion]):
 
     step_type = CreateRegion
 
-    def bring_about(self, step: CreateRegion, patience: Patience) -> None:
+    def bring_about(self, step: CreateRegion, deadline: Deadline) -> None:
         """Create or destroy. A region whose memory is online is not destroyed."""
         if step.after is RegionPresence.PRESENT:
-            self.regions.create(step, patience)
+            self.regions.create(step, deadline)
         else:
-            self.regions.destroy(step, patience)
+            self.regions.destroy(step, deadline)
 
-    def give_back(self, step: CreateRegion, region: Region | None, patience: Patience) -> None:
+    def give_back(self, step: CreateRegion, region: Region | None, deadline: Deadline) -> None:
         """The reverse. Memory that the kernel itself brought online goes offline first."""
         if step.before is RegionPresence.PRESENT:
-            self.regions.create(step, patience)
+            self.regions.create(step, deadline)
             return
         if region is not None and any(map(is_online, region.dax)):
-            self.regions.bring(step, MemoryUse.OFFLINE, patience)
-        self.regions.destroy(step, patience)
+            self.regions.bring(step, MemoryUse.OFFLINE, deadline)
+        self.regions.destroy(step, deadline)
 
     def describe(self, region: Region | None) -> str:
         """Whether it is there, with its memory."""
@@ -117,14 +117,14 @@ class OnlineMemoryHandler(RegionHandler[OnlineMemory]):
 
     step_type = OnlineMemory
 
-    def bring_about(self, step: OnlineMemory, patience: Patience) -> None:
+    def bring_about(self, step: OnlineMemory, deadline: Deadline) -> None:
         """Online or offline."""
-        self.regions.bring(step, step.after, patience)
+        self.regions.bring(step, step.after, deadline)
 
-    def give_back(self, step: OnlineMemory, region: Region | None, patience: Patience) -> None:
+    def give_back(self, step: OnlineMemory, region: Region | None, deadline: Deadline) -> None:
         """As it was; of a region that is gone nothing is left to restore."""
         if region is not None:
-            self.regions.bring(step, step.before, patience)
+            self.regions.bring(step, step.before, deadline)
 
     def describe(self, region: Region | None) -> str:
         """What its memory is used for."""

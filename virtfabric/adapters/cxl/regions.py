@@ -33,7 +33,7 @@ _POLL_S: Final = 0.05
 _RESTORE_S: Final = 60.0
 
 
-class Patience:
+class Deadline:
     """How long a change may take, and whether anybody still wants it."""
 
     def __init__(self, deadline_s: float, cancelled: threading.Event | None = None) -> None:
@@ -74,7 +74,7 @@ class CxlRegions:
         """The region that a step is about, whoever made it."""
         return self._read().region_of(place.window, place.members)
 
-    def create(self, step: CreateRegion, patience: Patience) -> None:
+    def create(self, step: CreateRegion, deadline: Deadline) -> None:
         """Make a region and wait for its dax device; one of ours that is there already will do.
 
         Raises:
@@ -84,20 +84,20 @@ class CxlRegions:
         if there is not None and not there.ours:
             raise CxlError(_by_hand(step, there))
         if there is not None and not there.committed:  # what a crash left
-            self._destroy(there, patience)
+            self._destroy(there, deadline)
             there = None
         if there is None:
-            self._make(step, patience)
+            self._make(step, deadline)
         elif not there.dax:
-            self._tool(patience, "cxl", "enable-region", there.name)
+            self._tool(deadline, "cxl", "enable-region", there.name)
 
         def has_memory() -> bool:
             region = self.find(step)
             return region is not None and region.committed and bool(region.dax)
 
-        patience.wait_for(f"the memory of {step.region}", has_memory)
+        deadline.wait_for(f"the memory of {step.region}", has_memory)
 
-    def _make(self, step: CreateRegion, patience: Patience) -> None:
+    def _make(self, step: CreateRegion, deadline: Deadline) -> None:
         inventory = self._read()
         refusal = check_region(inventory, step.window, step.members, step.size, step.granularity)
         window = inventory.window_at(step.window)
@@ -108,7 +108,7 @@ class CxlRegions:
         self._marks.put(step.window, step.members)
         try:
             self._tool(
-                patience, "cxl", "create-region", "--memdevs", "--type=ram",
+                deadline, "cxl", "create-region", "--memdevs", "--type=ram",
                 f"--decoder={window.name}", f"--ways={len(names)}",
                 f"--granularity={step.granularity}", f"--size={step.size}", *names,
             )  # fmt: skip
@@ -123,9 +123,9 @@ class CxlRegions:
             half_made = region.window == window and not region.committed
             if half_made and region.name not in before:
                 with suppress(CxlError):
-                    self._tool(Patience(_RESTORE_S), "cxl", "destroy-region", region.name)
+                    self._tool(Deadline(_RESTORE_S), "cxl", "destroy-region", region.name)
 
-    def destroy(self, place: Place, patience: Patience) -> None:
+    def destroy(self, place: Place, deadline: Deadline) -> None:
         """End a region of which no memory is online; one that is gone already will do.
 
         Raises:
@@ -141,20 +141,20 @@ class CxlRegions:
                     f"{place.region}: its memory is online ({', '.join(online)})",
                     advice="take it offline first",
                 )
-            self._destroy(there, patience)
+            self._destroy(there, deadline)
         self._forget_if_gone(place)
 
-    def _destroy(self, region: Region, patience: Patience) -> None:
+    def _destroy(self, region: Region, deadline: Deadline) -> None:
         # Without --force, which would take away what is in use.
         if region.committed:
-            self._tool(patience, "cxl", "disable-region", region.name)
-        self._tool(patience, "cxl", "destroy-region", region.name)
+            self._tool(deadline, "cxl", "disable-region", region.name)
+        self._tool(deadline, "cxl", "destroy-region", region.name)
 
     def _forget_if_gone(self, place: Place) -> None:
         if self.find(place) is None:
             self._marks.remove(place.window, place.members)
 
-    def bring(self, place: Place, use: MemoryUse, patience: Patience) -> None:
+    def bring(self, place: Place, use: MemoryUse, deadline: Deadline) -> None:
         """Have a region's memory used so; where it fails, it is used as before again.
 
         Raises:
@@ -168,26 +168,26 @@ class CxlRegions:
         was = use_of(region)
         try:
             for dax in region.dax:
-                self._bring_device(dax, use, patience)
+                self._bring_device(dax, use, deadline)
         except (CxlError, StepCancelledError):
             self._restore(place, was)
             raise
 
-    def _bring_device(self, dax: DaxDevice, use: MemoryUse, patience: Patience) -> None:
+    def _bring_device(self, dax: DaxDevice, use: MemoryUse, deadline: Deadline) -> None:
         if device_use(dax) is use:
             return
         if is_online(dax):
             # Blocks that are online cannot change their zone.
-            self._tool(patience, "daxctl", "offline-memory", dax.name)
+            self._tool(deadline, "daxctl", "offline-memory", dax.name)
         if use is MemoryUse.OFFLINE:
             return
         zone = () if use is MemoryUse.MOVABLE else ("--no-movable",)
         if dax.state is MemoryState.DEVICE:
             self._tool(
-                patience, "daxctl", "reconfigure-device", "--mode=system-ram", *zone, dax.name
+                deadline, "daxctl", "reconfigure-device", "--mode=system-ram", *zone, dax.name
             )
         else:
-            self._tool(patience, "daxctl", "online-memory", *zone, dax.name)
+            self._tool(deadline, "daxctl", "online-memory", *zone, dax.name)
 
     def _restore(self, place: Place, was: MemoryUse | None) -> None:
         """Blocks that went offline before one stayed are brought back."""
@@ -203,10 +203,10 @@ class CxlRegions:
     def _bring_online_again(self, dax: DaxDevice, was: MemoryUse) -> None:
         if dax.state in (MemoryState.PARTLY, MemoryState.OFFLINE):
             zone = () if was is MemoryUse.MOVABLE else ("--no-movable",)
-            self._tool(Patience(_RESTORE_S), "daxctl", "online-memory", *zone, dax.name)
+            self._tool(Deadline(_RESTORE_S), "daxctl", "online-memory", *zone, dax.name)
 
-    def _tool(self, patience: Patience, *command: str) -> None:
-        self._run(command, deadline_s=patience.left_s, cancelled=patience.cancelled)
+    def _tool(self, deadline: Deadline, *command: str) -> None:
+        self._run(command, deadline_s=deadline.left_s, cancelled=deadline.cancelled)
 
 
 def is_online(dax: DaxDevice) -> bool:
