@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
 from virtfabric.adapters.clock import SystemClock
+from virtfabric.adapters.cxl.memory import SysfsMemory
 from virtfabric.adapters.hook_socket import HookServer, read_missed_calls
 from virtfabric.adapters.libvirt import open_libvirt
 from virtfabric.adapters.pci.functionfiles import FunctionFiles
@@ -42,6 +43,7 @@ if TYPE_CHECKING:
         Handlers,
         HostLoad,
         HostReader,
+        MemoryTree,
         PolicyWriter,
         VfMaker,
     )
@@ -105,6 +107,7 @@ class _Outside:
     host: HostReader
     guests: GuestReader
     devices: DeviceTree
+    memory: MemoryTree
     vfs: VfMaker
     policies: PolicyWriter
     definitions: DefinitionEditor
@@ -152,7 +155,7 @@ class Composition:
         self._stack.callback(audit.close)
         topology = outside.host.read_topology()
         world = World(
-            guests=outside.guests, devices=outside.devices, vfs=outside.vfs,
+            guests=outside.guests, devices=outside.devices, memory=outside.memory, vfs=outside.vfs,
             policies=outside.policies, definitions=outside.definitions, events=outside.events,
             handlers=outside.handlers, journal=journal, audit=audit, clock=outside.clock,
             load=outside.load, stats=outside.stats,
@@ -177,9 +180,9 @@ class Composition:
         self._stack.callback(opened.close)
         settings = VfSettingsFiles(FunctionFiles())
         return _Outside(
-            opened.host, opened.guests, SysfsDeviceTree(settings=settings.read_all), opened.vfs,
-            opened.policy, opened.definitions, opened.events, opened.handlers,
-            SystemClock(), PsutilLoad(), opened.stats, opened.version,
+            opened.host, opened.guests, SysfsDeviceTree(settings=settings.read_all),
+            SysfsMemory(), opened.vfs, opened.policy, opened.definitions, opened.events,
+            opened.handlers, SystemClock(), PsutilLoad(), opened.stats, opened.version,
         )  # fmt: skip
 
     def _open_simulated(self) -> _Outside:
@@ -188,8 +191,8 @@ class Composition:
 
         host = small_host(SystemClock())
         return _Outside(
-            host, host, host.devices, host.devices, host, host.definitions, host.events,
-            host.handlers, host.clock, host.load, host.stats, "simulated",
+            host, host, host.devices, host.memory, host.devices, host, host.definitions,
+            host.events, host.handlers, host.clock, host.load, host.stats, "simulated",
         )  # fmt: skip
 
     def start(self) -> None:

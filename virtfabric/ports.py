@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Iterable, Mapping, Sequence
 
+    from virtfabric.model.cxl import Condition, HostMemory
     from virtfabric.model.device import PciAddress, PciFunction
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import HostTopology
@@ -54,6 +55,30 @@ class DeviceTree(Protocol):
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` from a thread of its own whenever a function comes, goes or is bound."""
+
+    def close(self) -> None:
+        """Stop watching; safe to repeat."""
+
+
+class MemoryTree(Protocol):
+    """The host's NUMA nodes and CXL memory; repeating is safe."""
+
+    def read_memory(self) -> HostMemory:
+        """Nodes with their memory of now, and all CXL memory.
+
+        Garbage that a device tells of itself is among the inventory's problems.
+        """
+
+    def read_conditions(self, cancelled: threading.Event) -> Mapping[str, Condition]:
+        """Health and poison, asked of the memdevs, by the kernel's name. Takes seconds of each.
+
+        Raises:
+            CxlError: nobody can ask them.
+            StepCancelledError: nobody waits for it any more.
+        """
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` from a thread of its own whenever CXL devices or memory come or go."""
 
     def close(self) -> None:
         """Stop watching; safe to repeat."""

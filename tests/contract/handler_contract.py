@@ -41,7 +41,9 @@ class World(Protocol):
         """Stop the step's guest."""
 
 
-OF_THE_HOST = frozenset({"bind-driver", "set-up-vf", "limit-link"})
+OF_THE_HOST = frozenset(
+    {"bind-driver", "set-up-vf", "limit-link", "create-region", "online-memory"}
+)
 """Kinds that change the host whatever their guest does. `reset-function` has nothing to undo and
 is in no world's steps."""
 

@@ -15,6 +15,8 @@ from virtfabric.adapters.simulated.guest import GuestSpec
 from virtfabric.adapters.simulated.host import build_simulated_host
 from virtfabric.adapters.simulated.machines import DATABASE, make_topology, small_guests
 from virtfabric.domxml.policy import format_bare_policy
+from virtfabric.model.cxl import CxlInventory, CxlPort, Memdev, PortKind, Serial, Window
+from virtfabric.model.cxlsteps import CreateRegion, MemoryUse, OnlineMemory, RegionPresence
 from virtfabric.model.device import (
     GuestDevice,
     HostUse,
@@ -43,7 +45,7 @@ from virtfabric.model.errors import (
     VerificationError,
 )
 from virtfabric.model.guest import NumaMode
-from virtfabric.model.ids import GuestId
+from virtfabric.model.ids import HOST_ITSELF, GuestId
 from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.plan import (
     STEP_TYPES,
@@ -77,6 +79,21 @@ ATTACH = AttachFunction(
     guest=DATABASE, address=BOUND_VF, before=Presence.ABSENT, after=Presence.ATTACHED
 )
 RESET = ResetFunction(guest=DATABASE, address=BOUND_VF)
+CREATE = CreateRegion(
+    window=0x1000000000, members=(Serial(0x100), Serial(0x101)), size=512 * MIB,
+    before=RegionPresence.ABSENT, after=RegionPresence.PRESENT,
+)  # fmt: skip
+OFFLINE = OnlineMemory(
+    window=0x1000000000, members=(Serial(0x102),), before=MemoryUse.MOVABLE,
+    after=MemoryUse.OFFLINE,
+)  # fmt: skip
+CXL = CxlInventory(
+    memdevs=tuple(
+        Memdev(f"mem{n}", Serial(0x100 + n), ram=Bytes(256 * MIB), port="port1") for n in range(4)
+    ),
+    ports=(CxlPort("root0", PortKind.ROOT), CxlPort("port1", PortKind.BRIDGE, "root0")),
+    windows=(Window("decoder0.0", 0x1000000000, Bytes(4 * GIB), targets=("port1",)),),
+)
 
 
 class SimulatedWorld:
@@ -91,6 +108,8 @@ class SimulatedWorld:
             small_devices(),
         )  # fmt: skip
         self.host.devices.bind(BOUND_VF, "vfio-pci")
+        self.host.memory.cxl = CXL
+        self.host.memory.make_region(OFFLINE.window, OFFLINE.members, 256 * MIB, 256)
         self.handlers = self.host.handlers
 
     def steps(self):
@@ -112,9 +131,13 @@ class SimulatedWorld:
             ),
             LimitLink(guest=DATABASE, address=PORT, before=0, after=2500),
             ATTACH,
+            CREATE,
+            OFFLINE,
         ]  # fmt: skip
 
     def observe(self, step):
+        if isinstance(step, CreateRegion | OnlineMemory):
+            return self.host.memory.cxl.region_of(step.window, step.members)
         if step.kind in OF_THE_HOST:
             return copy(self.host.devices.find(step.address))
         seen = self.host.kernel(step.guest)
@@ -123,7 +146,8 @@ class SimulatedWorld:
         return seen
 
     def vanish(self, step):
-        self.host.stop_guest(step.guest)
+        if step.guest != HOST_ITSELF:
+            self.host.stop_guest(step.guest)
 
     def apply(self, step):
         self.handlers.for_step(step).apply(step, Context())

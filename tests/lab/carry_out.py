@@ -1,8 +1,9 @@
 """Runs in a lab: carries out steps by the real handlers, and prints what came of each as JSON.
 
 Orders are lines of stdin: `[verb, argument]`, with `apply` (apply and verify) or `undo` and a
-step's journal encoding, `vfs` and `[PF, count]`, `nvme` and `[PF, queues]`, `settings` and a VF,
-`offered` and a port. It goes on until stdin ends: under TCG its start alone takes many seconds.
+step's journal encoding, `changes` (how often memory has changed since it was asked last), `vfs`
+and `[PF, count]`, `nvme` and `[PF, queues]`, `settings` and a VF, `offered` and a port. It goes on
+until stdin ends: under TCG its start alone takes many seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from virtfabric.adapters.cxl.memory import SysfsMemory
 from virtfabric.adapters.libvirt import open_libvirt
 from virtfabric.adapters.pci.functionfiles import FunctionFiles
 from virtfabric.adapters.pci.inventory import CurrentUses
@@ -57,7 +59,17 @@ def main() -> None:
         step = parse_step(data)
         return opened.handlers.for_step(step).undo(step)
 
+    changed: list[float] = []
+    memory = SysfsMemory()
+    memory.watch(lambda: changed.append(time.monotonic()))
+
+    def changes(_):
+        count = len(changed)
+        del changed[:count]
+        return count
+
     verbs = {
+        "changes": changes,
         "apply": apply,
         "undo": undo,
         "vfs": lambda given: pools.ensure(PciAddress(given[0]), given[1]),
@@ -75,6 +87,7 @@ def main() -> None:
             result = {"error": type(error).__name__, "text": str(error), "advice": error.advice}
         result |= {"verb": verb, "seconds": round(time.monotonic() - began, 3)}
         print(json.dumps(result), flush=True)
+    memory.close()
     opened.close()
 
 

@@ -5,11 +5,10 @@ What they report is not believed: the lab's own tools are asked (sysfs, ip, virs
 
 from __future__ import annotations
 
-import json
-import shlex
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
+from worker import carry_out, done, start_worker
 
 from virtfabric.model.device import PciAddress, VfSettings
 from virtfabric.model.devicesteps import (
@@ -33,24 +32,6 @@ IGB_VF = PciAddress("0000:01:10.0")
 EDU = PciAddress("0000:02:00.0")
 NOBODY = GuestId("00000000-0000-4000-8000-00000000dead")
 DEVICES = "/sys/bus/pci/devices"
-
-
-def carry_out(lab: RunningLab, *orders: tuple[str, Any]) -> list[dict[str, Any]]:
-    """Have the one process in the lab carry out orders; what came of each."""
-    given = [json.dumps([verb, a.to_json() if hasattr(a, "to_json") else a]) for verb, a in orders]
-    before = int(lab.run("wc -l < /tmp/answers"))
-    lab.run(f"printf '%s\\n' {' '.join(map(shlex.quote, given))} > /tmp/orders")
-    wanted = before + len(given)
-    lab.wait(f"[ $(wc -l < /tmp/answers) -ge {wanted} ]", timeout_s=180)
-    answers = lab.run(f"tail -n +{before + 1} /tmp/answers").splitlines()
-    print(*answers, sep="\n")
-    return [json.loads(line) for line in answers]
-
-
-def done(answers: list[dict[str, Any]]) -> list[Any]:
-    """The results, when nothing failed."""
-    assert not [answer for answer in answers if "error" in answer], answers
-    return [answer["result"] for answer in answers]
 
 
 def driver(lab: RunningLab, address: str) -> str:
@@ -77,13 +58,7 @@ def inside(lab: RunningLab) -> str:
 
 @pytest.fixture(scope="module", autouse=True)
 def worker(passthrough: RunningLab) -> None:
-    """The process that carries out orders; whoever holds the pipe open keeps it waiting."""
-    script = "/opt/virtfabric/checkout/tests/lab/carry_out.py"
-    passthrough.run(
-        "mkfifo /tmp/orders; (sleep infinity > /tmp/orders) > /dev/null 2>&1 < /dev/null & "
-        f"python3 {script} < /tmp/orders > /tmp/answers 2> /tmp/carry_out.log & disown -a"
-    )
-    passthrough.wait("grep -qs ready /tmp/answers", timeout_s=120)
+    start_worker(passthrough)
 
 
 @pytest.fixture(scope="module")

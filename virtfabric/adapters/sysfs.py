@@ -7,11 +7,14 @@ Source: Documentation/admin-guide/cputopology.rst and Documentation/ABI/stable/s
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from virtfabric.adapters.cxl.nodes import explain_staying, read_access, read_tiers, read_zones
+from virtfabric.adapters.pci.tree import SysTree
 from virtfabric.model.errors import InvalidValueError
-from virtfabric.model.host import HostTopology, HugePages, NumaNode, Pcpu
+from virtfabric.model.host import HostTopology, HugePages, NumaNode, Pcpu, Tier
 from virtfabric.model.units import Bytes, CpuSet
 
 if TYPE_CHECKING:
@@ -25,6 +28,7 @@ class Sysfs:
         """Read below these; nothing is touched before a call."""
         self._system = root / "devices" / "system"
         self._proc = proc
+        self._trees = SysTree(root), SysTree(proc)
 
     def read_topology(self, host_id: HostId) -> HostTopology:
         """Nodes by id and online pCPUs by number, with memory as it is now.
@@ -36,7 +40,7 @@ class Sysfs:
             OSError: sysfs is not there.
         """
         online = self.read_online()
-        nodes = self._read_nodes(online) or {0: self._read_only_node(online)}
+        nodes = self.read_nodes(online)
         node_of = {cpu: node.number for node in nodes.values() for cpu in node.cpus}
         pcpus = {cpu: self._read_pcpu(cpu, node_of.get(cpu, 0), online) for cpu in online}
         return HostTopology(host_id=host_id, nodes=nodes, pcpus=pcpus)
@@ -46,12 +50,30 @@ class Sysfs:
         path = self._system / "cpu" / "online"
         return CpuSet.parse(path.read_text(), field=str(path))
 
-    def _read_nodes(self, online: CpuSet) -> dict[int, NumaNode]:
+    def read_nodes(self, online: CpuSet | None = None) -> dict[int, NumaNode]:
+        """The nodes alone, by id; of the online pCPUs, which are read if not given.
+
+        Raises:
+            InvalidValueError, OSError: as for the topology.
+        """
+        cpus = self.read_online() if online is None else online
         listed = self._system / "node" / "online"
+        sys, proc = self._trees
+        zones, tiers = read_zones(proc), read_tiers(sys)
         if not listed.exists():
-            return {}
+            return {0: _judge(self._read_only_node(cpus), zones.get(0), Tier.DRAM)}
         numbers = CpuSet.parse(listed.read_text(), field=str(listed))
-        return {number: self._read_node(number, numbers, online) for number in numbers}
+        return {
+            number: replace(
+                _judge(
+                    self._read_node(number, numbers, cpus),
+                    zones.get(number),
+                    tiers.get(number, Tier.DRAM),
+                ),
+                access=read_access(sys, number),
+            )
+            for number in numbers
+        }
 
     def _read_node(self, number: int, numbers: CpuSet, online: CpuSet) -> NumaNode:
         directory = self._system / "node" / f"node{number}"
@@ -91,6 +113,12 @@ class Sysfs:
             core=max(0, int(_read_text(topology / "core_id", str(number)))),
             siblings=CpuSet(together | {number}),
         )
+
+
+def _judge(node: NumaNode, zones: dict[str, Bytes] | None, tier: Tier) -> NumaNode:
+    """With its tier, and whether it can be taken offline."""
+    why = explain_staying(zones, node.huge_pages)
+    return replace(node, tier=tier, offlinable=not why, why_not_offlinable=why)
 
 
 def _read_text(path: Path, default: str) -> str:

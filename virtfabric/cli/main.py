@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMMANDS: Final = ("reading", "policy", "ports", "allocating", "trail", "install", "hooks",
-                   "doctor", "lab", "devices")  # fmt: skip
+                   "doctor", "lab", "devices", "memory")  # fmt: skip
 """Modules of this package that register commands with `add_parsers(subparsers)`."""
 _EXIT_CODES: Final = (
     "exit codes: 0 done, 1 failed, 2 usage, 3 refused (no capacity or not allowed), "

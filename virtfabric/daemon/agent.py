@@ -21,6 +21,7 @@ from virtfabric.daemon.jobs import Jobs
 from virtfabric.daemon.leases import LeaseWatch
 from virtfabric.daemon.ledger import Ledger
 from virtfabric.daemon.lifecycle import Lifecycle
+from virtfabric.daemon.memorydesk import MemoryDesk
 from virtfabric.daemon.notices import Notices
 from virtfabric.daemon.observatory import Observatory
 from virtfabric.daemon.portdesk import PortDesk
@@ -100,12 +101,13 @@ class Agent:
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, audit=world.audit, watch=self._lifecycle.devices,
         )  # fmt: skip
+        self._memory = MemoryDesk(world.memory, self._notices)
         self._ports = PortDesk(world.definitions, world.audit)
         self._archive = Archive(world.audit, self._observatory, self._jobs)
         self._rounds = Rounds(
             settings=lambda: self._settings, world=world, observatory=self._observatory,
             ledger=self._ledger, conductor=self._conductor, lifecycle=self._lifecycle,
-            drift=self._drift, notices=self._notices,
+            drift=self._drift, notices=self._notices, memory=self._memory,
         )  # fmt: skip
         self._drift.repair_with(self._rounds.repair)
         self._leases = LeaseWatch(self._ledger, clock, self._expire)
@@ -128,6 +130,7 @@ class Agent:
         self._connected = True
         done.wait()
         self._lifecycle.devices.start()
+        self._memory.start()
         self._world.audit.append("agent.started", [], {"version": __version__})
         self._drift.check()
         self._leases.start()
@@ -154,6 +157,7 @@ class Agent:
         self._jobs.close()
         self._world.events.close()
         self._world.devices.close()
+        self._memory.close()
         self._lifecycle.close()
         self._rounds.close()
         try:
@@ -261,6 +265,11 @@ class Agent:
         self._require(caller, Action.DEVICES, address=address)
         job = self._devices.release(address, uid=caller.uid, by=str(caller.principal))
         return {"job": job.id}
+
+    def memory(self, caller: Caller) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.READ)
+        return self._memory.show()
 
     def explain(self, caller: Caller, subject: str) -> Json:
         """See `AgentApi`."""

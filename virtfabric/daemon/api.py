@@ -51,7 +51,7 @@ class Notice:
 
     Kinds: `job.progress` {job, fraction, text}, `job.done` {job, state, result},
     `guest.started|stopped|placed|changed`, `grant.made|ended`, `drift.found|repaired`,
-    `device.lost|quarantined|freed`,
+    `device.lost|quarantined|freed`, `memory.changed` {came, went},
     `alert` {text}, `agent.connected|disconnected`.
     """
 
@@ -126,6 +126,9 @@ class AgentApi(Protocol):
 
     def device_release(self, caller: Caller, address: str) -> Json:
         """Start a job that lets a function out of quarantine. Returns `{"job": id}`."""
+
+    def memory(self, caller: Caller) -> Json:
+        """NUMA nodes by tier, and CXL memory: windows, regions, memdevs, ports, problems."""
 
     def explain(self, caller: Caller, subject: str) -> Json:
         """The story of a request, grant, loan, job or transaction, from the audit log alone.

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.jobs import Job
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.lifecycle import Lifecycle
+    from virtfabric.daemon.memorydesk import MemoryDesk
     from virtfabric.daemon.notices import Notices
     from virtfabric.daemon.observatory import Observatory
     from virtfabric.daemon.wiring import Settings, World
@@ -50,6 +51,7 @@ class Rounds:
         lifecycle: Lifecycle,
         drift: DriftWatch,
         notices: Notices,
+        memory: MemoryDesk,
     ) -> None:
         """`settings` is asked before each wait: they may be reloaded."""
         self._settings = settings
@@ -60,6 +62,7 @@ class Rounds:
         self._lifecycle = lifecycle
         self._drift = drift
         self._notices = notices
+        self._memory = memory
         self._stop = threading.Event()
         self._ticker = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
         self.telemetry: Mapping[str, float] = {}
@@ -106,6 +109,7 @@ class Rounds:
         self._conductor.unfinished.finish()
         self._lifecycle.resync()
         self._lifecycle.devices.look_soon()
+        self._memory.look()
         residual = {r.guest for r in self._ledger.view().books.residues}
         for guest in residual - self._ledger.view().busy:
             self._lifecycle.converge([guest], "retry of a residue")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         Handlers,
         HostLoad,
         Journal,
+        MemoryTree,
         PolicyWriter,
         VfMaker,
     )
@@ -34,6 +35,7 @@ class World:
 
     guests: GuestReader
     devices: DeviceTree
+    memory: MemoryTree
     vfs: VfMaker
     policies: PolicyWriter
     definitions: DefinitionEditor

@@ -46,6 +46,7 @@ CALLS: Final[dict[str, Callable[..., Any]]] = {
     "ListLoans": lambda agent, who: agent.loans(who),
     "ListDevices": lambda agent, who: agent.devices(who),
     "ReleaseDevice": lambda agent, who, address: agent.device_release(who, address),
+    "GetMemory": lambda agent, who: agent.memory(who),
     "ShowPolicy": lambda agent, who, guest: agent.policy_show(who, guest),
     "SetPolicy": lambda agent, who, guest, changes: agent.policy_set(who, guest, changes),
     "PlanPolicy": lambda agent, who, guest, changes: agent.policy_plan(who, guest, changes),

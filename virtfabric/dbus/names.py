@@ -114,6 +114,7 @@ MANAGER_INTERFACE: Final = Interface(
         Method("ListLoans", (), _JSON),
         Method("ListDevices", (), _JSON),
         Method("ReleaseDevice", (Argument("s", "address"),), _JOB),
+        Method("GetMemory", (), _JSON),
         Method("ShowPolicy", (_GUEST,), _JSON),
         Method("SetPolicy", (_GUEST, Argument("a{ss}", "changes")), _JSON),
         Method("PlanPolicy", (_GUEST, Argument("a{ss}", "changes")), _JSON),

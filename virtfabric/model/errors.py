@@ -94,6 +94,10 @@ class DeviceGoneError(DeviceError):
     """The PCI function is not there any more: there is nothing left to change or to undo."""
 
 
+class CxlError(VirtfabricError):
+    """The kernel or ndctl failed, or this agent refused, to change CXL memory."""
+
+
 class StaleDefinitionError(HypervisorError):
     """A guest's persistent definition is no longer what it was when it was read."""
 

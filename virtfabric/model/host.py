@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -32,6 +33,26 @@ class HugePages:
     free: int
 
 
+class Tier(StrEnum):
+    """What kind of memory a NUMA node is."""
+
+    DRAM = "dram"
+    CXL = "cxl"
+
+
+@dataclass(frozen=True, slots=True)
+class Access:
+    """How fast a node's memory is for its nearest CPUs, as the firmware tells (HMAT, CDAT).
+
+    Attributes:
+        bandwidth: MB/s of reads; 0 where it is not told.
+        latency: nanoseconds of a read; 0 where it is not told.
+    """
+
+    bandwidth: int = 0
+    latency: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class NumaNode:
     """One NUMA node; `cpus` is empty for a memory-only node.
@@ -41,6 +62,9 @@ class NumaNode:
         memory_free: bytes at the time of reading.
         huge_pages: one entry per page size.
         distances: by node id, from the SLIT (10 is local).
+        tier: `cxl` for a node that CXL regions became.
+        offlinable: whether the kernel can give all of its memory back: it is in ZONE_MOVABLE.
+        why_not_offlinable: for people; empty for an offlinable one.
     """
 
     number: int
@@ -49,6 +73,10 @@ class NumaNode:
     memory_free: Bytes
     huge_pages: tuple[HugePages, ...] = ()
     distances: dict[int, int] = field(default_factory=dict)
+    tier: Tier = Tier.DRAM
+    offlinable: bool = False
+    why_not_offlinable: str = ""
+    access: Access = Access()
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from typing import NewType, Self
+from typing import Final, NewType, Self
 
 from virtfabric.model.errors import InvalidValueError
 
@@ -36,3 +36,7 @@ class GuestId(str):
     def short(self) -> str:
         """The first eight digits, for logs beside a name."""
         return self[:8]
+
+
+HOST_ITSELF: Final = GuestId("00000000-0000-0000-0000-000000000000")
+"""In place of a guest, of what changes the host and no guest."""

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from virtfabric.model.cxl import Serial
+from virtfabric.model.cxlsteps import CreateRegion, MemoryUse, OnlineMemory, RegionPresence
 from virtfabric.model.device import PciAddress, VfSettings
 from virtfabric.model.devicesteps import (
     AttachFunction,
@@ -199,7 +201,7 @@ STEP_TYPES: dict[str, type[Step]] = {
     for t in (
         ResizeVirtioMem, SetBalloon, SetVcpuCount, PinVcpu, PinEmulator, SetQuota, SetShares,
         SetNodeset, MarkPins, SetPolicy, BindDriver, SetUpVf, AttachFunction, ResetFunction,
-        LimitLink,
+        LimitLink, CreateRegion, OnlineMemory,
     )
 }  # fmt: skip
 
@@ -208,16 +210,20 @@ def _parse_text(text: str, *, field: str) -> str:
     return text
 
 
-def _parse_presence(text: str, *, field: str) -> Presence:
-    if text not in tuple(Presence):
-        raise InvalidValueError(field, text, "is not known")
-    return Presence(text)
+def _word_parser(words: type[StrEnum]) -> Callable[..., StrEnum]:
+    def parse(text: str, *, field: str) -> StrEnum:
+        if text not in tuple(words):
+            raise InvalidValueError(field, text, "is not known")
+        return words(text)
+
+    return parse
 
 
 _PARSERS: dict[type[Step], Callable[..., Any]] = {
     PinVcpu: CpuSet.parse, PinEmulator: CpuSet.parse, SetNodeset: CpuSet.parse,
     MarkPins: PinMark.parse, SetPolicy: _parse_text, BindDriver: _parse_text,
-    SetUpVf: VfSettings.parse, AttachFunction: _parse_presence,
+    SetUpVf: VfSettings.parse, AttachFunction: _word_parser(Presence),
+    CreateRegion: _word_parser(RegionPresence), OnlineMemory: _word_parser(MemoryUse),
 }  # fmt: skip
 """Of `before` and `after`, where the journal has text for them and no integer."""
 
@@ -236,17 +242,38 @@ def parse_step(data: Mapping[str, Any]) -> Step:
     body = {f.name: data[f.name] for f in fields(kind) if f.name in data}
     for name in ("before", "after"):
         body[name] = _parse_value(kind, name, body.get(name))
-    if kind is SetPolicy:
-        if body.get("definition") not in tuple(Definition):
-            raise InvalidValueError("step.definition", body.get("definition"), "is not known")
-        body["definition"] = Definition(body["definition"])
-    if "address" in body:
-        body["address"] = PciAddress.parse(str(body["address"]), field="step.address")
+    body |= _parse_place(kind, body)
     body["guest"] = GuestId.parse(str(body.get("guest")), field="step.guest")
     try:
         return kind(**body)
     except TypeError as error:
         raise InvalidValueError("step", dict(data), f"is incomplete: {error}") from None
+
+
+def _parse_place(kind: type[Step], body: Mapping[str, Any]) -> dict[str, Any]:
+    """What a step is about, where that is more than an integer or a name."""
+    parsed: dict[str, Any] = {}
+    if kind is SetPolicy:
+        if body.get("definition") not in tuple(Definition):
+            raise InvalidValueError("step.definition", body.get("definition"), "is not known")
+        parsed["definition"] = Definition(body["definition"])
+    if "address" in body:
+        parsed["address"] = PciAddress.parse(str(body["address"]), field="step.address")
+    if issubclass(kind, CreateRegion | OnlineMemory):
+        parsed |= _parse_region(body)
+    return parsed
+
+
+def _parse_region(body: Mapping[str, Any]) -> dict[str, Any]:
+    members = body.get("members")
+    if not isinstance(members, list) or not members:
+        raise InvalidValueError("step.members", members, "is missing or of the wrong type")
+    try:
+        window = int(str(body.get("window")), 16)
+    except ValueError:
+        raise InvalidValueError("step.window", body.get("window"), "is not an address") from None
+    serials = tuple(Serial.parse(str(one), field="step.members") for one in members)
+    return {"window": window, "members": serials}
 
 
 def _parse_value(kind: type[Step], name: str, value: object) -> object:

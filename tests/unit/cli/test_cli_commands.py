@@ -43,6 +43,8 @@ def inside(served, capsys):
         (["jobs"], ["jobs"]),
         (["devices"], ["0000:3b:10.1", "quarantined", "it could not be reset; power cycle it"]),
         (["devices", "--tree"], ["0000:3b:10.1  Ethernet", "[net.vf]"]),
+        (["memory"], ["0x150000000", "8 x 2MiB, 3 free", "by hand", "problem: memdev 0x100"]),
+        (["memory", "--tree"], ["host bridge port1", "└─ 0x100  mem0", "1 poisoned"]),
     ],
 )
 def test_reading_commands_print_text_and_json(inside, command, words):
@@ -324,7 +326,7 @@ def test_a_closed_pipe_is_no_traceback(served):
 
 COMMANDS = (
     "status", "guests", "host", "grants", "loans", "jobs", "policy", "allocate", "release",
-    "explain", "audit", "drift", "watch", "devices",
+    "explain", "audit", "drift", "watch", "devices", "memory",
 )  # fmt: skip
 
 

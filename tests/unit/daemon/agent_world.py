@@ -248,6 +248,7 @@ class AgentWorld:
         host = self._process.wrap(self.host, GONE)
         world = World(
             guests=host, devices=self._process.wrap(self.host.devices, GONE),
+            memory=self._process.wrap(self.host.memory, GONE),
             vfs=self._process.wrap(self.host.devices, GONE), policies=host,
             events=self.host.events,
             definitions=self.host.definitions,

@@ -151,6 +151,52 @@ PLAN = {
 }  # fmt: skip
 
 
+MEMORY = {
+    "nodes": [
+        {
+            "node": 1, "tier": "cxl", "cpus": "", "total": 268435456, "free": 268435456,
+            "offlinable": True, "why_not_offlinable": "", "distances": {"0": 20, "1": 10},
+            "huge_pages": [{"size": 2097152, "total": 8, "free": 3}], "bandwidth": 0,
+            "latency": 0, "region": "region0",
+        }
+    ],
+    "windows": [
+        {
+            "name": "decoder0.0", "base": "0x150000000", "size": 2147483648, "free": 1879048192,
+            "ram": True, "pmem": True, "ways": 1, "granularity": 0, "targets": ["port1"],
+        }
+    ],
+    "regions": [
+        {
+            "name": "region0", "window": "0x150000000", "base": "0x150000000",
+            "size": 268435456, "mode": "ram", "ways": 1, "granularity": 0, "members": ["0x100"],
+            "committed": True, "ours": False, "problems": [],
+            "dax": [
+                {
+                    "name": "dax0.0", "size": 268435456, "node": 1, "state": "online",
+                    "movable": True,
+                }
+            ],
+        }
+    ],
+    "memdevs": [
+        {
+            "name": "mem0", "serial": "0x100", "ram": 268435456, "pmem": 0, "node": 0,
+            "address": "0000:41:00.0", "port": "port1", "firmware": "1", "health": "ok",
+            "poison": [{"offset": 0, "length": 64, "source": "Internal"}], "region": "region0",
+            "usable": True, "problems": [],
+        }
+    ],
+    "ports": [
+        {
+            "name": "port1", "kind": "host bridge", "parent": None, "device": "pci0000:40",
+            "decoders": 4,
+        }
+    ],
+    "problems": ["memdev 0x100 (mem0): poisoned 64B at 0x0 (internal)"],
+}  # fmt: skip
+
+
 class LittleAgent:
     def __init__(self):
         self.notices = Notices(SystemClock())
@@ -192,6 +238,10 @@ class LittleAgent:
     def devices(self, caller):
         self._see(caller)
         return [DEVICE]
+
+    def memory(self, caller):
+        self._see(caller)
+        return MEMORY
 
     def device_release(self, caller, address):
         self._see(caller)

@@ -55,6 +55,7 @@ def test_every_method_is_reachable_and_answers_what_the_agent_says(agent, bus, l
     assert answers["ListGuests"] == little.GUESTS
     assert answers["Plan"] == little.PLAN
     assert answers["ListDevices"] == [little.DEVICE]
+    assert answers["GetMemory"] == little.MEMORY
     assert answers["Audit"][0]["body"] == {"since": 12.5, "subject": "r1"}
     assert answers["Health"]["generation"] == 17
     titles = {j["id"]: j["title"] for j in answers["ListJobs"]}

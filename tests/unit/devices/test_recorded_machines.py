@@ -29,7 +29,11 @@ from virtfabric.policy.pools import blast_radius, members, obstacles
 
 MACHINES = Path(__file__).parents[2] / "data" / "machines"
 RECORD = json.loads((MACHINES / "lab-passthrough/tree.json").read_text())
-NAMES = sorted(path.name for path in MACHINES.iterdir() if path.is_dir())
+NAMES = sorted(
+    path.parent.name
+    for path in MACHINES.glob("*/tree.json")
+    if "bus/pci/devices" in path.read_text()  # others are records of memory
+)
 POOLS = (
     DevicePool("net.vf", Match(ids=frozenset({"8086:10ca"}), vfs=True)),
     DevicePool("storage.nvme", Match(class_prefix="0108", vfs=True)),

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from virtfabric.adapters.cgroups import Cgroups
+from virtfabric.adapters.cxl.handlers import cxl_handlers
 from virtfabric.adapters.libvirt.connection import LibvirtConnection
 from virtfabric.adapters.libvirt.definitions import LibvirtDefinitions
 from virtfabric.adapters.libvirt.events import LibvirtEvents
@@ -39,7 +40,7 @@ __all__ = ["LibvirtAdapters", "open_libvirt"]
 class LibvirtAdapters:
     """Every role that libvirt plays, over one connection (and one more for events).
 
-    The PCI functions of its host come along, as its guests get them.
+    The PCI functions and CXL memory of its host come along, as its guests get them.
     """
 
     connection: LibvirtConnection
@@ -101,7 +102,9 @@ def open_libvirt(
         events=LibvirtEvents(uri, also=pulse.hear),
         policy=LibvirtPolicyWriter(connection),
         definitions=LibvirtDefinitions(connection),
-        handlers=HandlerRegistry((*libvirt_handlers(around), *pci_handlers(sys, proc))),
+        handlers=HandlerRegistry(
+            (*libvirt_handlers(around), *pci_handlers(sys, proc), *cxl_handlers(sys, proc))
+        ),
         stats=LibvirtStats(connection),
         vfs=VfPools(functions, CurrentUses(sys, proc)),
     )

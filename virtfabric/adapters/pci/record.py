@@ -18,7 +18,7 @@ import posixpath
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Final
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from virtfabric import __version__
 from virtfabric.adapters.pci.configspace import choose_recorded
@@ -28,8 +28,11 @@ from virtfabric.model.errors import InstallationError, InvalidValueError
 
 if TYPE_CHECKING:
     import re
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Callable, Iterator, Mapping
 
+    Trim = Callable[[str, str], str]
+
+T = TypeVar("T")
 TREE: Final = "tree.json"
 _VERSION: Final = 1
 
@@ -70,9 +73,10 @@ def _parents(path: str) -> Iterator[str]:
 class _NotingTree(SysTree):
     """Reads as ever, and notes what was there."""
 
-    def __init__(self, root: Path) -> None:
+    def __init__(self, root: Path, trim: Trim) -> None:
         super().__init__(root)
         self.noted = RecordedTree()
+        self._trim = trim
 
     def data(self, path: str, limit: int) -> bytes | None:
         found = super().data(path, limit)
@@ -84,7 +88,7 @@ class _NotingTree(SysTree):
     def text(self, path: str) -> str | None:
         found = super().text(path)
         if found is not None:
-            self.noted.files[path] = _without_foreign_mounts(path, found)
+            self.noted.files[path] = self._trim(path, found)
         return found
 
     def link(self, path: str) -> str | None:
@@ -122,24 +126,53 @@ def record_machine(directory: Path, *, sys: Path = Path("/sys"), proc: Path = Pa
         InvalidValueError: the directory is not empty, or the host has a file that is malformed.
         InstallationError: the directory cannot be written, or what was written reads differently.
     """
+    functions = record_tree(
+        directory, (sys, proc), read_functions, lambda found: _describe(len(found)),
+        trim=_without_foreign_mounts,
+    )  # fmt: skip
+    return len(functions)
+
+
+def record_tree(
+    directory: Path,
+    roots: tuple[Path, Path],
+    read: Callable[[SysTree, SysTree], T],
+    describe: Callable[[T], str],
+    *,
+    trim: Trim,
+) -> T:
+    """Record everything that `read` looks at below the roots of sysfs and procfs.
+
+    Args:
+        directory: new or empty.
+        roots: of sysfs and procfs.
+        read: what has to read the same of the record as of the host.
+        describe: the text of `README.md`.
+        trim: path and text of a file -> what is recorded of it.
+
+    Returns:
+        What was read.
+
+    Raises:
+        InvalidValueError, InstallationError: as `record_machine`.
+    """
     _check_empty(directory)
-    trees = _NotingTree(sys), _NotingTree(proc)
-    functions = read_functions(*trees)
+    trees = _NotingTree(roots[0], trim), _NotingTree(roots[1], trim)
+    found = read(*trees)
     tree = {"version": _VERSION, "sys": trees[0].noted.to_json(), "proc": trees[1].noted.to_json()}
     try:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / TREE).write_text(json.dumps(tree, indent=1) + "\n")
-        (directory / "README.md").write_text(_describe(len(functions)))
+        (directory / "README.md").write_text(describe(found))
     except OSError as error:
         raise InstallationError(f"{directory}: {error.strerror}") from error
     with tempfile.TemporaryDirectory() as laid_out:
-        roots = lay_out(directory, Path(laid_out))
-        if read_functions(*map(SysTree, roots)) != functions:
+        if read(*map(SysTree, lay_out(directory, Path(laid_out)))) != found:
             raise InstallationError(
                 f"{directory}: reads differently from this host",
                 advice="devices have changed meanwhile: remove it and record again",
             )
-    return len(functions)
+    return found
 
 
 def _check_empty(directory: Path) -> None:

@@ -1,9 +1,10 @@
-"""`DeviceWatcher`: tells, from a thread of its own, that functions or their uses have changed.
+"""Watchers that tell, from a thread of their own, that something of the host has changed.
 
-Four sources, as none tells everything: uevents (functions, interfaces and disks come and go),
-route messages (an interface goes up or joins a bridge, which has no uevent), and the kernel's
-notes on /proc/self/mountinfo and /proc/swaps. It reads no device and tells no detail: whoever
-listens reads the inventory anew.
+`UeventWatcher` hears of devices of some subsystems. `DeviceWatcher` hears of PCIe functions and
+their uses, from four sources, as none tells everything: uevents (functions, interfaces and disks
+come and go), route messages (an interface goes up or joins a bridge, which has no uevent), and the
+kernel's notes on /proc/self/mountinfo and /proc/swaps. They read no device and tell no detail:
+whoever listens reads the inventory anew.
 """
 
 from __future__ import annotations
@@ -33,13 +34,16 @@ _LINKS: Final = 1  # RTMGRP_LINK
 _NOTED: Final = select.POLLPRI
 
 
-class DeviceWatcher:
+class UeventWatcher:
     """One watch, from `start` to `close`."""
 
-    def __init__(self, changed: Callable[[], None], *, proc: Path) -> None:
+    def __init__(
+        self, changed: Callable[[], None], subsystems: tuple[str, ...], *, thread: str
+    ) -> None:
         """`changed` is called once for a burst of events; what it raises is logged."""
         self._changed = changed
-        self._proc = proc
+        self._subsystems = subsystems
+        self._name = thread
         self._poll = select.poll()
         self._drains: dict[int, Callable[[], None]] = {}
         self._thread: threading.Thread | None = None
@@ -57,13 +61,10 @@ class DeviceWatcher:
             opening.callback(os.close, ending)
             opening.callback(os.close, self._end)
             self._add(ending, select.POLLIN, self._note_end)
-            self._listen_to_uevents()
-            self._listen_to_links(opening)
-            for name in ("self/mountinfo", "swaps"):
-                self._listen_to_file(self._proc / name, opening)
+            self._listen(opening)
             opened = opening.pop_all()
         self._thread = threading.Thread(
-            target=self._run, args=(opened,), name="devices", daemon=True
+            target=self._run, args=(opened,), name=self._name, daemon=True
         )
         self._thread.start()
 
@@ -76,10 +77,11 @@ class DeviceWatcher:
         if thread is not threading.current_thread():
             thread.join()
 
-    def _listen_to_uevents(self) -> None:
+    def _listen(self, opening: ExitStack) -> None:
+        """Add the sources; what they hold open goes to `opening`."""
         # The kernel's own, not udev's: they come where no udevd runs, too.
         monitor = pyudev.Monitor.from_netlink(pyudev.Context(), source="kernel")
-        for subsystem in SUBSYSTEMS:
+        for subsystem in self._subsystems:
             monitor.filter_by(subsystem)
         monitor.start()
 
@@ -88,23 +90,6 @@ class DeviceWatcher:
                 pass
 
         self._add(monitor.fileno(), select.POLLIN, drain)
-
-    def _listen_to_links(self, opening: ExitStack) -> None:
-        route = opening.enter_context(
-            socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK)
-        )
-        route.bind((0, _LINKS))
-
-        def drain() -> None:
-            while route.recv(1 << 16):
-                pass
-
-        self._add(route.fileno(), select.POLLIN, drain)
-
-    def _listen_to_file(self, path: Path, opening: ExitStack) -> None:
-        with suppress(FileNotFoundError):  # a kernel without swap has no /proc/swaps
-            file = opening.enter_context(path.open("rb"))
-            self._add(file.fileno(), _NOTED, lambda: None)
 
     def _add(self, descriptor: int, mask: int, drain: Callable[[], None]) -> None:
         self._drains[descriptor] = drain
@@ -137,4 +122,36 @@ class DeviceWatcher:
         try:
             self._changed()
         except Exception:
-            LOG.exception("devices have changed, and telling it failed")
+            LOG.exception("%s: something has changed, and telling it failed", self._name)
+
+
+class DeviceWatcher(UeventWatcher):
+    """Of PCIe functions and their uses."""
+
+    def __init__(self, changed: Callable[[], None], *, proc: Path) -> None:
+        """As for any; mounts and swap are those below `proc`."""
+        super().__init__(changed, SUBSYSTEMS, thread="devices")
+        self._proc = proc
+
+    def _listen(self, opening: ExitStack) -> None:
+        super()._listen(opening)
+        self._listen_to_links(opening)
+        for name in ("self/mountinfo", "swaps"):
+            self._listen_to_file(self._proc / name, opening)
+
+    def _listen_to_links(self, opening: ExitStack) -> None:
+        route = opening.enter_context(
+            socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_NONBLOCK)
+        )
+        route.bind((0, _LINKS))
+
+        def drain() -> None:
+            while route.recv(1 << 16):
+                pass
+
+        self._add(route.fileno(), select.POLLIN, drain)
+
+    def _listen_to_file(self, path: Path, opening: ExitStack) -> None:
+        with suppress(FileNotFoundError):  # a kernel without swap has no /proc/swaps
+            file = opening.enter_context(path.open("rb"))
+            self._add(file.fileno(), _NOTED, lambda: None)

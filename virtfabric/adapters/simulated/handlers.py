@@ -25,6 +25,7 @@ from virtfabric.model.errors import (
     StepCancelledError,
     VerificationError,
 )
+from virtfabric.model.ids import HOST_ITSELF
 from virtfabric.model.mark import MARK_NAMESPACE
 from virtfabric.model.plan import (
     Definition,
@@ -157,7 +158,8 @@ class SimulatedHandler(Generic[S]):
             self.host.stop_guest(step.guest)
         if effect is Effect.DISCONNECT:
             self.host.disconnect()
-        self.host.running(step.guest)  # raises for the two above
+        if step.guest != HOST_ITSELF:
+            self.host.running(step.guest)  # raises for the two above
         if phase in (Phase.VERIFY, Phase.VERIFIED):
             raise VerificationError(f"{step.describe()}: the kernel shows something else")
         raise HypervisorError(f"{step.describe()}: internal error: simulated")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.adapters.registry import HandlerRegistry
 from virtfabric.adapters.simulated.clock import SimulatedClock
+from virtfabric.adapters.simulated.cxlhandlers import cxl_handlers
 from virtfabric.adapters.simulated.definitions import SimulatedDefinitions
 from virtfabric.adapters.simulated.devicehandlers import device_handlers
 from virtfabric.adapters.simulated.devices import SimulatedDevices
@@ -19,6 +20,7 @@ from virtfabric.adapters.simulated.events import SimulatedEvents
 from virtfabric.adapters.simulated.faults import Faults
 from virtfabric.adapters.simulated.guest import GuestSpec, Hardware, SimulatedGuest, write_policy
 from virtfabric.adapters.simulated.handlers import SimulatedHandler, simulated_handlers
+from virtfabric.adapters.simulated.memory import SimulatedMemory
 from virtfabric.model.errors import (
     DeviceError,
     GuestGoneError,
@@ -89,6 +91,7 @@ class SimulatedHost:
     Attributes:
         events, stats, load, handlers: `ports.EventSource`, `GuestStats`, `HostLoad`, `Handlers`.
         devices: `ports.DeviceTree`.
+        memory: `ports.MemoryTree`.
         definitions: `ports.DefinitionEditor`.
         faults: what goes wrong.
         clock: what deadlines are measured by.
@@ -102,12 +105,15 @@ class SimulatedHost:
     ) -> None:
         self.lock = threading.RLock()
         self.devices = SimulatedDevices(self.lock, functions)
+        self.memory = SimulatedMemory(self.lock, self.read_topology)
         self.clock: Clock = clock or SimulatedClock()
         self.faults = Faults()
         self.events = SimulatedEvents()
         self.load = SimulatedLoad()
         self.stats = SimulatedStats(self)
-        self.handlers = HandlerRegistry((*simulated_handlers(self), *device_handlers(self)))
+        self.handlers = HandlerRegistry(
+            (*simulated_handlers(self), *device_handlers(self), *cxl_handlers(self))
+        )
         self.definitions = SimulatedDefinitions(self)
         self._topology = topology
         self._guests: dict[GuestId, SimulatedGuest] = {}
