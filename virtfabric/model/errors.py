@@ -32,6 +32,7 @@ class Reason(StrEnum):
     CANCELLED = "cancelled"
     STALE = "stale"
     UNKNOWN_CAPABILITY = "unknown-capability"
+    UNKNOWN_TIER = "unknown-tier"
     NO_FREE_PORT = "no-free-port"
     DEVICE_IN_USE = "device-in-use"
     GROUP_NOT_VIABLE = "group-not-viable"

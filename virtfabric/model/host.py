@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from virtfabric.model.amounts import Tier
 from virtfabric.model.units import Bytes, CpuSet
 
 if TYPE_CHECKING:
@@ -41,6 +42,9 @@ class NumaNode:
         memory_free: bytes at the time of reading.
         huge_pages: one entry per page size.
         distances: by node id, from the SLIT (10 is local).
+        tier: `dram`, or `cxl` where a CXL region became the node.
+        offlinable: whether the kernel can take all of its memory offline (ZONE_MOVABLE only).
+        why_not_offlinable: in words; empty where it is.
     """
 
     number: int
@@ -49,6 +53,9 @@ class NumaNode:
     memory_free: Bytes
     huge_pages: tuple[HugePages, ...] = ()
     distances: dict[int, int] = field(default_factory=dict)
+    tier: str = "dram"
+    offlinable: bool = False
+    why_not_offlinable: str = ""
 
 
 @dataclass(frozen=True)
@@ -74,6 +81,11 @@ class HostTopology:
         """The sibling sets, one per core, ordered by lowest pCPU."""
         return tuple(sorted({p.siblings for p in self.pcpus.values()}, key=min))
 
+    @cached_property
+    def cxl_nodes(self) -> frozenset[int]:
+        """The nodes of tier `cxl`."""
+        return frozenset(n for n, node in self.nodes.items() if node.tier == Tier.CXL)
+
     @property
     def memory_total(self) -> Bytes:
         """Memory of all nodes."""
@@ -88,9 +100,10 @@ class Capacity:
         cpus: managed pCPUs; dedicated sets and the shared pool come from here.
         housekeeping: pCPUs for emulator and I/O threads; may overlap `cpus` on small hosts, and
             are taken for dedicated guests last.
-        memory: bytes that may be granted, by node id.
+        memory: bytes of DRAM that may be granted, by node id.
         reserve: bytes held back of the sum of `memory`; covers residues.
         overhead: bytes counted for each guest's QEMU beside its memory.
+        cxl: bytes of CXL memory that may be granted, by node id; nothing is held back of them.
     """
 
     cpus: CpuSet
@@ -98,8 +111,14 @@ class Capacity:
     memory: dict[int, Bytes]
     reserve: Bytes
     overhead: Bytes
+    cxl: dict[int, Bytes] = field(default_factory=dict)
 
     @property
     def grantable_memory(self) -> Bytes:
-        """Bytes that may be granted in all."""
+        """Bytes of DRAM that may be granted in all."""
         return Bytes(max(0, sum(self.memory.values()) - self.reserve))
+
+    @property
+    def grantable_cxl(self) -> Bytes:
+        """Bytes of CXL memory that may be granted in all."""
+        return Bytes(sum(self.cxl.values()))

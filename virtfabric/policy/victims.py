@@ -9,18 +9,21 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key, format_amount
+from virtfabric.model.amounts import CPU, CXL_KEY, MEMORY, Amounts, Key, format_amount
 from virtfabric.model.decision import Consideration, Take, Verdict
 from virtfabric.model.guest import MemoryMechanism, RunState
 from virtfabric.policy.deviceterms import wish_of
 from virtfabric.policy.standing import (
     Tally,
     cpu_bounds,
+    far_bounds,
     held_of,
     line_of,
     memory_bounds,
 )
 from virtfabric.policy.stock import Stock
+from virtfabric.policy.tiers import part_of
+from virtfabric.policy.tierterms import reachable
 
 if TYPE_CHECKING:
     from collections.abc import Container, Iterable, Mapping
@@ -101,7 +104,7 @@ class Survey:
         key = self.key
         could = (
             f"{c.name} (priority {c.priority}, holds {format_amount(key, c.held)}, floor "
-            f"{format_amount(key, c.floor)}): {key}: could pay {format_amount(key, c.give)}, "
+            f"{format_amount(key, c.floor)}): {key.words}: could pay {format_amount(key, c.give)}, "
             "not enough"
             for c in self.candidates
         )
@@ -134,7 +137,7 @@ def survey(
         uuid, policy = guest.uuid, guest.policy
         if uuid == borrower.uuid:
             continue
-        floor, _, granule = memory_bounds(guest, lends=lends) if is_memory else cpu_bounds(guest)
+        floor, _, granule = _memory_bounds(guest, key, snapshot) if is_memory else cpu_bounds(guest)
         verdict, priority = _exclusion(guest, highest, counted.engaged)
         give = 0
         if verdict is None:
@@ -153,6 +156,13 @@ def survey(
             others.append(Consideration(uuid, guest.name, key, why, priority, held, floor, 0))
     candidates.sort()
     return Survey(key, candidates, others)
+
+
+def _memory_bounds(guest: GuestState, key: Key, snapshot: HostSnapshot) -> tuple[int, int, int]:
+    part = part_of(guest, key, snapshot.topology.cxl_nodes)
+    if key == CXL_KEY:
+        return far_bounds(guest, part)
+    return memory_bounds(guest, part, lends=snapshot.lend_ballooned)
 
 
 def _survey_functions(
@@ -251,6 +261,8 @@ class Market:
     def free_of(self, key: Key) -> int:
         """What free capacity has of it for this borrower, at least 0."""
         free = self.counted.free[key]
+        if key == CXL_KEY and free > 0 and self.counted.without is None:
+            free = min(free, reachable(self.borrower, self.snapshot))
         if free > 0 and key.resource not in (CPU, MEMORY):
             own = self.counted.without == self.borrower.uuid
             held = held_of(self.snapshot, self.borrower.uuid)[key] if own else 0
