@@ -12,12 +12,14 @@ from typing import TYPE_CHECKING, Any
 
 from virtfabric.daemon.custody import DEVICE, after_plan, after_undo, with_residues
 from virtfabric.daemon.undertaking import Outcome
+from virtfabric.model.amounts import MEMORY_KEYS
 from virtfabric.model.devicesteps import AttachFunction
 from virtfabric.model.errors import JournalError, Refusal, RefusedError, VirtfabricError
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.ids import GrantId, LoanId
 from virtfabric.model.ledger import Books, Grant, Residue
 from virtfabric.policy.loans import settle
+from virtfabric.policy.tiers import part_of
 from virtfabric.ports import TransactionState
 
 if TYPE_CHECKING:
@@ -29,7 +31,9 @@ if TYPE_CHECKING:
     from virtfabric.daemon.undertaking import Undertaking
     from virtfabric.daemon.unfinished import Unfinished
     from virtfabric.model.decision import Decision
+    from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId, TransactionId
+    from virtfabric.model.ledger import Holding
     from virtfabric.model.plan import Plan
     from virtfabric.ports import AuditLog, Clock, Journal
 
@@ -149,14 +153,24 @@ class Settlement:
             if surplus > 0:
                 why = "plugged beyond what it holds; its cap and pins hold them"
                 found.append(Residue(guest, "vcpu", surplus * 1000, now, why))
-            excess = state.memory_current - holding.amounts.memory
-            if excess > 0 and state.mechanism is not MemoryMechanism.FIXED:
-                found.append(Residue(guest, "memory", excess, now, "the guest has not let go yet"))
+            found += self._memory_residues(state, holding, now)
             own = {function.address for function in holding.functions}
             kept = sorted(d.address for d in state.devices if d.ours and d.address not in own)
             if kept:
                 why = f"{', '.join(kept)}: the guest has not let go yet"
                 found.append(Residue(guest, DEVICE, len(kept), now, why))
+        return found
+
+    def _memory_residues(self, state: GuestState, holding: Holding, now: float) -> list[Residue]:
+        if state.mechanism is MemoryMechanism.FIXED:
+            return []
+        found = []
+        for key in MEMORY_KEYS.values():
+            part = part_of(state, key, self._observatory.topology.cxl_nodes)
+            excess = part.current - holding.amounts[key]
+            if excess > 0:
+                why = "the guest has not let go yet"
+                found.append(Residue(state.uuid, str(key), excess, now, why))
         return found
 
     def _audit_commit(self, work: Undertaking, outcome: Outcome, loans: list[LoanId]) -> None:

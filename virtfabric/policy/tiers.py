@@ -134,13 +134,12 @@ def block_of(devices: tuple[VirtioMem, ...], default: int) -> int:
 
 
 def on_returnable(guest: GuestState, snapshot: HostSnapshot) -> CpuSet:
-    """Nodes that can be taken back and that the guest has memory on, or is bound to.
+    """Nodes that can be taken back and that the guest has memory on.
 
     With a function attached, pages on such a node go to another without an error, or the node can
     never be taken back (measured: facts/nested-lab.md, CXL).
     """
-    bound = set(guest.numa_nodes or guest.config_numa_nodes)
-    bound.update(node for part in fixed_parts(guest) for node in part.host_nodes)
+    bound = {node for part in fixed_parts(guest) for node in part.host_nodes}
     for device in guest.virtio_mem:
         if device.requested or device.current:
             bound.update(device_nodes(guest, device))
