@@ -19,6 +19,7 @@ from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.ids import GrantId, LoanId
 from virtfabric.model.ledger import Books, Grant, Residue
 from virtfabric.policy.loans import settle
+from virtfabric.policy.returnability import held_memory
 from virtfabric.policy.tiers import part_of
 from virtfabric.ports import TransactionState
 
@@ -189,8 +190,24 @@ class Settlement:
                 "decision": decision.to_json() if decision else None,
                 "steps": list(outcome.steps), "took_s": round(outcome.took_s, 3),
                 "residues": [r.to_json() for r in outcome.residues],
+                "memory": self._memory_afterwards(decision),
             },
         )  # fmt: skip
+
+    def _memory_afterwards(self, decision: Decision | None) -> dict[str, list[str]]:
+        """By name, what can be taken back of guests whose memory the decision changed, and why."""
+        if decision is None:
+            return {}
+        moved = [(decision.guest, decision.delta), *((t.victim, t.amounts) for t in decision.takes)]
+        moved += [(back.victim, back.amounts) for back in decision.returns]
+        keys = set(MEMORY_KEYS.values())
+        snapshot = self._observatory.snapshot()
+        told = {}
+        for guest in dict.fromkeys(g for g, amounts in moved if keys & amounts.keys()):
+            state = snapshot.guests.get(guest)
+            if state is not None and state.active:
+                told[state.name] = [str(part) for part in held_memory(state, snapshot)]
+        return told
 
     # -- undone -----------------------------------------------------------------------------
 
