@@ -143,7 +143,7 @@ class Refusal:
     Attributes:
         reason: published code.
         detail: one sentence for a person; names the field, guest and figures.
-        would_fit: what could be had now instead, by resource class (milli-CPU, bytes); may be
+        would_fit: what could be had now instead, by coordinate (milli-CPU, bytes); may be
             empty.
         considered: one line per guest looked at and why it did not pay.
     """

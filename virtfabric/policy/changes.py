@@ -188,7 +188,7 @@ def refuse(
     market: Market, growing: Sequence[Change], why: Reason, detail: str, lacking: Sequence[Key]
 ) -> Refusal:
     """A refusal with what would fit of each resource that was to grow, and who was looked at."""
-    would_fit = {str(change.key.resource): _most(market, change) for change in growing}
+    would_fit = {str(change.key): _most(market, change) for change in growing}
     return Refusal(why, detail, would_fit, market.lines(lacking))
 
 
