@@ -9,9 +9,8 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from virtfabric.daemon.undertaking import new_request
-from virtfabric.model.amounts import Amounts
+from virtfabric.model.amounts import MEMORY_KEYS, Amounts, Tier
 from virtfabric.model.decision import Decision
-from virtfabric.model.amounts import MEMORY_KEYS, Tier
 from virtfabric.model.device import Found, Quarantine, device_key
 from virtfabric.model.devicesteps import (
     AttachFunction,

@@ -405,7 +405,7 @@ def test_node_of_zone_normal_says_why() -> None:
         (True, (FUNCTION,), "a PCIe function pins it, a balloon would free nothing"),
     ],
 )
-def test_balloon(lends: bool, devices: tuple[object, ...], why: str) -> None:  # noqa: FBT001
+def test_balloon(lends: bool, devices: tuple[object, ...], why: str) -> None:
     guest = tiered(mechanism=MemoryMechanism.BALLOON, memory=256 * MIB, memory_max=256 * MIB)
     guest = replace(guest, devices=devices, memory_current=Bytes(200 * MIB))
     (part,) = held_memory(guest, host(guest, lend_ballooned=lends))

@@ -6,7 +6,6 @@ with nothing of `policy.tiers`; it is checked after every decision.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import replace
 from functools import cache
 from random import Random
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING
 from host_data import BLOCK, BOOT_MEMORY, guest_id, load_host, make_guest, snapshot_of
 
 from virtfabric.model.amounts import CXL_KEY, MEMORY_KEY, Amounts, Key, Tier
-from virtfabric.model.decision import Decision
 from virtfabric.model.device import GuestDevice, PciAddress
 from virtfabric.model.errors import Refusal
 from virtfabric.model.guest import GuestState, MemoryRoom, NumaMode, RunState, VirtioMem
@@ -37,6 +35,9 @@ from virtfabric.policy.returnability import held_memory, reclaimable
 from virtfabric.policy.standing import capacity_of, free
 
 if TYPE_CHECKING:
+    from collections import Counter
+
+    from virtfabric.model.decision import Decision
     from virtfabric.model.host import HostTopology
     from virtfabric.model.ids import GuestId
     from virtfabric.model.step import Step
