@@ -8,14 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from virtfabric.model.amounts import CPU_KEY, CXL_KEY, MEMORY, MEMORY_KEY, Key, format_amount
+from virtfabric.model.amounts import CPU_KEY, CXL_KEY, MEMORY, MEMORY_KEY, Key, Tier, format_amount
 from virtfabric.model.device import capability_of, device_key
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.request import Mode
 from virtfabric.policy.deviceterms import check_taker, spare_ports, wish_of
 from virtfabric.policy.standing import Line, line_of
-from virtfabric.policy.tierterms import check_far_taker
+from virtfabric.policy.tierterms import check_far_taker, may_have
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -97,13 +97,27 @@ def check_request(
     for change in changes:
         problem = _check_change(snapshot, guest, change)
         if problem is None and change.key.resource == MEMORY:
-            if change.key == CXL_KEY and change.grows:
-                problem = check_far_taker(guest, snapshot, asks=asks)
+            if change.grows:
+                problem = _check_tier(snapshot, guest, change, asks=asks)
             if request.tier is not None:
                 problem = problem or _check_multiple(guest, change)
         if problem is not None:
             return problem
     return None
+
+
+def _check_tier(
+    snapshot: HostSnapshot, guest: GuestState, change: Change, *, asks: bool
+) -> Refusal | None:
+    if change.key == CXL_KEY:
+        return check_far_taker(guest, snapshot, asks=asks)
+    if may_have(guest, Tier.DRAM):
+        return None
+    detail = (
+        f"tier: the policy of {guest.name} allows it no more DRAM; ask with --tier {Tier.CXL}, or "
+        f"allow it: virtfabric policy set {guest.name} --tiers dram,cxl"
+    )
+    return Refusal(Reason.NOT_ALLOWED, detail)
 
 
 def _check_multiple(guest: GuestState, change: Change) -> Refusal | None:

@@ -302,6 +302,15 @@ def test_refused(guest: dict[str, object], reason: Reason, words: str) -> None:
     assert words in answer.detail
 
 
+@pytest.mark.parametrize("tier", [None, Tier.DRAM])
+def test_policy_that_allows_no_dram(tier: Tier | None) -> None:
+    guest = tiered(far=0, tiers=("cxl",))
+    answer = refused(host(guest), ask(guest, 64, tier=tier))
+    assert answer.reason is Reason.NOT_ALLOWED
+    assert "ask with --tier cxl" in answer.detail
+    assert moves(plan_of(host(guest), ask(guest, 64))) == [("far2", 0, 64)]
+
+
 def test_tier_that_the_host_lacks() -> None:
     guest = tiered()
     snapshot = host(guest)
