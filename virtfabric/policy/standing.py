@@ -239,8 +239,8 @@ def charge_of(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -
     if held is None and guest.policy is not None:
         held = owed_to(guest, snapshot)
     cxl = snapshot.topology.cxl_nodes
-    far, near = part_of(guest, CXL_KEY, cxl), part_of(guest, MEMORY_KEY, cxl)
     if held is None:
+        far, near = part_of(guest, CXL_KEY, cxl), part_of(guest, MEMORY_KEY, cxl)
         return Amounts(
             {
                 CPU_KEY: _stray_cpu(guest, snapshot.capacity, snapshot.topology.cpus),
@@ -248,7 +248,7 @@ def charge_of(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -
                 CXL_KEY: _stray_memory(far),
             }
         )
-    memory = _memory_charge(guest, near, held[MEMORY_KEY], lends=snapshot.lend_ballooned)
+    memory = _memory_charge(guest, cxl, held[MEMORY_KEY], lends=snapshot.lend_ballooned)
     cost = {
         CPU_KEY: held[CPU_KEY],
         MEMORY_KEY: memory + int(snapshot.capacity.overhead),
@@ -257,11 +257,11 @@ def charge_of(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -
     return Amounts(cost | device_amounts(held))
 
 
-def _memory_charge(guest: GuestState, near: Part, held: int, *, lends: bool) -> int:
+def _memory_charge(guest: GuestState, cxl: frozenset[int], held: int, *, lends: bool) -> int:
     """Without overhead. Nothing but the guest's goodwill keeps a ballooned page away from it."""
     if guest.mechanism is _VIRTIO_MEM or (lends and guest.mechanism is _BALLOON):
         return held
-    return max(held, near.most)
+    return max(held, part_of(guest, MEMORY_KEY, cxl).most)
 
 
 def owed_to(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
@@ -353,14 +353,13 @@ def tally(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Tally:
         known.append(guest)
         cpus.append(held_cpu)
         memories.append(held_memory)
-        fars.append(holding.amounts[CXL_KEY] if holding else 0)
+        fars.append(holding.amounts[CXL_KEY] if cxl and holding else 0)
         if holding is None and guest.policy is not None:
             # Not taken over yet (several run when the agent starts): counting more than it is
             # owed and has would leave no room for the grant of the first one.
             owed = owed_to(guest, snapshot)
             cpu += owed[CPU_KEY]
-            near = part_of(guest, MEMORY_KEY, cxl)
-            memory += _memory_charge(guest, near, owed[MEMORY_KEY], lends=lends)
+            memory += _memory_charge(guest, cxl, owed[MEMORY_KEY], lends=lends)
             far += owed[CXL_KEY]
         elif holding is None or (active and guest.policy is None):
             # A guest whose policy was cleared is bound by its old holding no more.
@@ -369,8 +368,7 @@ def tally(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Tally:
             far += _stray_memory(part_of(guest, CXL_KEY, cxl))
         else:
             cpu += held_cpu
-            near = part_of(guest, MEMORY_KEY, cxl)
-            memory += _memory_charge(guest, near, held_memory, lends=lends)
+            memory += _memory_charge(guest, cxl, held_memory, lends=lends)
             far += fars[-1]
     unknown = [h for g, h in holdings.items() if g not in snapshot.guests and g != without]
     cpu += sum(h.amounts[CPU_KEY] for h in unknown)

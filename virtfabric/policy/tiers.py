@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from virtfabric.model.amounts import CXL_KEY, MEMORY, Key, node_locality
+from virtfabric.model.amounts import CXL_KEY, MEMORY, MEMORY_KEY, Key, node_locality
 from virtfabric.model.guest import FixedMemory, NumaMode
 from virtfabric.model.units import CpuSet
 
@@ -43,6 +43,8 @@ _NOTHING: Final = Part(0, 0, 0, ())
 
 def part_of(guest: GuestState, key: Key, cxl: AbstractSet[int]) -> Part:
     """What a guest has of the tier that `key` counts, where `cxl` are the nodes of tier `cxl`."""
+    if not cxl and key is MEMORY_KEY:  # most hosts, in the inner loops
+        return Part(guest.boot_memory, guest.memory_max, guest.memory_current, guest.virtio_mem)
     far = _far_part(guest, cxl) if cxl else _NOTHING
     if key == CXL_KEY:
         return far
@@ -130,6 +132,8 @@ def node_key(node: int) -> Key:
 
 def block_of(devices: tuple[VirtioMem, ...], default: int) -> int:
     """Bytes by which these devices change, the coarsest of them."""
+    if len(devices) == 1:
+        return int(devices[0].block) or default
     return max((int(device.block) for device in devices), default=0) or default
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from virtfabric.model.amounts import CPU, CXL_KEY, MEMORY, Amounts, Key, format_amount
+from virtfabric.model.amounts import CPU, CXL_KEY, MEMORY, MEMORY_KEY, Amounts, Key, format_amount
 from virtfabric.model.decision import Consideration, Take, Verdict
 from virtfabric.model.guest import MemoryMechanism, RunState
 from virtfabric.policy.deviceterms import wish_of
@@ -26,7 +26,7 @@ from virtfabric.policy.tiers import part_of
 from virtfabric.policy.tierterms import reachable
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping
+    from collections.abc import Callable, Container, Iterable, Mapping
 
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
@@ -131,13 +131,14 @@ def survey(
         return _survey_functions(snapshot, counted, borrower, key, caps)
     highest = borrower.policy.priority if borrower.policy else 0
     lends, is_memory = snapshot.lend_ballooned, key.resource == MEMORY
+    bounds = _bounds_by(key, snapshot)
     candidates: list[Candidate] = []
     others: list[Consideration] = []
     for guest, held in zip(counted.guests, counted.held[key], strict=True):
         uuid, policy = guest.uuid, guest.policy
         if uuid == borrower.uuid:
             continue
-        floor, _, granule = _memory_bounds(guest, key, snapshot) if is_memory else cpu_bounds(guest)
+        floor, _, granule = bounds(guest)
         verdict, priority = _exclusion(guest, highest, counted.engaged)
         give = 0
         if verdict is None:
@@ -158,11 +159,14 @@ def survey(
     return Survey(key, candidates, others)
 
 
-def _memory_bounds(guest: GuestState, key: Key, snapshot: HostSnapshot) -> tuple[int, int, int]:
-    part = part_of(guest, key, snapshot.topology.cxl_nodes)
+def _bounds_by(key: Key, snapshot: HostSnapshot) -> Callable[[GuestState], tuple[int, int, int]]:
+    """What says floor, ceiling and granule of a guest, for one coordinate."""
+    cxl, lends = snapshot.topology.cxl_nodes, snapshot.lend_ballooned
+    if key.resource == CPU:
+        return cpu_bounds
     if key == CXL_KEY:
-        return far_bounds(guest, part)
-    return memory_bounds(guest, part, lends=snapshot.lend_ballooned)
+        return lambda guest: far_bounds(guest, part_of(guest, CXL_KEY, cxl))
+    return lambda guest: memory_bounds(guest, part_of(guest, MEMORY_KEY, cxl), lends=lends)
 
 
 def _survey_functions(
