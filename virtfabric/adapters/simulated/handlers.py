@@ -13,7 +13,6 @@ from virtfabric.adapters.simulated.faults import Effect, Phase, SimulatedCrash
 from virtfabric.adapters.simulated.guest import (
     PERIOD_US,
     Hardware,
-    MemoryDevice,
     SimulatedGuest,
     read_policy,
     write_policy,
@@ -27,7 +26,6 @@ from virtfabric.model.errors import (
     VerificationError,
 )
 from virtfabric.model.mark import MARK_NAMESPACE
-from virtfabric.model.memorysteps import AttachMemory
 from virtfabric.model.plan import (
     Definition,
     MarkPins,
@@ -201,7 +199,7 @@ class _VirtioMem(SimulatedHandler[ResizeVirtioMem]):
 
     def differs(self, guest: SimulatedGuest, step: ResizeVirtioMem) -> str:
         found = self.amount(guest, step)
-        return _memory_difference(found, step.after, step.tolerance)
+        return memory_difference(found, step.after, step.tolerance)
 
     def give_back(self, guest: SimulatedGuest, step: ResizeVirtioMem) -> int:
         self._request(guest, step, step.before)
@@ -217,69 +215,6 @@ class _VirtioMem(SimulatedHandler[ResizeVirtioMem]):
             )
         guest.said.devices[step.alias] = target
         guest.real.devices[step.alias] = self.host.moved(step.guest, current, target, device.block)
-
-
-class _AttachMemory(SimulatedHandler[AttachMemory]):
-    step_type = AttachMemory
-    event = EventKind.MEMORY
-
-    def amount(self, guest: SimulatedGuest, step: AttachMemory) -> int:
-        return guest.real.devices.get(step.alias, 0)
-
-    def bring(self, guest: SimulatedGuest, step: AttachMemory, *, lost: bool) -> None:
-        self._check(guest, step)
-        if lost:
-            return
-        self._put(guest, step, step.after)
-        reached = self.amount(guest, step)
-        if abs(reached - step.after) > step.tolerance:
-            guest.said.devices[step.alias] = reached
-            raise ShortfallError(
-                f"{step.describe()}: the guest stopped at {Bytes(reached)}", reached=reached
-            )
-
-    def differs(self, guest: SimulatedGuest, step: AttachMemory) -> str:
-        device = guest.device(step.alias)
-        if device is None or not step.after:
-            return "" if bool(device) == bool(step.after) else f"{step.alias}: {device} found"
-        if device.home != step.node:
-            return f"{step.alias} is on node {device.home}"
-        return _memory_difference(self.amount(guest, step), step.after, step.tolerance)
-
-    def give_back(self, guest: SimulatedGuest, step: AttachMemory) -> int:
-        self._put(guest, step, step.before)
-        return max(0, self.amount(guest, step) - step.before)
-
-    def _check(self, guest: SimulatedGuest, step: AttachMemory) -> None:
-        self.host.check_nodes(CpuSet((step.node,)))
-        if not 0 <= step.after <= step.size or step.after % step.block:
-            raise HypervisorError(f"{guest.spec.name}: requested size {step.after} is impossible")
-        if step.after and guest.device(step.alias) is None:
-            room = guest.memory_room
-            if room.slots < 1 or room.size < step.size:
-                raise HypervisorError(f"{guest.spec.name}: memory device exceeds slots or space")
-            if guest.free_ports < 1:
-                raise HypervisorError(f"{guest.spec.name}: No more available PCI slots")
-
-    def _put(self, guest: SimulatedGuest, step: AttachMemory, target: int) -> None:
-        """The device comes before its memory, and goes after it."""
-        if target and guest.device(step.alias) is None:
-            device = MemoryDevice(
-                step.alias, step.cell, Bytes(step.size), block=Bytes(step.block),
-                host_nodes=CpuSet((step.node,)),
-            )  # fmt: skip
-            for hardware in (guest.said, guest.real):
-                hardware.came = (*hardware.came, device)
-                hardware.devices[step.alias] = 0
-        if guest.device(step.alias) is None:
-            return
-        current = self.amount(guest, step)
-        guest.said.devices[step.alias] = target
-        guest.real.devices[step.alias] = self.host.moved(step.guest, current, target, step.block)
-        if not target and not guest.real.devices[step.alias]:
-            for hardware in (guest.said, guest.real):
-                hardware.came = tuple(d for d in hardware.came if d.alias != step.alias)
-                del hardware.devices[step.alias]
 
 
 class _Balloon(SimulatedHandler[SetBalloon]):
@@ -301,7 +236,7 @@ class _Balloon(SimulatedHandler[SetBalloon]):
             )
 
     def differs(self, guest: SimulatedGuest, step: SetBalloon) -> str:
-        return _memory_difference(guest.real.boot_memory, step.after, step.tolerance)
+        return memory_difference(guest.real.boot_memory, step.after, step.tolerance)
 
     def give_back(self, guest: SimulatedGuest, step: SetBalloon) -> int:
         self._request(guest, step, step.before)
@@ -496,7 +431,6 @@ def simulated_handlers(host: SimulatedHost) -> tuple[StepHandler, ...]:
     return (
         _VirtioMem(host), _Balloon(host), _VcpuCount(host), _PinVcpu(host), _PinEmulator(host),
         _Quota(host), _Shares(host), _Nodeset(host), _MarkPins(host), _Policy(host),
-        _AttachMemory(host),
     )  # fmt: skip
 
 
@@ -508,7 +442,8 @@ def _difference(wanted: object, found: object) -> str:
     return f"{wanted} expected, {found} found"
 
 
-def _memory_difference(found: int, wanted: int, tolerance: int) -> str:
+def memory_difference(found: int, wanted: int, tolerance: int) -> str:
+    """In words; empty where it is within the tolerance."""
     if abs(found - wanted) <= tolerance:
         return ""
     return _difference(Bytes(wanted), Bytes(found))

@@ -19,6 +19,7 @@ from virtfabric.adapters.simulated.events import SimulatedEvents
 from virtfabric.adapters.simulated.faults import Faults
 from virtfabric.adapters.simulated.guest import GuestSpec, Hardware, SimulatedGuest, write_policy
 from virtfabric.adapters.simulated.handlers import SimulatedHandler, simulated_handlers
+from virtfabric.adapters.simulated.memoryhandlers import memory_handlers
 from virtfabric.model.errors import (
     DeviceError,
     GuestGoneError,
@@ -107,7 +108,9 @@ class SimulatedHost:
         self.events = SimulatedEvents()
         self.load = SimulatedLoad()
         self.stats = SimulatedStats(self)
-        self.handlers = HandlerRegistry((*simulated_handlers(self), *device_handlers(self)))
+        self.handlers = HandlerRegistry(
+            (*simulated_handlers(self), *device_handlers(self), *memory_handlers(self))
+        )
         self.definitions = SimulatedDefinitions(self)
         self._topology = topology
         self._guests: dict[GuestId, SimulatedGuest] = {}
