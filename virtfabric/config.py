@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
     from virtfabric.model.device import DevicePool
+    from virtfabric.model.host import NumaNode
 
 CONFIG_DIR: Final = Path("/etc/virtfabric")
 MIN_RESERVE: Final = Bytes(256 * MIB)
@@ -66,7 +67,8 @@ class CapacityConfig:
     """`[capacity]`. None leaves it to `resolve_capacity`.
 
     Attributes:
-        memory: bytes in all, spread over the nodes in proportion to their size.
+        memory: bytes of DRAM in all, spread over its nodes in proportion to their size; CXL nodes
+            give nothing then.
         memory_by_node: bytes by node id; nodes that are not named give nothing.
     """
 
@@ -98,7 +100,7 @@ class PrincipalConfig:
     @property
     def ceiling(self) -> Offerable:
         """The bounds as authorisation knows them; a resource that is not named has none."""
-        bounds = {CPU: self.max_cpu, MEMORY: self.max_memory}
+        bounds = {CPU: self.max_cpu, MEMORY: self.max_memory}  # of every tier together
         amounts = Amounts({Key(r): v for r, v in bounds.items() if v is not None})
         return Offerable(self.max_priority, amounts or None)
 
@@ -289,7 +291,8 @@ def resolve_capacity(config: Config, topology: HostTopology) -> Capacity:
     """What `[capacity]` means on this machine.
 
     `cpus` is every pCPU unless given; `housekeeping` the first core among `cpus`; `memory` all of
-    each node; `reserve` the larger of 256 MiB and 5 % of `memory`.
+    each node; `reserve` the larger of 256 MiB and 5 % of the DRAM in it. What is of a CXL node
+    counts for that tier, and nothing of it is held back.
 
     Raises:
         ConfigError: a pCPU or node that is not there, more memory than there is, or a reserve
@@ -299,7 +302,9 @@ def resolve_capacity(config: Config, topology: HostTopology) -> Capacity:
     cpus = _existing("cpus", section.cpus or topology.cpus, topology)
     first = next((core & cpus for core in topology.cores if core & cpus), frozenset[int]())
     housekeeping = _existing("housekeeping", section.housekeeping or CpuSet(first), topology)
-    memory = _memory_by_node(section, topology)
+    by_node = _memory_by_node(section, topology)
+    cxl = {n: amount for n, amount in by_node.items() if n in topology.cxl_nodes}
+    memory = {n: amount for n, amount in by_node.items() if n not in cxl}
     total = sum(memory.values())
     reserve = section.reserve
     if reserve is None:
@@ -308,7 +313,7 @@ def resolve_capacity(config: Config, topology: HostTopology) -> Capacity:
         raise ConfigError(
             f"capacity.reserve = {reserve} leaves nothing of capacity.memory = {Bytes(total)}"
         )
-    return Capacity(cpus, housekeeping, memory, reserve, section.overhead)
+    return Capacity(cpus, housekeeping, memory, reserve, section.overhead, cxl)
 
 
 def _existing(name: str, cpus: CpuSet, topology: HostTopology) -> CpuSet:
@@ -329,11 +334,11 @@ def _memory_by_node(section: CapacityConfig, topology: HostTopology) -> dict[int
         return dict(section.memory_by_node)
     if section.memory is None:
         return {number: node.memory_total for number, node in nodes.items()}
-    if section.memory > topology.memory_total:
-        raise ConfigError(
-            f"capacity.memory = {section.memory} is more than the host's {topology.memory_total}"
-        )
-    return _spread(section.memory, topology)
+    dram = {number: node for number, node in nodes.items() if number not in topology.cxl_nodes}
+    there = Bytes(sum(node.memory_total for node in dram.values()))
+    if section.memory > there:
+        raise ConfigError(f"capacity.memory = {section.memory} is more than the host's {there}")
+    return _spread(section.memory, dram, there)
 
 
 def _check_node(number: int, amount: Bytes, topology: HostTopology) -> None:
@@ -346,12 +351,12 @@ def _check_node(number: int, amount: Bytes, topology: HostTopology) -> None:
         raise ConfigError(f"{key} is more than the node's {total}")
 
 
-def _spread(amount: Bytes, topology: HostTopology) -> dict[int, Bytes]:
+def _spread(amount: Bytes, nodes: Mapping[int, NumaNode], there: Bytes) -> dict[int, Bytes]:
     """In proportion to node size; the sum is exact, since each share ends where the next begins."""
     spread, seen, given = {}, 0, 0
-    for number, node in sorted(topology.nodes.items()):
+    for number, node in sorted(nodes.items()):
         seen += node.memory_total
-        upto = int(amount) * seen // topology.memory_total
+        upto = int(amount) * seen // there
         spread[number] = Bytes(upto - given)
         given = upto
     return spread

@@ -44,9 +44,10 @@ from virtfabric.model.errors import (
     StepCancelledError,
     VerificationError,
 )
-from virtfabric.model.guest import NumaMode
+from virtfabric.model.guest import MemoryMechanism, MemoryRoom, NumaMode
 from virtfabric.model.ids import HOST_ITSELF, GuestId
 from virtfabric.model.mark import NO_MARK, PinMark
+from virtfabric.model.memorysteps import AttachMemory
 from virtfabric.model.plan import (
     STEP_TYPES,
     Definition,
@@ -67,6 +68,7 @@ from virtfabric.ports import EventKind
 
 POLICY = format_bare_policy(GuestPolicy(priority=77))
 BALLOON = GuestId("00000000-0000-4000-8000-000000000001")
+TIERED = GuestId("00000000-0000-4000-8000-000000000002")
 GROW = ResizeVirtioMem(guest=DATABASE, alias="ua-vm0", before=512 * MIB, after=1 * GIB)
 PLUG = SetVcpuCount(guest=DATABASE, before=2, after=3)
 PIN = PinVcpu(guest=DATABASE, vcpu=0, before=CpuSet(), after=CpuSet([2]))
@@ -96,15 +98,25 @@ CXL = CxlInventory(
 )
 
 
+ATTACH_MEMORY = AttachMemory(
+    guest=TIERED, alias="ua-virtfabric-cxl1", node=1, cell=0, size=GIB, block=2 * MIB,
+    before=0, after=512 * MIB,
+)  # fmt: skip
+
+
 class SimulatedWorld:
     def __init__(self):
         self.clock = SimulatedClock()
+        tiered = GuestSpec(
+            TIERED, "tiered", boot_memory=Bytes(GIB), numa_mode=NumaMode.STRICT,
+            numa_nodes=CpuSet([0]), memory_room=MemoryRoom(1, Bytes(2 * GIB), 0),
+        )  # fmt: skip
         balloon = GuestSpec(
             BALLOON, "balloon", boot_memory=Bytes(GIB), balloon=True,
             numa_mode=NumaMode.RESTRICTIVE, numa_nodes=CpuSet([0]),
         )  # fmt: skip
         self.host = build_simulated_host(
-            make_topology(cores=2, nodes=2), (*small_guests(), balloon), self.clock,
+            make_topology(cores=2, nodes=2), (*small_guests(), balloon, tiered), self.clock,
             small_devices(),
         )  # fmt: skip
         self.host.devices.bind(BOUND_VF, "vfio-pci")
@@ -133,6 +145,7 @@ class SimulatedWorld:
             ATTACH,
             CREATE,
             OFFLINE,
+            ATTACH_MEMORY,
         ]  # fmt: skip
 
     def observe(self, step):
@@ -186,6 +199,42 @@ def test_guest_that_gives_only_some(world):
     assert world.handlers.for_step(GROW).undo(GROW) == reached - 512 * MIB
     device = world.host.read_guest(DATABASE).virtio_mem[0]
     assert (device.requested, device.current) == (512 * MIB, reached)
+
+
+def test_memory_device_takes_a_port_a_slot_and_its_node(world):
+    world.apply(ATTACH_MEMORY)
+    guest = world.host.read_guest(TIERED)
+    (device,) = guest.virtio_mem
+    assert (device.host_nodes, device.size, device.current) == (CpuSet([1]), GIB, 512 * MIB)
+    assert (guest.memory_max, guest.memory_current) == (2 * GIB, GIB + 512 * MIB)
+    assert guest.mechanism is MemoryMechanism.VIRTIO_MEM
+    assert guest.memory_room == MemoryRoom(0, Bytes(GIB), 0)
+    assert guest.free_ports == 3
+    nodes = world.host.read_topology().nodes
+    assert nodes[1].memory_total - nodes[1].memory_free == 512 * MIB
+    second = replace(ATTACH_MEMORY, alias="ua-virtfabric-cxl0", node=0)
+    with pytest.raises(HypervisorError, match="slots"):
+        world.apply(second)
+
+
+def test_memory_device_stays_as_long_as_it_holds_something(world):
+    world.apply(ATTACH_MEMORY)
+    world.host.faults.gives[TIERED] = 100 * MIB
+    handler = world.handlers.for_step(ATTACH_MEMORY)
+    assert handler.undo(ATTACH_MEMORY) == 412 * MIB
+    (device,) = world.host.read_guest(TIERED).virtio_mem
+    assert (device.requested, device.current) == (0, 412 * MIB)
+    world.host.faults.clear()
+    assert handler.undo(ATTACH_MEMORY) == 0
+    assert world.host.read_guest(TIERED).virtio_mem == ()
+
+
+def test_memory_device_that_the_guest_fills_too_little(world):
+    world.host.faults.takes[TIERED] = 64 * MIB
+    with pytest.raises(ShortfallError) as caught:
+        world.apply(ATTACH_MEMORY)
+    assert caught.value.reached == 64 * MIB
+    assert world.handlers.for_step(ATTACH_MEMORY).undo(ATTACH_MEMORY) == 0
 
 
 def test_guest_that_stops_inside_the_tolerance_is_fine_and_leaves_a_residue(world):

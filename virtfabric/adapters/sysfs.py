@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from virtfabric.adapters.cxl.nodes import explain_staying, read_access, read_tiers, read_zones
 from virtfabric.adapters.pci.tree import SysTree
+from virtfabric.model.amounts import Tier
 from virtfabric.model.errors import InvalidValueError
-from virtfabric.model.host import HostTopology, HugePages, NumaNode, Pcpu, Tier
+from virtfabric.model.host import HostTopology, HugePages, NumaNode, Pcpu
 from virtfabric.model.units import Bytes, CpuSet
 
 if TYPE_CHECKING:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.cli.arguments import CPU_WANT, DEVICE_WANT, DURATION, MEMORY_WANT
+from virtfabric.cli.arguments import CPU_WANT, DEVICE_WANT, DURATION, MEMORY_WANT, TIER
 from virtfabric.cli.screen import print_json, print_lines
 from virtfabric.cli.session import DONE, ask, run_job
 from virtfabric.cli.tables import outcome_lines, plan_lines
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def _wants(args: argparse.Namespace) -> dict[str, str]:
     given = {
         "cpu": args.cpu, "memory": args.memory, "for": args.lease, "deadline": args.deadline,
-        "key": args.key, "partial": "yes" if args.partial else None,
+        "key": args.key, "tier": args.tier, "partial": "yes" if args.partial else None,
     }  # fmt: skip
     devices = dict(args.device or ())
     return {name: value for name, value in given.items() if value is not None} | devices
@@ -25,6 +25,8 @@ def _wants(args: argparse.Namespace) -> dict[str, str]:
 def _allocate(args: argparse.Namespace) -> int:
     if args.cpu is None and args.memory is None and not args.device:
         args.parser.error("give --cpu, --memory or --device")
+    if args.tier is not None and args.memory is None:
+        args.parser.error("--tier goes with --memory")
     if args.device and len(dict(args.device)) < len(args.device):
         args.parser.error("one --device for each capability: net.vf:+2, not net.vf twice")
     wants = _wants(args)
@@ -65,6 +67,10 @@ def add_parsers(subparsers: Any) -> None:
     parser.add_argument(
         "--memory", type=MEMORY_WANT, metavar="SIZE|+SIZE|-SIZE", help="memory: 4G, +64M, -512MiB"
     )
+    parser.add_argument(
+        "--tier", type=TIER, metavar="TIER",
+        help="what kind of memory --memory is of: dram (default) or cxl; whole blocks only then",
+    )  # fmt: skip
     parser.add_argument(
         "--device", type=DEVICE_WANT, action="append", metavar="CAP[:N|:+N|:-N]",
         help="PCIe functions: net.vf (one more), net.vf:2 (two in all), net.vf:-1; may be repeated",

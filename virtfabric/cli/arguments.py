@@ -12,6 +12,7 @@ from virtfabric.daemon.intake import (
     parse_device,
     parse_duration,
     parse_policy_changes,
+    parse_tier,
     parse_want,
     parse_wish,
 )
@@ -87,6 +88,11 @@ def _memory(text: str) -> str:
     return text
 
 
+def _tier(text: str) -> str:
+    parse_tier(text, field="")
+    return text
+
+
 def _device(text: str) -> tuple[str, str]:
     """`net.vf`, `net.vf:2`, `net.vf:-1`: key and value of what is wanted."""
     capability, colon, amount = text.partition(":")
@@ -142,6 +148,7 @@ def check_policy(changes: dict[str, str]) -> None:
 
 CPU_WANT: Final = _checked(_cpu)
 MEMORY_WANT: Final = _checked(_memory)
+TIER: Final = _checked(_tier)
 DEVICE_WANT: Final = _checked(_device)
 DEVICE_WISH: Final = _checked(_wish)
 DURATION: Final = _checked(_duration)

@@ -15,7 +15,9 @@ if TYPE_CHECKING:
 
     Json = dict[str, Any]
 
-_FIELDS = ("priority", "cpu", "memory", "shares", "placement", "smt", "admission", "drift")
+_FIELDS = (
+    "priority", "cpu", "memory", "tiers", "shares", "placement", "smt", "admission", "drift",
+)  # fmt: skip
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -84,6 +86,7 @@ def _add_set(actions: Any) -> None:
     parser.add_argument("--priority", metavar="N", help="0 to 100; a higher one may reclaim")
     parser.add_argument("--cpu", metavar="RES:LIMIT", help="in CPUs, like 1:4 or 500m:2")
     parser.add_argument("--memory", metavar="RES:LIMIT", help="like 512M:4G")
+    parser.add_argument("--tiers", metavar="TIERS", help="kinds of memory it may have: dram,cxl")
     parser.add_argument("--shares", metavar="N", help="share of what is contended, 100 is normal")
     parser.add_argument(
         "--device", type=DEVICE_WISH, action="append", metavar="CAP[:N][:reclaimable|:kept]",

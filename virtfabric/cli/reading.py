@@ -29,6 +29,7 @@ def _status(args: argparse.Namespace) -> int:
             tables.pcpu_map(host, guests),
             tables.memory_table(host),
             tables.guest_table(guests),
+            *filter(None, [tables.held_memory_table(guests)]),
             tables.loan_table(status["loans"]),
         ]
     )

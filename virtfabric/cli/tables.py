@@ -6,7 +6,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.cli.screen import Table
-from virtfabric.model.amounts import Amounts
+from virtfabric.model.amounts import Amounts, Key
 from virtfabric.model.units import Bytes, CpuSet, MilliCpu
 
 if TYPE_CHECKING:
@@ -32,8 +32,8 @@ def _cpu(value: int | None) -> str:
 
 
 def _residue(residue: Json) -> str:
-    if residue["what"] == "memory":
-        return f"{_memory(residue['amount'])} memory"
+    if residue["what"].startswith("memory"):
+        return f"{_memory(residue['amount'])} {Key.parse(residue['what']).words}"
     if residue["what"] == "device":
         return f"{residue['amount']} PCIe function(s)"
     return f"{MilliCpu(residue['amount'])} vCPU"
@@ -89,10 +89,42 @@ def cpu_table(host: Json) -> Table:
 
 
 def memory_table(host: Json) -> Table:
-    """Memory by node."""
+    """Memory by node; the kind of each where the host has more than one."""
     names = ("total", "free", "grantable")
-    rows = [(str(m["node"]), *(_memory(m[n]) for n in names)) for m in host["memory"]]
-    return Table("memory", ("node", *names), tuple(rows), frozenset(names))
+    tiered = any(m.get("tier", "dram") != "dram" for m in host["memory"])
+    rows = [
+        (
+            str(m["node"]), *((m["tier"].upper(),) if tiered else ()),
+            *(_memory(m[n]) for n in names), *((_offlinable(m),) if tiered else ()),
+        )
+        for m in host["memory"]
+    ]  # fmt: skip
+    columns = ("node", "tier", *names, "offlinable") if tiered else ("node", *names)
+    return Table("memory", columns, tuple(rows), frozenset(names))
+
+
+def _offlinable(part: Json) -> str:
+    return _yes(part, "offlinable")
+
+
+def _yes(part: Json, word: str) -> str:
+    return "yes" if part[word] else f"no: {part[f'why_not_{word}'] or 'not told'}"
+
+
+def held_memory_table(guests: list[Json]) -> Table | None:
+    """What can be taken back of each guest's memory; None where all of it is DRAM."""
+    parts = [(g["name"], part) for g in guests for part in g["memory"].get("parts", ())]
+    if all(part["tier"] == "dram" for _, part in parts):
+        return None
+    rows = [
+        (
+            name, part["what"], part["tier"].upper(), str(CpuSet(part["nodes"])) or "any",
+            _memory(part["size"]), _yes(part, "reclaimable"), _yes(part, "offlinable"),
+        )
+        for name, part in parts
+    ]  # fmt: skip
+    columns = ("guest", "what", "tier", "node", "size", "reclaimable", "offlinable")
+    return Table("memory of guests", columns, tuple(rows), frozenset({"size"}))
 
 
 def capacity_lines(host: Json) -> list[str]:
@@ -104,9 +136,18 @@ def capacity_lines(host: Json) -> list[str]:
         f"(reserve {_memory(capacity['reserve'])})",
         f"shared pool: {host['pool'] or 'none'}; housekeeping: {host['housekeeping'] or 'none'}",
     ]
+    if capacity.get("cxl"):
+        lines.insert(1, f"CXL memory: {_memory(capacity['cxl'])}, {_memory(free['cxl'])} free")
     if host["unmanaged"]:
         lines.append(f"unmanaged guests running: {', '.join(host['unmanaged'])}")
     return lines
+
+
+def _far_remarks(far: Json | None) -> list[str]:
+    if far is None or not (far["grant"] or far["current"]):
+        return []
+    granted = "" if far["grant"] is None else f" of {_memory(far['grant'])} granted"
+    return [f"CXL memory {_memory(far['current'])}{granted}"]
 
 
 def _remarks(guest: Json) -> str:
@@ -119,6 +160,7 @@ def _remarks(guest: Json) -> str:
         found.append("changing")
     if guest["job"]:
         found.append(f"busy: {guest['job']}")
+    found += _far_remarks(guest["memory"].get("cxl"))
     found += [f"still holds {_residue(r)}" for r in guest["residues"]]
     for device in guest.get("devices", ()):
         if not device["attached"]:
@@ -220,7 +262,8 @@ def policy_lines(shown: Json) -> list[str]:
         f"  cpu     reservation {_cpu(cpu['reservation'])}, limit {_cpu(cpu['limit'])}, shares "
         f"{cpu['shares']}, {cpu['placement']}, smt {cpu['smt']}",
         f"  memory  reservation {_exact_memory(memory['reservation'])}, limit "
-        f"{_exact_memory(memory['limit'])}, shares {memory['shares']}",
+        f"{_exact_memory(memory['limit'])}, shares {memory['shares']}, "
+        f"tiers {','.join(memory['tiers'])}",
     ]
     return lines + [
         f"  device  {d['capability']} x {d['count']}"
@@ -281,7 +324,8 @@ def plan_lines(subject: str, plan: Json) -> list[str]:
         for r in decision["returns"]
     ]
     lines += [
-        f"  considered: {c['name']} (priority {c['priority']}): {c['resource']}: {c['verdict']}"
+        f"  considered: {c['name']} (priority {c['priority']}): "
+        f"{Key.parse(c['resource']).words}: {c['verdict']}"
         for c in decision["considered"]
     ]
     lines += [f"  offer: {o['text']}" for o in plan["offers"] if o.get("text")]

@@ -14,6 +14,7 @@ from virtfabric.daemon.api import JobState
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.model.amounts import Amounts
+from virtfabric.model.device import capability_of
 from virtfabric.model.devicesteps import AttachFunction, ResetFunction
 from virtfabric.model.errors import InvalidValueError, Reason, Refusal, RefusedError
 from virtfabric.model.guest import RunState
@@ -24,7 +25,7 @@ from virtfabric.model.units import Bytes
 from virtfabric.policy.arbiter import choose_admission
 from virtfabric.policy.placement import plan_decision
 from virtfabric.policy.portbudget import describe_shortage, missing_ports
-from virtfabric.policy.standing import floor_of
+from virtfabric.policy.standing import owed_to
 
 if TYPE_CHECKING:
     import threading
@@ -256,8 +257,8 @@ class Admission:
         return True
 
     def _floor(self, state: GuestState) -> Amounts:
-        floor = floor_of(state, self._observatory.snapshot())
-        return Amounts.of(cpu=floor.cpu, memory=max(floor.memory, state.memory_current))
+        owed = owed_to(state, self._observatory.snapshot())
+        return Amounts({k: v for k, v in owed.items() if capability_of(k) is None})
 
 
 def _why_late(job: Job) -> str:
@@ -278,7 +279,8 @@ def _starting(guest: GuestState) -> GuestState:
     """
     requested = sum(d.requested for d in guest.virtio_mem)
     memory = Bytes(guest.boot_memory + requested) if guest.virtio_mem else guest.memory_current
-    return replace(guest, state=RunState.SHUTOFF, memory_current=memory)
+    devices = tuple(replace(d, current=d.requested) for d in guest.virtio_mem)
+    return replace(guest, state=RunState.SHUTOFF, memory_current=memory, virtio_mem=devices)
 
 
 def _is_managed(guest: GuestState) -> bool:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from virtfabric.daemon.intake import parse_request
 from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.daemon.views import plan_view
-from virtfabric.model.amounts import CPU, MEMORY, Key
+from virtfabric.model.amounts import CPU_KEY
 from virtfabric.model.device import device_key
 from virtfabric.model.errors import Reason, Refusal, RefusedError
 from virtfabric.model.ids import GrantId
@@ -86,7 +86,7 @@ class Allocation:
         if holding is None:
             return
         after = holding.amounts
-        wants = [(Key(CPU), request.cpu), (Key(MEMORY), request.memory)]
+        wants = [(CPU_KEY, request.cpu), (request.memory_key, request.memory)]
         wants += [(device_key(c), want) for c, want in request.devices.items()]
         for key, want in wants:
             if want is not None:

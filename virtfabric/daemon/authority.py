@@ -8,6 +8,7 @@ from __future__ import annotations
 from enum import StrEnum
 from typing import TYPE_CHECKING
 
+from virtfabric.model.amounts import MEMORY_KEY
 from virtfabric.model.errors import Reason, Refusal, RefusedError
 
 if TYPE_CHECKING:
@@ -112,10 +113,11 @@ class Authority:
         if bound is None:
             return
         for key, most in bound.items():
-            if holding[key] > most:
+            held = holding.all_memory if key == MEMORY_KEY else holding[key]
+            if held > most:
                 raise RefusedError(
                     Refusal(
                         Reason.ABOVE_CEILING,
-                        f"{key} {holding[key]} is above the ceiling of {caller.principal}, {most}",
+                        f"{key} {held} is above the ceiling of {caller.principal}, {most}",
                     )
                 )

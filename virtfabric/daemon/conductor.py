@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Final
 from virtfabric.daemon.executor import Execution, Progress, Shortfall, Stopwatch
 from virtfabric.daemon.settlement import Settlement, refusal_body, subjects_of
 from virtfabric.daemon.unfinished import Unfinished
-from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
+from virtfabric.model.amounts import CPU_KEY, MEMORY_KEYS, Amounts, Tier
 from virtfabric.model.device import device_key
 from virtfabric.model.devicesteps import AttachFunction, Presence
 from virtfabric.model.errors import (
@@ -213,7 +213,7 @@ class Conductor:
                 self._observatory.refresh_devices()
         if not confirmed:
             return False
-        free_part = decision.from_free.positive() if decision else Amounts()
+        free_part = _taken(decision, plan)
         return self._ledger.reserve(
             txn, snapshot.generation, free_part, touched, plan.layout_use, plan.addresses
         )
@@ -291,7 +291,7 @@ class Conductor:
         guest, step = short.step.guest, short.step
         takes = decision.takes if decision else ()
         taken = {key for take in takes if take.victim == guest for key in take.amounts}
-        most = dict.fromkeys({*taken, Key(CPU)}, UNLIMITED)
+        most = dict.fromkeys({*taken, CPU_KEY}, UNLIMITED)
         if isinstance(step, AttachFunction):
             holding = self._ledger.view().books.holdings.get(guest)
             held = {f.address: f.capability for f in holding.functions} if holding else {}
@@ -305,7 +305,8 @@ class Conductor:
             ]
             capability = held.get(step.address, "")
             return Amounts(most | {device_key(capability): gone.count(capability)})
-        return Amounts(most | {Key(MEMORY): max(0, getattr(step, "before", 0) - short.reached)})
+        key = MEMORY_KEYS[Tier(getattr(step, "tier", Tier.DRAM))]
+        return Amounts(most | {key: max(0, getattr(step, "before", 0) - short.reached)})
 
     def _replan(
         self, work: Undertaking, txn: TransactionId, caps: Caps, short: Shortfall
@@ -318,12 +319,18 @@ class Conductor:
                 raise RefusedError(replace(_uncooperative(short), considered=answer.considered))
             snapshot, decision, plan = answer
             touched = _guests_of(work, decision, plan) | {short.step.guest}
-            free_part = decision.from_free.positive() if decision else Amounts()
+            free_part = _taken(decision, plan)
             if self._ledger.reserve(
                 txn, snapshot.generation, free_part, touched, plan.layout_use, plan.addresses
             ):
                 return decision, plan
         raise RefusedError(_uncooperative(short))
+
+
+def _taken(decision: Decision | None, plan: Plan) -> Amounts:
+    """What a plan takes of free capacity, in all and of single nodes."""
+    free_part = decision.from_free.positive() if decision else Amounts()
+    return free_part + plan.node_needs
 
 
 def _guests_of(work: Undertaking, decision: Decision | None, plan: Plan) -> frozenset[GuestId]:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from virtfabric.daemon.undertaking import new_request
-from virtfabric.model.amounts import Amounts
+from virtfabric.model.amounts import MEMORY_KEYS, Amounts, Tier
 from virtfabric.model.decision import Decision
 from virtfabric.model.device import Found, Quarantine, device_key
 from virtfabric.model.devicesteps import (
@@ -73,7 +73,8 @@ def residues_of(step: Step, left: int, at: float, why: str) -> list[Residue]:
         case AttachFunction():
             return [Residue(step.guest, DEVICE, left, at, f"{step.address} {why}")]
         case _:
-            return [Residue(step.guest, "memory", left, at, why)]
+            key = MEMORY_KEYS[Tier(getattr(step, "tier", Tier.DRAM))]
+            return [Residue(step.guest, str(key), left, at, why)]
 
 
 def with_residues(books: Books, guests: Collection[GuestId], residues: Iterable[Residue]) -> Books:

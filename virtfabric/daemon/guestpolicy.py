@@ -15,7 +15,7 @@ from virtfabric.daemon.intake import parse_policy_changes
 from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.daemon.views import plan_view
 from virtfabric.domxml.policy import format_bare_policy, format_policy
-from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
+from virtfabric.model.amounts import CPU_KEY, MEMORY_KEY, Amounts
 from virtfabric.model.decision import Decision
 from virtfabric.model.device import device_key
 from virtfabric.model.errors import Reason, Refusal, RefusedError
@@ -279,7 +279,7 @@ def _correction(
     devices = _surplus(snapshot, state, held, old)
     if target == held and not devices:
         return None
-    cpu, memory = Key(CPU), Key(MEMORY)
+    cpu, memory = CPU_KEY, MEMORY_KEY
     return Request(
         request, state.uuid, AGENT, Origin.AGENT,
         cpu=Want(Mode.TO, target[cpu]) if target[cpu] != held[cpu] else None,
@@ -310,9 +310,8 @@ def _surplus(
 
 def _clamp(state: GuestState, held: Amounts, floor: Amounts, ceiling: Amounts) -> Amounts:
     target = held
-    for resource in (CPU, MEMORY):
-        key = Key(resource)
+    for key in (CPU_KEY, MEMORY_KEY):
         target = target.with_value(key, max(floor[key], min(held[key], ceiling[key])))
     if state.policy is not None and state.policy.cpu.placement is Placement.DEDICATED:
-        target = target.with_value(Key(CPU), target.cpu.whole * 1000)
+        target = target.with_value(CPU_KEY, target.cpu.whole * 1000)
     return target

@@ -7,6 +7,7 @@ from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeVar
 
+from virtfabric.model.amounts import Tier
 from virtfabric.model.device import parse_capability
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.policy import (
@@ -27,11 +28,11 @@ if TYPE_CHECKING:
 
     from virtfabric.model.ids import GuestId, RequestId
 
-WANTS: Final = frozenset({"cpu", "memory", "for", "partial", "deadline", "key"})
+WANTS: Final = frozenset({"cpu", "memory", "for", "partial", "deadline", "key", "tier"})
 DEVICE: Final = "device:"
 """Before the capability, in a key of what is wanted."""
 CHANGES: Final = frozenset(
-    {"priority", "cpu", "memory", "shares", "placement", "smt", "admission", "drift"}
+    {"priority", "cpu", "memory", "shares", "placement", "smt", "admission", "drift", "tiers"}
 )
 _DURATION: Final = re.compile(r"([0-9]{1,9})(?:\.[0-9]+)?([smhd]?)")
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -109,6 +110,25 @@ def parse_flag(text: str, *, field: str) -> bool:
     return text == "yes"
 
 
+def parse_tier(text: str, *, field: str) -> Tier:
+    """`dram` or `cxl`.
+
+    Raises:
+        InvalidValueError: anything else.
+    """
+    return _choice(Tier, text, field=field)
+
+
+def parse_tiers(text: str, *, field: str) -> tuple[str, ...]:
+    """`dram,cxl`, in this order and each once.
+
+    Raises:
+        InvalidValueError: another word, or none.
+    """
+    given = {parse_tier(part.strip(), field=field) for part in text.split(",")}
+    return tuple(tier.value for tier in Tier if tier in given)
+
+
 def parse_request(
     request: RequestId,
     guest: GuestId,
@@ -126,6 +146,8 @@ def parse_request(
     _check_keys({k: v for k, v in wants.items() if k not in devices}, WANTS, "request")
     if "cpu" not in wants and "memory" not in wants and not devices:
         raise InvalidValueError("request", dict(wants), "asks for no cpu, memory or device")
+    if "tier" in wants and "memory" not in wants:
+        raise InvalidValueError("tier", wants["tier"], "is of memory, and no memory is asked for")
     deadline = default_deadline_s
     if "deadline" in wants:
         deadline = parse_duration(wants["deadline"], field="deadline")
@@ -145,6 +167,7 @@ def parse_request(
         partial=parse_flag(wants.get("partial", "no"), field="partial"),
         deadline_s=deadline,
         key=wants.get("key", ""),
+        tier=parse_tier(wants["tier"], field="tier") if "tier" in wants else None,
     )
 
 
@@ -228,6 +251,9 @@ def parse_policy_changes(old: GuestPolicy | None, changes: Mapping[str, str]) ->
             raise InvalidValueError(f"{field}.limit", str(high), f"is below the reservation {low}")
     shares = _number(changes["shares"], 1, 10_000, field="shares") if "shares" in changes else 0
     placement = changes.get("placement", cpu.placement.value)
+    tiers = memory.tiers
+    if "tiers" in changes:
+        tiers = parse_tiers(changes["tiers"], field="tiers")
     return GuestPolicy(
         priority=_number(changes.get("priority", str(base.priority)), 0, 100, field="priority"),
         admission=_choice(
@@ -240,6 +266,6 @@ def parse_policy_changes(old: GuestPolicy | None, changes: Mapping[str, str]) ->
             placement=_choice(Placement, placement, field="placement"),
             smt=_choice(Smt, changes.get("smt", cpu.smt.value), field="smt"),
         ),
-        memory=MemoryPolicy(*memory_range, shares=shares or memory.shares, tiers=memory.tiers),
+        memory=MemoryPolicy(*memory_range, shares=shares or memory.shares, tiers=tiers),
         devices=_parse_wishes(base.devices, wishes),
     )

@@ -18,12 +18,15 @@ from virtfabric.daemon.custody import (
     with_residues,
 )
 from virtfabric.daemon.undertaking import Outcome
+from virtfabric.model.amounts import MEMORY_KEYS
 from virtfabric.model.devicesteps import AttachFunction
 from virtfabric.model.errors import JournalError, Refusal, RefusedError, VirtfabricError
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.ids import GrantId, LoanId
 from virtfabric.model.ledger import Books, Grant, Residue
 from virtfabric.policy.loans import settle
+from virtfabric.policy.returnability import held_memory
+from virtfabric.policy.tiers import part_of
 from virtfabric.ports import TransactionState
 
 if TYPE_CHECKING:
@@ -35,7 +38,9 @@ if TYPE_CHECKING:
     from virtfabric.daemon.undertaking import Undertaking
     from virtfabric.daemon.unfinished import Unfinished
     from virtfabric.model.decision import Decision
+    from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId, TransactionId
+    from virtfabric.model.ledger import Holding
     from virtfabric.model.plan import Plan
     from virtfabric.ports import AuditLog, Clock, Journal
 
@@ -161,14 +166,24 @@ class Settlement:
             if surplus > 0:
                 why = "plugged beyond what it holds; its cap and pins hold them"
                 found.append(Residue(guest, "vcpu", surplus * 1000, now, why))
-            excess = state.memory_current - holding.amounts.memory
-            if excess > 0 and state.mechanism is not MemoryMechanism.FIXED:
-                found.append(Residue(guest, "memory", excess, now, "the guest has not let go yet"))
+            found += self._memory_residues(state, holding, now)
             own = {function.address for function in holding.functions}
             kept = sorted(d.address for d in state.devices if d.ours and d.address not in own)
             if kept:
                 why = f"{', '.join(kept)}: the guest has not let go yet"
                 found.append(Residue(guest, DEVICE, len(kept), now, why))
+        return found
+
+    def _memory_residues(self, state: GuestState, holding: Holding, now: float) -> list[Residue]:
+        if state.mechanism is MemoryMechanism.FIXED:
+            return []
+        found = []
+        for key in MEMORY_KEYS.values():
+            part = part_of(state, key, self._observatory.topology.cxl_nodes)
+            excess = part.current - holding.amounts[key]
+            if excess > 0:
+                why = "the guest has not let go yet"
+                found.append(Residue(state.uuid, str(key), excess, now, why))
         return found
 
     def _audit_commit(self, work: Undertaking, outcome: Outcome, loans: list[LoanId]) -> None:
@@ -187,8 +202,24 @@ class Settlement:
                 "decision": decision.to_json() if decision else None,
                 "steps": list(outcome.steps), "took_s": round(outcome.took_s, 3),
                 "residues": [r.to_json() for r in outcome.residues],
+                "memory": self._memory_afterwards(decision),
             },
         )  # fmt: skip
+
+    def _memory_afterwards(self, decision: Decision | None) -> dict[str, list[str]]:
+        """By name, what can be taken back of guests whose memory the decision changed, and why."""
+        if decision is None:
+            return {}
+        moved = [(decision.guest, decision.delta), *((t.victim, t.amounts) for t in decision.takes)]
+        moved += [(back.victim, back.amounts) for back in decision.returns]
+        keys = set(MEMORY_KEYS.values())
+        snapshot = self._observatory.snapshot()
+        told = {}
+        for guest in dict.fromkeys(g for g, amounts in moved if keys & amounts.keys()):
+            state = snapshot.guests.get(guest)
+            if state is not None and state.active:
+                told[state.name] = [str(part) for part in held_memory(state, snapshot)]
+        return told
 
     # -- undone -----------------------------------------------------------------------------
 

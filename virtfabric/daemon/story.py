@@ -37,7 +37,7 @@ def _decision_lines(decision: Mapping[str, Any], names: Mapping[str, str]) -> It
         yield f"  loan {back['loan']}: {_amounts(back['amounts'])} goes home to {who}"
     for one in decision["considered"]:
         yield (
-            f"  considered {one['name']} for {one['resource']}: {one['verdict']} "
+            f"  considered {one['name']} for {Key.parse(one['resource']).words}: {one['verdict']} "
             f"(priority {one['priority']}, held {_amount(one, 'held')}, "
             f"floor {_amount(one, 'floor')})"
         )
@@ -50,7 +50,8 @@ def _begun(body: Mapping[str, Any]) -> Iterable[str]:
         yield from _decision_lines(body["decision"], names)
     for offer in body.get("offers", []):
         chosen = " (chosen)" if offer["chosen"] else ""
-        yield f"  offer pCPU {offer['order']}: {offer['why']}{chosen}"
+        place = f" pCPU {offer['order']}" if offer["order"] else ""
+        yield f"  offer{place}: {offer['why']}{chosen}"
     for step in body.get("steps", []):
         yield f"  step: {step}"
 
@@ -63,12 +64,16 @@ def _committed(body: Mapping[str, Any]) -> Iterable[str]:
     for loan in body.get("loans", []):
         yield f"  loan opened: {loan}"
     for residue in body.get("residues", []):
-        yield f"  residue: {residue['what']} {_residue(residue)} ({residue['detail']})"
+        what = Key.parse(residue["what"]).words
+        yield f"  residue: {what} {_residue(residue)} ({residue['detail']})"
+    for name, parts in body.get("memory", {}).items():
+        for part in parts:
+            yield f"  {name} has {part}"
 
 
 def _residue(residue: Mapping[str, Any]) -> str:
     match residue["what"]:
-        case "memory":
+        case "memory" | "memory@tier:cxl":
             return str(Bytes(residue["amount"]))
         case "vcpu":
             return str(residue["amount"] // 1000)

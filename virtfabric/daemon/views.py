@@ -8,10 +8,20 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.daemon.devicedesk import blast_view
+from virtfabric.model.amounts import CXL_KEY
 from virtfabric.model.errors import Refusal
 from virtfabric.model.policy import Placement
 from virtfabric.policy.layout import choose_layout
-from virtfabric.policy.standing import capacity_of, ceiling_of, floor_of, free
+from virtfabric.policy.returnability import held_memory
+from virtfabric.policy.standing import (
+    capacity_of,
+    ceiling_of,
+    floor_of,
+    free,
+    has_far,
+    line_of,
+)
+from virtfabric.policy.tiers import part_of
 
 if TYPE_CHECKING:
     from virtfabric.model.decision import Decision
@@ -53,21 +63,29 @@ def host_view(snapshot: HostSnapshot) -> Json:
             }
         )  # fmt: skip
     left, total = free(snapshot), capacity_of(snapshot)
+    cxl = snapshot.topology.cxl_nodes
     return {
         "host_id": snapshot.topology.host_id, "cpus": cpus, "pool": str(pool),
         "housekeeping": str(housekeeping),
         "memory": [
             {
                 "node": n, "total": int(node.memory_total), "free": int(node.memory_free),
-                "grantable": int(snapshot.capacity.memory.get(n, 0)),
+                "grantable": int(
+                    (snapshot.capacity.cxl if n in cxl else snapshot.capacity.memory).get(n, 0)
+                ),
+                "tier": node.tier, "offlinable": node.offlinable,
+                "why_not_offlinable": node.why_not_offlinable,
             }
             for n, node in sorted(snapshot.topology.nodes.items())
         ],
         "capacity": {
             "cpu_milli": int(total.cpu), "memory": int(total.memory),
-            "reserve": int(snapshot.capacity.reserve),
+            "reserve": int(snapshot.capacity.reserve), "cxl": int(total[CXL_KEY]),
         },
-        "free": {"cpu": max(0, int(left.cpu)), "memory": max(0, int(left.memory))},
+        "free": {
+            "cpu": max(0, int(left.cpu)), "memory": max(0, int(left.memory)),
+            "cxl": max(0, left[CXL_KEY]),
+        },
         "unmanaged": sorted(g.name for g in snapshot.guests.values() if g.active and not g.managed),
     }  # fmt: skip
 
@@ -103,12 +121,28 @@ def guest_view(snapshot: HostSnapshot, guest: GuestState) -> Json:
             "limit": int(ceiling.memory) if ceiling else None,
             "floor": int(floor.memory) if floor else None,
             "current": int(guest.memory_current), "mechanism": guest.mechanism.value,
+            "cxl": _far_view(snapshot, guest, holding),
+            "parts": [part.to_json() for part in held_memory(guest, snapshot)],
         },
         "cpus": str(holding.cpus) if holding and dedicated else "",
         "devices": _devices_view(guest, holding),
         "free_ports": guest.free_ports if guest.active else None,
         "busy": guest.uuid in snapshot.busy, "job": guest.job,
         "residues": [r.to_json() for r in snapshot.books.residues if r.guest == guest.uuid],
+    }  # fmt: skip
+
+
+def _far_view(snapshot: HostSnapshot, guest: GuestState, holding: Holding | None) -> Json | None:
+    """CXL memory; None where it means nothing to the guest."""
+    held = holding.amounts[CXL_KEY] if holding else 0
+    if not held and not has_far(guest, snapshot):
+        return None
+    line = line_of(guest, CXL_KEY, snapshot)
+    part = part_of(guest, CXL_KEY, snapshot.topology.cxl_nodes)
+    managed = guest.policy is not None
+    return {
+        "grant": held if holding else None, "limit": line.ceiling if managed else None,
+        "floor": line.floor if managed else None, "current": part.current,
     }  # fmt: skip
 
 

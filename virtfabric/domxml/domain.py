@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.domxml.hostdev import read_hostdevs
 from virtfabric.domxml.mark import read_mark
+from virtfabric.domxml.memory import read_fixed_memory, read_memory_room, read_virtio_mem
 from virtfabric.domxml.parse import parse_xml
 from virtfabric.domxml.pciports import count_free_ports
 from virtfabric.domxml.policy import POLICY_TAG, bare_policy, parse_policy
+from virtfabric.domxml.values import read_cpus, read_int, read_size
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.guest import (
     GuestState,
@@ -22,7 +24,6 @@ from virtfabric.model.guest import (
     NumaMode,
     RunState,
     SchedulerState,
-    VirtioMem,
 )
 from virtfabric.model.ids import GuestId
 from virtfabric.model.units import Bytes, CpuSet
@@ -30,15 +31,9 @@ from virtfabric.model.units import Bytes, CpuSet
 if TYPE_CHECKING:
     from lxml import etree
 
+    from virtfabric.model.guest import VirtioMem
     from virtfabric.model.policy import GuestPolicy
 
-_UNITS: Final = {
-    "b": 1, "bytes": 1,
-    "k": 1 << 10, "kib": 1 << 10, "kb": 10**3,
-    "m": 1 << 20, "mib": 1 << 20, "mb": 10**6,
-    "g": 1 << 30, "gib": 1 << 30, "gb": 10**9,
-    "t": 1 << 40, "tib": 1 << 40, "tb": 10**12,
-}  # fmt: skip
 _UNLIMITED_US: Final = 86_400_000_000
 # Memory that QEMU has to pin for a device cannot be ballooned away (QEMU: ram_block_discard).
 _PINNING: Final = (
@@ -64,7 +59,7 @@ def parse_domain(live_xml: str, config_xml: str | None) -> GuestState:
     root = _parse_root(live_xml)
     config = None if config_xml is None else _parse_root(config_xml)
     online, maximum = _read_vcpus(root)
-    devices = _read_virtio_mem(root)
+    devices = read_virtio_mem(root)
     mechanism = _choose_mechanism(root, devices)
     boot = _read_boot_memory(root, devices)
     policy, error = _read_policy(root)
@@ -88,7 +83,7 @@ def parse_domain(live_xml: str, config_xml: str | None) -> GuestState:
         config_pins={} if config is None else _read_pins(config),
         numa_mode=mode,
         numa_nodes=nodes,
-        config_numa_nodes=_cpus(config_numa, "nodeset", "numatune.memory.nodeset"),
+        config_numa_nodes=read_cpus(config_numa, "nodeset", "numatune.memory.nodeset"),
         persistent=config_xml is not None,
         policy=policy,
         policy_error=error,
@@ -99,6 +94,8 @@ def parse_domain(live_xml: str, config_xml: str | None) -> GuestState:
         config_devices=() if config is None else read_hostdevs(config),
         free_ports=count_free_ports(root),
         locked_memory=root.find("memoryBacking/locked") is not None,
+        fixed_memory=read_fixed_memory(root),
+        memory_room=read_memory_room(root),
     )
 
 
@@ -115,40 +112,40 @@ def _parse_root(text: str) -> etree._Element:
 def _read_vcpus(root: etree._Element) -> tuple[list[int], int]:
     """Numbers of the online vCPUs, and how many there can be."""
     element = root.find("vcpu")
-    maximum = 1 if element is None else _int(element.text, "domain.vcpu")
+    maximum = 1 if element is None else read_int(element.text, "domain.vcpu")
     current = None if element is None else element.get("current")
     named = root.findall("vcpus/vcpu")
     if named:  # there once vCPUs were plugged one by one: the online ones need not come first
-        online = [_int(v.get("id"), "vcpus.id") for v in named if v.get("enabled") == "yes"]
+        online = [read_int(v.get("id"), "vcpus.id") for v in named if v.get("enabled") == "yes"]
         return sorted(online), maximum
-    count = maximum if current is None else _int(current, "domain.vcpu.current")
+    count = maximum if current is None else read_int(current, "domain.vcpu.current")
     return list(range(min(count, maximum))), maximum
 
 
 def _read_pins(root: etree._Element) -> dict[int, CpuSet]:
     return {
-        _int(pin.get("vcpu"), "vcpupin.vcpu"): _cpus(pin, "cpuset", "vcpupin.cpuset")
+        read_int(pin.get("vcpu"), "vcpupin.vcpu"): read_cpus(pin, "cpuset", "vcpupin.cpuset")
         for pin in root.findall("cputune/vcpupin")
     }
 
 
 def _read_affinity(root: etree._Element, online: list[int]) -> dict[int, CpuSet]:
     pins = _read_pins(root)
-    default = _cpus(root.find("vcpu"), "cpuset", "vcpu.cpuset")
+    default = read_cpus(root.find("vcpu"), "cpuset", "vcpu.cpuset")
     return {number: pins.get(number, default) for number in online}
 
 
 def _read_emulator(root: etree._Element) -> CpuSet:
     pin = root.find("cputune/emulatorpin")
     if pin is None:
-        return _cpus(root.find("vcpu"), "cpuset", "vcpu.cpuset")
-    return _cpus(pin, "cpuset", "emulatorpin.cpuset")
+        return read_cpus(root.find("vcpu"), "cpuset", "vcpu.cpuset")
+    return read_cpus(pin, "cpuset", "emulatorpin.cpuset")
 
 
 def _read_scheduler(root: etree._Element) -> SchedulerState:
     def value(name: str) -> int | None:
         text = root.findtext(f"cputune/{name}")
-        return None if text is None else _int(text, f"cputune.{name}")
+        return None if text is None else read_int(text, f"cputune.{name}")
 
     quota = value("global_quota")
     return SchedulerState(
@@ -162,26 +159,6 @@ def _read_scheduler(root: etree._Element) -> SchedulerState:
 # -- memory -----------------------------------------------------------------------------------
 
 
-def _read_virtio_mem(root: etree._Element) -> tuple[VirtioMem, ...]:
-    return tuple(
-        _read_device(device) for device in root.findall("devices/memory[@model='virtio-mem']")
-    )
-
-
-def _read_device(device: etree._Element) -> VirtioMem:
-    requested = _size(device.find("target/requested"), "memory.target.requested")
-    current = device.find("target/current")  # only a running guest's
-    alias = device.find("alias")
-    return VirtioMem(
-        alias="" if alias is None else alias.get("name", ""),
-        node=_int(device.findtext("target/node") or "0", "memory.target.node"),
-        size=_size(device.find("target/size"), "memory.target.size"),
-        block=_size(device.find("target/block"), "memory.target.block"),
-        requested=requested,
-        current=requested if current is None else _size(current, "memory.target.current"),
-    )
-
-
 def _read_boot_memory(root: etree._Element, devices: tuple[VirtioMem, ...]) -> Bytes:
     """What is there without virtio-mem.
 
@@ -191,11 +168,11 @@ def _read_boot_memory(root: etree._Element, devices: tuple[VirtioMem, ...]) -> B
     cells = root.findall("cpu/numa/cell")
     if cells:
         dimms = root.findall("devices/memory[@model='dimm']/target/size")
-        boot = sum(_size(cell, "cpu.numa.cell.memory", attribute="memory") for cell in cells)
-        return Bytes(boot + sum(_size(dimm, "memory.target.size") for dimm in dimms))
-    total = _size(root.find("memory"), "domain.memory")
+        boot = sum(read_size(cell, "cpu.numa.cell.memory", attribute="memory") for cell in cells)
+        return Bytes(boot + sum(read_size(dimm, "memory.target.size") for dimm in dimms))
+    total = read_size(root.find("memory"), "domain.memory")
     nvdimms = root.findall("devices/memory[@model='nvdimm']/target/size")
-    files = sum(_size(nvdimm, "memory.target.size") for nvdimm in nvdimms)
+    files = sum(read_size(nvdimm, "memory.target.size") for nvdimm in nvdimms)
     return Bytes(max(0, total - files - sum(device.size for device in devices)))
 
 
@@ -217,7 +194,7 @@ def _read_current(
     if mechanism is not MemoryMechanism.BALLOON:
         return Bytes(boot + sum(device.current for device in devices))
     current = root.find("currentMemory")
-    return boot if current is None else min(boot, _size(current, "domain.currentMemory"))
+    return boot if current is None else min(boot, read_size(current, "domain.currentMemory"))
 
 
 def _read_numatune(root: etree._Element) -> tuple[NumaMode | None, CpuSet]:
@@ -226,7 +203,7 @@ def _read_numatune(root: etree._Element) -> tuple[NumaMode | None, CpuSet]:
         return None, CpuSet()
     mode = element.get("mode", "strict")
     try:
-        return NumaMode(mode), _cpus(element, "nodeset", "numatune.memory.nodeset")
+        return NumaMode(mode), read_cpus(element, "nodeset", "numatune.memory.nodeset")
     except ValueError:
         raise InvalidValueError("numatune.memory.mode", mode, "is not known") from None
 
@@ -249,30 +226,3 @@ def _read_policy(root: etree._Element) -> tuple[GuestPolicy | None, str]:
 def _read_policy_text(root: etree._Element) -> str:
     found = root.find(f"metadata/{POLICY_TAG}")
     return "" if found is None else bare_policy(found)
-
-
-# -- values -----------------------------------------------------------------------------------
-
-
-def _int(text: str | None, field: str) -> int:
-    try:
-        return int(text or "")
-    except ValueError:
-        raise InvalidValueError(field, text, "is not a number") from None
-
-
-def _size(element: etree._Element | None, field: str, *, attribute: str | None = None) -> Bytes:
-    """An amount with libvirt's `unit` (KiB when it is not given); an absent element is 0."""
-    if element is None:
-        return Bytes(0)
-    unit = element.get("unit", "KiB")
-    factor = _UNITS.get(unit.lower())
-    if factor is None:
-        raise InvalidValueError(f"{field}.unit", unit, "is not a unit of memory")
-    text = element.text if attribute is None else element.get(attribute)
-    return Bytes(_int(text, field) * factor)
-
-
-def _cpus(element: etree._Element | None, attribute: str, field: str) -> CpuSet:
-    text = None if element is None else element.get(attribute)
-    return CpuSet() if text is None else CpuSet.parse(text, field=field)

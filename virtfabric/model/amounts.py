@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Final, NewType, Self
 
 from virtfabric.model.units import Bytes, MilliCpu
@@ -18,6 +19,18 @@ Locality = NewType("Locality", str)
 CPU: Final = ResourceClass("cpu")
 MEMORY: Final = ResourceClass("memory")
 HOST: Final = Locality("host")
+
+
+class Tier(StrEnum):
+    """What kind of memory a NUMA node has."""
+
+    DRAM = "dram"
+    CXL = "cxl"
+    """A CXL region became the node."""
+
+
+_TIER: Final = "tier:"
+_CXL: Final = Locality(f"{_TIER}{Tier.CXL}")
 
 
 def node_locality(node: int) -> Locality:
@@ -35,11 +48,28 @@ class Key:
     def __str__(self) -> str:
         return self.resource if self.locality == HOST else f"{self.resource}@{self.locality}"
 
+    @property
+    def words(self) -> str:
+        """For people: `CXL memory` where `str` says `memory@tier:cxl`."""
+        return "CXL memory" if self == CXL_KEY else str(self)
+
     @classmethod
     def parse(cls, text: str) -> Self:
         """The reverse of `str`."""
         resource, _, locality = text.partition("@")
         return cls(ResourceClass(resource), Locality(locality or HOST))
+
+
+CPU_KEY: Final = Key(CPU)
+MEMORY_KEY: Final = Key(MEMORY)
+"""DRAM, wherever on the host."""
+CXL_KEY: Final = Key(MEMORY, _CXL)
+MEMORY_KEYS: Final = {Tier.DRAM: MEMORY_KEY, Tier.CXL: CXL_KEY}
+
+
+def tier_of(key: Key) -> Tier | None:
+    """The tier whose memory a coordinate counts; None for any other coordinate."""
+    return next((tier for tier, its in MEMORY_KEYS.items() if its == key), None)
 
 
 class Amounts(Mapping[Key, int]):
@@ -62,8 +92,13 @@ class Amounts(Mapping[Key, int]):
 
     @property
     def memory(self) -> Bytes:
-        """Host-wide memory."""
-        return Bytes(self[Key(MEMORY)])
+        """Host-wide memory: DRAM."""
+        return Bytes(self[MEMORY_KEY])
+
+    @property
+    def all_memory(self) -> Bytes:
+        """Memory of every tier together."""
+        return Bytes(sum(self[key] for key in MEMORY_KEYS.values()))
 
     def __getitem__(self, key: Key) -> int:
         return self._by_key.get(key, 0)
@@ -102,7 +137,7 @@ class Amounts(Mapping[Key, int]):
         return Amounts({k: v for k, v in self.items() if v > 0})
 
     def __str__(self) -> str:
-        return ", ".join(f"{k} {format_amount(k, v)}" for k, v in self.items()) or "nothing"
+        return ", ".join(f"{k.words} {format_amount(k, v)}" for k, v in self.items()) or "nothing"
 
     def __repr__(self) -> str:
         return f"Amounts({self})"

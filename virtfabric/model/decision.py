@@ -44,7 +44,8 @@ class Consideration:
         floor = format_amount(self.key, self.floor)
         held = f"holds {format_amount(self.key, self.held)}, floor {floor}"
         pays = f" {format_amount(self.key, self.pays)}" if self.pays else ""
-        return f"{self.name} (priority {self.priority}, {held}): {self.key}: {self.verdict}{pays}"
+        what = f"{self.key.words}: {self.verdict}{pays}"
+        return f"{self.name} (priority {self.priority}, {held}): {what}"
 
     def to_json(self) -> dict[str, Any]:
         """For journal, audit and clients."""

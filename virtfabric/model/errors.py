@@ -32,6 +32,7 @@ class Reason(StrEnum):
     CANCELLED = "cancelled"
     STALE = "stale"
     UNKNOWN_CAPABILITY = "unknown-capability"
+    UNKNOWN_TIER = "unknown-tier"
     NO_FREE_PORT = "no-free-port"
     DEVICE_IN_USE = "device-in-use"
     GROUP_NOT_VIABLE = "group-not-viable"
@@ -146,7 +147,7 @@ class Refusal:
     Attributes:
         reason: published code.
         detail: one sentence for a person; names the field, guest and figures.
-        would_fit: what could be had now instead, by resource class (milli-CPU, bytes); may be
+        would_fit: what could be had now instead, by coordinate (milli-CPU, bytes); may be
             empty.
         considered: one line per guest looked at and why it did not pay.
     """

@@ -42,7 +42,12 @@ class NumaMode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class VirtioMem:
-    """One virtio-mem device; sizes in bytes. `current` is what the guest really has."""
+    """One virtio-mem device; sizes in bytes. `current` is what the guest really has.
+
+    Attributes:
+        node: the guest's cell that it belongs to.
+        host_nodes: nodes of the host that its `<source>` names; empty: it follows the guest.
+    """
 
     alias: str
     node: int
@@ -50,6 +55,37 @@ class VirtioMem:
     block: Bytes
     requested: Bytes
     current: Bytes
+    host_nodes: CpuSet = CpuSet()
+
+
+@dataclass(frozen=True, slots=True)
+class FixedMemory:
+    """Memory that a guest has and this agent cannot take: a cell that it boots with, or a DIMM.
+
+    Attributes:
+        what: `cell 0`, `dimm dimm0`; for people.
+        host_nodes: nodes of the host that it is bound to by itself; empty: it follows the guest.
+    """
+
+    what: str
+    size: Bytes
+    host_nodes: CpuSet = CpuSet()
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryRoom:
+    """What of memory devices can still be added to a running guest.
+
+    Attributes:
+        slots: of `<maxMemory slots>` that no device has.
+        size: bytes up to `<maxMemory>`, by the sizes of the devices that are there.
+        cell: the guest's cell that they go to: the last one without vCPUs, else the first.
+            None for a guest without cells, which can have no memory device.
+    """
+
+    slots: int = 0
+    size: Bytes = Bytes(0)
+    cell: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +131,8 @@ class GuestState:
         halted: whether it is paused by an error of QEMU or of a device, not by anybody's wish.
         locked_memory: whether `<memoryBacking><locked/>` pins all of it.
         marked_pins: which of the live pins this agent set, by the mark in the live metadata.
+        fixed_memory: what `boot_memory` is made of; empty where that is not known in parts.
+        memory_room: for memory devices that come while it runs.
     """
 
     uuid: GuestId
@@ -129,6 +167,8 @@ class GuestState:
     free_ports: int = 0
     locked_memory: bool = False
     halted: bool = False
+    fixed_memory: tuple[FixedMemory, ...] = ()
+    memory_room: MemoryRoom = MemoryRoom()
 
     @property
     def managed(self) -> bool:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING
 
+from virtfabric.model.amounts import Tier
 from virtfabric.model.units import Bytes, CpuSet
 
 if TYPE_CHECKING:
@@ -31,13 +31,6 @@ class HugePages:
     size: Bytes
     total: int
     free: int
-
-
-class Tier(StrEnum):
-    """What kind of memory a NUMA node is."""
-
-    DRAM = "dram"
-    CXL = "cxl"
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +95,11 @@ class HostTopology:
         """The sibling sets, one per core, ordered by lowest pCPU."""
         return tuple(sorted({p.siblings for p in self.pcpus.values()}, key=min))
 
+    @cached_property
+    def cxl_nodes(self) -> frozenset[int]:
+        """The nodes of tier `cxl`."""
+        return frozenset(n for n, node in self.nodes.items() if node.tier == Tier.CXL)
+
     @property
     def memory_total(self) -> Bytes:
         """Memory of all nodes."""
@@ -116,9 +114,10 @@ class Capacity:
         cpus: managed pCPUs; dedicated sets and the shared pool come from here.
         housekeeping: pCPUs for emulator and I/O threads; may overlap `cpus` on small hosts, and
             are taken for dedicated guests last.
-        memory: bytes that may be granted, by node id.
+        memory: bytes of DRAM that may be granted, by node id.
         reserve: bytes held back of the sum of `memory`; covers residues.
         overhead: bytes counted for each guest's QEMU beside its memory.
+        cxl: bytes of CXL memory that may be granted, by node id; nothing is held back of them.
     """
 
     cpus: CpuSet
@@ -126,8 +125,14 @@ class Capacity:
     memory: dict[int, Bytes]
     reserve: Bytes
     overhead: Bytes
+    cxl: dict[int, Bytes] = field(default_factory=dict)
 
     @property
     def grantable_memory(self) -> Bytes:
-        """Bytes that may be granted in all."""
+        """Bytes of DRAM that may be granted in all."""
         return Bytes(max(0, sum(self.memory.values()) - self.reserve))
+
+    @property
+    def grantable_cxl(self) -> Bytes:
+        """Bytes of CXL memory that may be granted in all."""
+        return Bytes(sum(self.cxl.values()))

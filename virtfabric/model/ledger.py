@@ -123,8 +123,9 @@ class Residue:
     """What an undo or a shrink could not bring back yet: counted as used, retried, shown.
 
     Attributes:
-        what: "memory" (amount in bytes the guest holds beyond its holding), "vcpu" (vCPUs
-            plugged beyond its holding, in milli-CPU) or "device" (functions it does not let go).
+        what: "memory" or "memory@tier:cxl" (amount in bytes the guest holds beyond its holding),
+            "vcpu" (vCPUs plugged beyond its holding, in milli-CPU) or "device" (functions it does
+            not let go).
     """
 
     guest: GuestId

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from virtfabric.model.amounts import Amounts, Tier
 from virtfabric.model.cxl import Serial
 from virtfabric.model.cxlsteps import CreateRegion, MemoryUse, OnlineMemory, RegionPresence
 from virtfabric.model.device import PciAddress, VfSettings
@@ -25,6 +26,7 @@ from virtfabric.model.devicesteps import (
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.ids import GuestId
 from virtfabric.model.mark import PinMark
+from virtfabric.model.memorysteps import AttachMemory
 from virtfabric.model.step import Step
 from virtfabric.model.units import Bytes, CpuSet, MilliCpu
 
@@ -49,10 +51,13 @@ class ResizeVirtioMem(Step):
     after: int
     tolerance: int = 4 << 20
     deadline_s: float = 30.0
+    tier: str = "dram"
 
     def describe(self) -> str:
         """One line for a person."""
-        return f"{self.name}: virtio-mem {self.alias} {Bytes(self.before)} -> {Bytes(self.after)}"
+        tier = "" if self.tier == Tier.DRAM else f" ({self.tier.upper()})"
+        change = f"{Bytes(self.before)} -> {Bytes(self.after)}"
+        return f"{self.name}: virtio-mem {self.alias}{tier} {change}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -201,7 +206,7 @@ STEP_TYPES: dict[str, type[Step]] = {
     for t in (
         ResizeVirtioMem, SetBalloon, SetVcpuCount, PinVcpu, PinEmulator, SetQuota, SetShares,
         SetNodeset, MarkPins, SetPolicy, BindDriver, SetUpVf, AttachFunction, ResetFunction,
-        LimitLink, CreateRegion, OnlineMemory,
+        LimitLink, CreateRegion, OnlineMemory, AttachMemory,
     )
 }  # fmt: skip
 
@@ -339,6 +344,8 @@ class Plan:
         functions: PCIe functions afterwards of each guest whose functions change.
         retired: functions that a guest had once and nobody gets again until an operator releases
             them (`one_time_use`).
+        node_needs: memory that it takes of single nodes (`memory@node:2`), beyond what it frees
+            there: no other plan may count on that meanwhile.
     """
 
     request: RequestId
@@ -348,6 +355,7 @@ class Plan:
     offers: tuple[Offer, ...] = ()
     functions: dict[GuestId, tuple[HeldFunction, ...]] = field(default_factory=dict)
     retired: tuple[PciAddress, ...] = ()
+    node_needs: Amounts = Amounts()
 
     @property
     def guests(self) -> frozenset[GuestId]:

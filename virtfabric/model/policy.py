@@ -61,7 +61,10 @@ class CpuPolicy:
 
 @dataclass(frozen=True, slots=True)
 class MemoryPolicy:
-    """Memory entitlement in bytes. `limit` None means what the guest's mechanism can reach."""
+    """Memory entitlement in bytes. `limit` None means what the guest's mechanism can reach.
+
+    The reservation is of DRAM, the limit of all tiers together.
+    """
 
     reservation: Bytes = Bytes(0)
     limit: Bytes | None = None

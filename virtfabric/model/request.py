@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
+from virtfabric.model.amounts import MEMORY_KEYS, Tier
+
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from virtfabric.model.amounts import Amounts
+    from virtfabric.model.amounts import Amounts, Key
     from virtfabric.model.ids import GuestId, RequestId
 
 
@@ -59,6 +61,7 @@ class Request:
 
     Attributes:
         cpu, memory: None leaves that resource alone.
+        tier: that `memory` is of; None where it was not named, which means DRAM.
         devices: functions by capability, counted.
         lease_s: seconds until the grant ends by itself, None for no end.
         partial: take what fits instead of all or nothing.
@@ -77,6 +80,12 @@ class Request:
     partial: bool = False
     deadline_s: float = 30.0
     key: str = ""
+    tier: Tier | None = None
+
+    @property
+    def memory_key(self) -> Key:
+        """The coordinate that `memory` is of."""
+        return MEMORY_KEYS[self.tier or Tier.DRAM]
 
     def to_json(self) -> dict[str, Any]:
         """For journal and audit."""
@@ -87,7 +96,7 @@ class Request:
             "memory": [self.memory.mode.value, self.memory.value] if self.memory else None,
             "devices": {c: [w.mode.value, w.value] for c, w in self.devices.items()},
             "lease_s": self.lease_s, "partial": self.partial, "deadline_s": self.deadline_s,
-            "key": self.key,
+            "key": self.key, "tier": self.tier.value if self.tier else None,
         }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from virtfabric.model.decision import Decision
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.policy.changes import (
     check_ceilings,
-    check_change,
+    check_request,
     check_subject,
     fit,
     no_capacity,
@@ -66,10 +66,9 @@ def choose_allocation(
     if isinstance(guest, Refusal):
         return guest
     changes = wanted_changes(snapshot, guest, request)
-    for change in changes:
-        problem = check_change(snapshot, guest, change)
-        if problem is not None:
-            return problem
+    problem = check_request(snapshot, guest, request, changes)
+    if problem is not None:
+        return problem
     growing = [change for change in changes if change.grows]
     if not growing:
         return _decide(snapshot, request.id, guest, changes, None)
@@ -143,7 +142,7 @@ def choose_admission(
         if need > market.free_of(key) and need > market.available(key)
     ]  # fmt: skip
     if lacking:
-        most = {str(key.resource): min(cost[key], market.available(key)) for key in cost}
+        most = {str(key): min(cost[key], market.available(key)) for key in cost}
         detail = no_capacity(market, lacking[0], cost[lacking[0]])
         return Refusal(Reason.NO_CAPACITY, detail, most, market.lines(lacking))
     from_free = Amounts({key: market.buy(key, need) for key, need in cost.items()})

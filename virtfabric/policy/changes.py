@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, NamedTuple
 
-from virtfabric.model.amounts import MEMORY, Key, format_amount
+from virtfabric.model.amounts import CPU_KEY, CXL_KEY, MEMORY, MEMORY_KEY, Key, Tier, format_amount
 from virtfabric.model.device import capability_of, device_key
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.request import Mode
 from virtfabric.policy.deviceterms import check_taker, spare_ports, wish_of
-from virtfabric.policy.standing import CPU_KEY, MEMORY_KEY, Line, line_of
+from virtfabric.policy.standing import Line, line_of
+from virtfabric.policy.tierterms import check_far_taker, may_have
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -71,7 +72,7 @@ def check_subject(snapshot: HostSnapshot, uuid: GuestId) -> GuestState | Refusal
 
 def wanted_changes(snapshot: HostSnapshot, guest: GuestState, request: Request) -> list[Change]:
     """What the request comes to; resources that stay as they are are left out."""
-    wants = [(CPU_KEY, request.cpu), (MEMORY_KEY, request.memory)]
+    wants = [(CPU_KEY, request.cpu), (request.memory_key, request.memory)]
     wants += [(device_key(name), want) for name, want in sorted(request.devices.items())]
     changes = [_change(guest, key, want, snapshot) for key, want in wants if want is not None]
     return [change for change in changes if change.asked != change.line.held]
@@ -88,10 +89,56 @@ def _change(guest: GuestState, key: Key, want: Want, snapshot: HostSnapshot) -> 
     return Change(key, line, asked, target - line.held)
 
 
-def check_change(snapshot: HostSnapshot, guest: GuestState, change: Change) -> Refusal | None:
+def check_request(
+    snapshot: HostSnapshot, guest: GuestState, request: Request, changes: Sequence[Change]
+) -> Refusal | None:
     """Why it cannot be, whatever capacity there is (but for the ceiling); None where it can."""
+    asks = any(change.is_device and change.grows for change in changes)
+    for change in changes:
+        problem = _check_change(snapshot, guest, change)
+        if problem is None and change.key.resource == MEMORY:
+            if change.grows:
+                problem = _check_tier(snapshot, guest, change, asks=asks)
+            if request.tier is not None:
+                problem = problem or _check_multiple(guest, change)
+        if problem is not None:
+            return problem
+    return None
+
+
+def _check_tier(
+    snapshot: HostSnapshot, guest: GuestState, change: Change, *, asks: bool
+) -> Refusal | None:
+    if change.key == CXL_KEY:
+        return check_far_taker(guest, snapshot, asks=asks)
+    if may_have(guest, Tier.DRAM):
+        return None
+    detail = (
+        f"tier: the policy of {guest.name} allows it no more DRAM; ask with --tier {Tier.CXL}, or "
+        f"allow it: virtfabric policy set {guest.name} --tiers dram,cxl"
+    )
+    return Refusal(Reason.NOT_ALLOWED, detail)
+
+
+def _check_multiple(guest: GuestState, change: Change) -> Refusal | None:
+    """Whoever names the tier means a size exactly; without it a size is rounded up."""
+    line = change.line
+    if (change.asked - line.origin) % line.granule == 0:
+        return None
+    detail = (
+        f"memory: {guest.name} would hold {format_amount(change.key, change.asked)} of "
+        f"{change.key.words}, which is no multiple of {format_amount(change.key, line.granule)}, "
+        "the block that its memory changes by"
+    )
+    if line.origin:
+        detail += f", beyond the {format_amount(change.key, line.origin)} that it boots with"
+    return Refusal(Reason.INVALID_ARGUMENT, detail)
+
+
+def _check_change(snapshot: HostSnapshot, guest: GuestState, change: Change) -> Refusal | None:
+    """As `check_request`, of one resource alone."""
     key, line = change.key, change.line
-    if key.resource == MEMORY and guest.mechanism is MemoryMechanism.FIXED:
+    if key == MEMORY_KEY and guest.mechanism is MemoryMechanism.FIXED:
         detail = f"{guest.name} has neither virtio-mem nor a balloon, its memory stays as it is"
         return Refusal(Reason.NO_MECHANISM, detail)
     if change.is_device and change.grows:
@@ -101,7 +148,7 @@ def check_change(snapshot: HostSnapshot, guest: GuestState, change: Change) -> R
     if change.asked < min(line.held, line.floor):
         most = line.slack
         detail = (
-            f"{guest.name}: {key}: {format_amount(key, change.asked)} is below its floor of "
+            f"{guest.name}: {key.words}: {format_amount(key, change.asked)} is below its floor of "
             f"{format_amount(key, line.floor)} (it holds {format_amount(key, line.held)}, "
             f"{format_amount(key, most)} can be given up)"
         )
@@ -155,7 +202,7 @@ def refuse(
     market: Market, growing: Sequence[Change], why: Reason, detail: str, lacking: Sequence[Key]
 ) -> Refusal:
     """A refusal with what would fit of each resource that was to grow, and who was looked at."""
-    would_fit = {str(change.key.resource): _most(market, change) for change in growing}
+    would_fit = {str(change.key): _most(market, change) for change in growing}
     return Refusal(why, detail, would_fit, market.lines(lacking))
 
 
@@ -188,7 +235,7 @@ def _why_none(market: Market, key: Key) -> Reason:
 def _above_limit(guest: GuestState, change: Change) -> str:
     key, line = change.key, change.line
     return (
-        f"{guest.name}: {key}: {format_amount(key, change.asked)} is above its limit of "
+        f"{guest.name}: {key.words}: {format_amount(key, change.asked)} is above its limit of "
         f"{format_amount(key, line.ceiling)} (it holds {format_amount(key, line.held)})"
     )
 
@@ -207,7 +254,7 @@ def _no_port(market: Market, growing: Sequence[Change]) -> Refusal:
 def no_capacity(market: Market, key: Key, need: int) -> str:
     """What is needed, what is free, what others could give."""
     return (
-        f"{market.borrower.name}: {key}: needs {format_amount(key, need)}, "
+        f"{market.borrower.name}: {key.words}: needs {format_amount(key, need)}, "
         f"{format_amount(key, market.free_of(key))} is free and "
         f"{format_amount(key, market.survey(key).reclaimable)} can be reclaimed from lower "
         "priorities"

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 from virtfabric.model.device import device_key
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import MemoryMechanism, RunState
-from virtfabric.model.units import CpuSet
 from virtfabric.policy.stock import functions_of
+from virtfabric.policy.tiers import on_returnable
 
 if TYPE_CHECKING:
     from virtfabric.model.amounts import Key
@@ -54,12 +54,13 @@ def check_taker(guest: GuestState, snapshot: HostSnapshot) -> Refusal | None:
     """Why a guest cannot be given any function now; None when it can."""
     if guest.state is RunState.PAUSED:
         return Refusal(Reason.NOT_RUNNING, f"{guest.name} is paused; resume it first")
-    returnable = memory_on_returnable(guest, snapshot)
+    returnable = on_returnable(guest, snapshot)
     if returnable:
+        cxl = "CXL " if returnable <= snapshot.topology.cxl_nodes else ""
         detail = (
-            f"{guest.name} has memory on node {returnable}, which has no CPUs and can be taken "
-            "back: a function pins all memory of a guest, and the kernel would move these pages "
-            "away first; keep it on nodes with CPUs, or ask for a guest that is"
+            f"{guest.name} has memory on {cxl}node {returnable}, which has no CPUs and can be "
+            "taken back: a function pins all memory of a guest, and the kernel would move these "
+            "pages away first; keep it on nodes with CPUs, or ask for a guest that is"
         )
         return Refusal(Reason.STRANDS_MEMORY, detail)
     holding = snapshot.books.holdings.get(guest.uuid)
@@ -71,14 +72,3 @@ def check_taker(guest: GuestState, snapshot: HostSnapshot) -> Refusal | None:
         )
         return Refusal(Reason.NO_MECHANISM, detail)
     return None
-
-
-def memory_on_returnable(guest: GuestState, snapshot: HostSnapshot) -> CpuSet:
-    """Nodes without CPUs (CXL) that the guest's memory is bound to.
-
-    With a function attached, pages on such a node go to another without an error, or the node can
-    never be taken back (measured: facts/nested-lab.md, CXL).
-    """
-    nodes = snapshot.topology.nodes
-    bound = guest.numa_nodes or guest.config_numa_nodes
-    return CpuSet(n for n in bound if n in nodes and not nodes[n].cpus)

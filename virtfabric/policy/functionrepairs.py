@@ -9,11 +9,11 @@ from typing import TYPE_CHECKING
 
 from virtfabric.model.device import Found, HeldFunction
 from virtfabric.model.guest import RunState
-from virtfabric.policy.deviceterms import memory_on_returnable
 from virtfabric.policy.functions import Allotment, Move
 from virtfabric.policy.nearness import memory_nodes, pullable_nodes
 from virtfabric.policy.pools import pool_of
 from virtfabric.policy.stock import Stock, functions_of
+from virtfabric.policy.tiers import on_returnable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable
@@ -71,7 +71,7 @@ def _surplus(snapshot: HostSnapshot, address: PciAddress) -> HeldFunction:
 
 def _missing(stock: Stock, state: GuestState) -> list[HeldFunction]:
     attached = {device.address for device in state.devices}
-    if memory_on_returnable(state, stock.snapshot):
+    if on_returnable(state, stock.snapshot):
         return []
     there = stock.inventory.functions
     return [

@@ -9,12 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
-from virtfabric.model.amounts import Amounts
+from virtfabric.model.amounts import CPU_KEY, CXL_KEY, MEMORY_KEY, Amounts
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.mark import MarkedPin, PinMark
 from virtfabric.model.policy import DEFAULT_SHARES
 from virtfabric.model.units import MIB, Bytes, CpuSet, MilliCpu
-from virtfabric.policy.standing import CPU_KEY, MEMORY_KEY, WHOLE_CPU
+from virtfabric.policy.standing import WHOLE_CPU
+from virtfabric.policy.tiers import part_of
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -47,8 +48,10 @@ class Intended:
         pins: one entry for each vCPU that is plugged now or should be.
         quota: milli-CPU, -1 uncapped.
         shares: policy shares (100 is the kernel's default).
-        memory: bytes visible to the guest; 0 where its memory is not ours to set.
+        memory: bytes of DRAM visible to the guest; 0 where its memory is not ours to set.
         nodes: of a movable guest's memory, empty for any other guest.
+        far_memory: bytes of CXL memory.
+        cxl_nodes: the host's, by which its memory is told apart.
     """
 
     guest: GuestId
@@ -59,6 +62,8 @@ class Intended:
     shares: int
     memory: Bytes
     nodes: CpuSet = CpuSet()
+    far_memory: Bytes = Bytes(0)
+    cxl_nodes: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +107,8 @@ def intended_state(
         policy.cpu.shares if policy else DEFAULT_SHARES,
         Bytes(0 if fixed else held[MEMORY_KEY]),
         layout.nodes.get(guest, CpuSet()),
+        Bytes(held[CXL_KEY]),
+        snapshot.topology.cxl_nodes,
     )
 
 
@@ -174,8 +181,7 @@ def differences(intended: Intended, state: GuestState) -> list[Difference]:
         found.append(Difference("quota", _cap(intended.quota), _cap(quota_of(state))))
     if shares_of(state) != intended.shares:
         found.append(Difference("shares", str(intended.shares), str(shares_of(state))))
-    if intended.memory and memory_differs(intended, state):
-        found.append(Difference("memory", str(intended.memory), str(Bytes(state.memory_current))))
+    found += _memory_differences(intended, state)
     if state.emulator_affinity != intended.emulator:
         found.append(
             Difference("emulator", str(intended.emulator), str(state.emulator_affinity) or "any")
@@ -185,9 +191,28 @@ def differences(intended: Intended, state: GuestState) -> list[Difference]:
     return found
 
 
+def _memory_differences(intended: Intended, state: GuestState) -> list[Difference]:
+    found = []
+    if intended.memory and memory_differs(intended, state):
+        near = part_of(state, MEMORY_KEY, intended.cxl_nodes)
+        found.append(Difference("memory", str(intended.memory), str(Bytes(near.current))))
+    if far_memory_differs(intended, state):
+        far = part_of(state, CXL_KEY, intended.cxl_nodes)
+        wanted, now = str(intended.far_memory), str(Bytes(far.current))
+        found.append(Difference(CXL_KEY.words, wanted, now))
+    return found
+
+
 def memory_differs(intended: Intended, state: GuestState) -> bool:
-    """Whether the guest's memory is off by more than its mechanism's tolerance."""
-    return abs(state.memory_current - intended.memory) > MEMORY_TOLERANCE[state.mechanism]
+    """Whether the guest's DRAM is off by more than its mechanism's tolerance."""
+    near = part_of(state, MEMORY_KEY, intended.cxl_nodes)
+    return abs(near.current - intended.memory) > MEMORY_TOLERANCE[state.mechanism]
+
+
+def far_memory_differs(intended: Intended, state: GuestState) -> bool:
+    """As `memory_differs`, of its CXL memory."""
+    far = part_of(state, CXL_KEY, intended.cxl_nodes)
+    return abs(far.current - intended.far_memory) > MEMORY_TOLERANCE[MemoryMechanism.VIRTIO_MEM]
 
 
 def _cap(quota: int) -> str:

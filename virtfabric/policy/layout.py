@@ -10,13 +10,14 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
+from virtfabric.model.amounts import CPU_KEY, MEMORY_KEY
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import NumaMode
 from virtfabric.model.policy import Smt
 from virtfabric.model.units import CpuSet
 from virtfabric.policy.nearness import memory_nodes, pullable_nodes
 from virtfabric.policy.offers import is_sound, make_offers
-from virtfabric.policy.standing import CPU_KEY, MEMORY_KEY, WHOLE_CPU, is_dedicated
+from virtfabric.policy.standing import WHOLE_CPU, is_dedicated
 from virtfabric.policy.terrain import Terrain, Wanted
 
 if TYPE_CHECKING:

@@ -17,11 +17,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from virtfabric.model.amounts import MEMORY_KEY
 from virtfabric.model.errors import Refusal
 from virtfabric.model.guest import RunState
 from virtfabric.model.plan import PinVcpu, Plan, SetQuota
 from virtfabric.model.policy import DEFAULT_SHARES
 from virtfabric.model.units import CpuSet
+from virtfabric.policy.farmemory import FarMemory, choose_far_memory, mend_far_memory
 from virtfabric.policy.functionrepairs import choose_repairs, held_after
 from virtfabric.policy.functions import choose_functions
 from virtfabric.policy.functionsteps import FunctionSteps
@@ -33,8 +35,9 @@ from virtfabric.policy.intent import (
 )  # fmt: skip
 from virtfabric.policy.layout import Layout, present_layout
 from virtfabric.policy.layoutaround import choose_layout_around
-from virtfabric.policy.standing import MEMORY_KEY, held_of
+from virtfabric.policy.standing import held_of
 from virtfabric.policy.stepper import DEADLINE_S, Stepper
+from virtfabric.policy.tiers import part_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -43,6 +46,8 @@ if TYPE_CHECKING:
     from virtfabric.model.decision import Decision
     from virtfabric.model.ids import GuestId, RequestId
     from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.memorysteps import AttachMemory
+    from virtfabric.model.plan import ResizeVirtioMem, SetBalloon
     from virtfabric.model.step import Step
     from virtfabric.policy.functions import Allotment
     from virtfabric.policy.intent import Intended
@@ -70,10 +75,13 @@ def plan_decision(
     allotment = choose_functions(snapshot, amounts, choosing)
     if isinstance(allotment, Refusal):
         return allotment
+    far = choose_far_memory(snapshot, amounts, choosing, deadline_s=deadline_s)
+    if isinstance(far, Refusal):
+        return far
     layout = choose_layout_around(snapshot, amounts, allotment)
     if isinstance(layout, Refusal):
         return layout
-    draft = _Draft(snapshot, amounts, layout, deadline_s, allotment)
+    draft = _Draft(snapshot, amounts, layout, deadline_s, allotment, far)
     for guest in sorted({*changed, decision.guest}):
         before, after = held_of(snapshot, guest), amounts.get(guest)
         if after is not None:
@@ -100,10 +108,11 @@ def plan_convergence(
     amounts = {g: a for g, a in _held(snapshot).items() if a}
     mended = set(amounts if guests is None else guests)
     allotment = choose_repairs(snapshot, mended)
+    far = mend_far_memory(snapshot, amounts, sorted(mended), deadline_s=deadline_s)
     layout = choose_layout_around(snapshot, amounts, allotment)
     if isinstance(layout, Refusal):
         return layout
-    draft = _Draft(snapshot, amounts, layout, deadline_s, allotment)
+    draft = _Draft(snapshot, amounts, layout, deadline_s, allotment, far)
     for guest in sorted(mended & set(amounts)):
         state = snapshot.guests.get(guest)
         # a paused guest answers nobody; what needs it waits until it runs again
@@ -161,6 +170,7 @@ class _Draft:
     layout: Layout
     deadline_s: float
     allotment: Allotment
+    far: FarMemory
     memory_in: list[Step] = field(default_factory=list)
     memory_out: list[Step] = field(default_factory=list)
     plugs: list[Step] = field(default_factory=list)
@@ -193,9 +203,12 @@ class _Draft:
         self._mark(step, intended.pins, intended.emulator, plugged=guest_answers)
 
     def _memory(self, step: Stepper, intended: Intended, *, due: bool) -> None:
+        changes: list[ResizeVirtioMem | SetBalloon | AttachMemory] = []
         if intended.memory and (due or memory_differs(intended, step.state)):
-            for change in step.memory(intended.memory):
-                (self.memory_in if change.after < change.before else self.memory_out).append(change)
+            near = part_of(step.state, MEMORY_KEY, intended.cxl_nodes)
+            changes += step.memory(intended.memory, near)
+        for change in (*changes, *self.far.steps.get(intended.guest, ())):
+            (self.memory_in if change.after < change.before else self.memory_out).append(change)
 
     def _vcpus(self, step: Stepper, intended: Intended) -> None:
         if intended.vcpus > step.state.vcpus_online:
@@ -266,8 +279,8 @@ class _Draft:
         }
         return Plan(
             request, self.snapshot.generation, steps, changed,
-            (*self.allotment.offers, *self.layout.offers),
-            self.allotment.after, self.allotment.retired,
+            (*self.far.offers, *self.allotment.offers, *self.layout.offers),
+            self.allotment.after, self.allotment.retired, self.far.needs,
         )  # fmt: skip
 
 

@@ -9,26 +9,26 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
+from virtfabric.model.amounts import CPU, CPU_KEY, CXL_KEY, MEMORY, MEMORY_KEY, Amounts, Key, Tier
 from virtfabric.model.device import device_key
 from virtfabric.model.guest import MemoryMechanism, RunState
 from virtfabric.model.policy import GuestPolicy, Placement
 from virtfabric.model.units import MIB
 from virtfabric.policy.deviceterms import device_bounds
 from virtfabric.policy.stock import Stock, device_amounts
+from virtfabric.policy.tiers import Part, block_of, part_of
+from virtfabric.policy.tierterms import NEW_BLOCK, addable, may_have
 
 if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity
     from virtfabric.model.ids import GuestId
-    from virtfabric.model.ledger import HostSnapshot, Residue
+    from virtfabric.model.ledger import HostSnapshot
     from virtfabric.model.units import CpuSet
 
-CPU_KEY: Final = Key(CPU)
-MEMORY_KEY: Final = Key(MEMORY)
 KEYS: Final = (CPU_KEY, MEMORY_KEY)
 """The coordinates that every guest has, in the order in which decisions treat them; those that
-count functions by capability follow."""
+count CXL memory, and functions by capability, follow."""
 
 WHOLE_CPU: Final = 1000
 LEAST_CPU: Final = 100
@@ -99,18 +99,24 @@ def held_of(snapshot: HostSnapshot, guest: GuestId) -> Amounts:
 
 def line_of(guest: GuestState, key: Key, snapshot: HostSnapshot) -> Line:
     """A guest's standing for one coordinate."""
-    held = held_of(snapshot, guest.uuid)[key]
+    amounts = held_of(snapshot, guest.uuid)
+    held = amounts[key]
     policy, lends = guest.policy or _NO_POLICY, snapshot.lend_ballooned
     if key.resource == CPU:
         return Line(held, *cpu_bounds(guest), policy.cpu.shares, 0, prepaid=False)
     if key.resource != MEMORY:
         return Line(held, *device_bounds(guest, key, held, snapshot), 1, 1)
+    part = part_of(guest, key, snapshot.topology.cxl_nodes)
+    if key == CXL_KEY:
+        more = addable(guest, snapshot)
+        bounds = far_bounds(guest, part, besides=amounts[MEMORY_KEY], addable=more)
+        return Line(held, *bounds, policy.memory.shares, part.boot)
     virtio, balloon = guest.mechanism is _VIRTIO_MEM, guest.mechanism is _BALLOON
     return Line(
         held,
-        *memory_bounds(guest, lends=lends),
+        *memory_bounds(guest, part, lends=lends, besides=amounts[CXL_KEY]),
         policy.memory.shares,
-        int(guest.boot_memory) if virtio else held % BALLOON_STEP,
+        part.boot if virtio else held % BALLOON_STEP,
         prepaid=balloon and not lends,
     )
 
@@ -134,31 +140,71 @@ def cpu_bounds(guest: GuestState) -> tuple[int, int, int]:
     return floor, ceiling if ceiling > floor else floor, granule
 
 
-def memory_bounds(guest: GuestState, *, lends: bool) -> tuple[int, int, int]:
-    """Floor, ceiling and granule of memory."""
+def memory_bounds(
+    guest: GuestState, part: Part, *, lends: bool, besides: int = 0
+) -> tuple[int, int, int]:
+    """Floor, ceiling and granule of DRAM.
+
+    Args:
+        guest: with its policy.
+        part: what it has of DRAM.
+        lends: whether what a balloon takes may be granted onward.
+        besides: what it holds of other tiers: the limit is of all together.
+    """
     policy = (guest.policy or _NO_POLICY).memory
-    most, limit = int(guest.memory_max), policy.limit
-    ceiling, granule = most if limit is None or limit > most else int(limit), BALLOON_STEP
+    most, limit = part.most, policy.limit
+    ceiling = most if limit is None else min(most, limit - besides)
     if guest.mechanism is _VIRTIO_MEM:
-        floor, granule = int(guest.boot_memory), _block_of(guest)
+        floor, granule = part.boot, block_of(part.devices, VIRTIO_MEM_BLOCK)
         ceiling = floor + (ceiling - floor) // granule * granule
         if policy.reservation > floor:
             end = floor + (most - floor) // granule * granule
             floor = min(end, floor - (floor - int(policy.reservation)) // granule * granule)
     elif guest.mechanism is _BALLOON:
+        granule = BALLOON_STEP
         # vfio-pci pins all of it: an inflated balloon would free nothing
         lends = lends and not guest.devices
         floor = min(max(int(policy.reservation), LEAST_BALLOONED), most) if lends else most
     else:
-        floor = max(most, int(guest.memory_current))
+        floor, granule = max(most, part.current), BALLOON_STEP
     return floor, ceiling if ceiling > floor else floor, granule
 
 
+def far_bounds(
+    guest: GuestState, part: Part, *, besides: int = 0, addable: int = 0
+) -> tuple[int, int, int]:
+    """Floor, ceiling and granule of CXL memory: nothing of it is reserved.
+
+    Args:
+        guest: with its policy.
+        part: what it has of CXL memory.
+        besides: what it holds of DRAM.
+        addable: what devices could hold that it does not have yet.
+    """
+    limit = (guest.policy or _NO_POLICY).memory.limit
+    most = part.most + addable if may_have(guest, Tier.CXL) else part.most
+    if limit is not None:
+        most = min(most, limit - besides)
+    granule = block_of(part.devices, NEW_BLOCK)
+    return part.boot, part.boot + max(0, most - part.boot) // granule * granule, granule
+
+
 def keys_of(guest: GuestState, snapshot: HostSnapshot) -> tuple[Key, ...]:
-    """The coordinates that mean something to a guest: capabilities that it has or wishes for."""
+    """The coordinates that mean something to a guest.
+
+    CXL memory where it has some or its policy allows it; capabilities that it has or wishes for.
+    """
+    held = held_of(snapshot, guest.uuid)
     wishes = guest.policy.devices if guest.policy else ()
     keys = {device_key(wish.capability) for wish in wishes}
-    return (*KEYS, *sorted(keys.union(device_amounts(held_of(snapshot, guest.uuid)))))
+    far = (CXL_KEY,) if held[CXL_KEY] or has_far(guest, snapshot) else ()
+    return (*KEYS, *far, *sorted(keys.union(device_amounts(held))))
+
+
+def has_far(guest: GuestState, snapshot: HostSnapshot) -> bool:
+    """Whether CXL memory means anything to a guest on this host."""
+    cxl = snapshot.topology.cxl_nodes
+    return bool(cxl) and (may_have(guest, Tier.CXL) or part_of(guest, CXL_KEY, cxl).most > 0)
 
 
 def floor_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
@@ -180,13 +226,6 @@ def ceiling_of(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
     return Amounts({k: line_of(guest, k, snapshot).ceiling for k in keys_of(guest, snapshot)})
 
 
-def _block_of(guest: GuestState) -> int:
-    devices = guest.virtio_mem
-    if len(devices) == 1:
-        return int(devices[0].block) or VIRTIO_MEM_BLOCK
-    return max((int(device.block) for device in devices), default=0) or VIRTIO_MEM_BLOCK
-
-
 def charge_of(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -> Amounts:
     """What a guest costs of the capacity when it holds this much.
 
@@ -198,32 +237,44 @@ def charge_of(guest: GuestState, held: Amounts | None, snapshot: HostSnapshot) -
         snapshot: for the capacity.
     """
     if held is None and guest.policy is not None:
-        held = _owed(guest, snapshot)
+        held = owed_to(guest, snapshot)
+    cxl = snapshot.topology.cxl_nodes
     if held is None:
-        return Amounts.of(
-            cpu=_stray_cpu(guest, snapshot.capacity, snapshot.topology.cpus),
-            memory=_stray_memory(guest) + int(snapshot.capacity.overhead),
+        far, near = part_of(guest, CXL_KEY, cxl), part_of(guest, MEMORY_KEY, cxl)
+        return Amounts(
+            {
+                CPU_KEY: _stray_cpu(guest, snapshot.capacity, snapshot.topology.cpus),
+                MEMORY_KEY: _stray_memory(near) + int(snapshot.capacity.overhead),
+                CXL_KEY: _stray_memory(far),
+            }
         )
-    memory = _memory_charge(guest, held[MEMORY_KEY], lends=snapshot.lend_ballooned)
-    cost = {CPU_KEY: held[CPU_KEY], MEMORY_KEY: memory + int(snapshot.capacity.overhead)}
+    memory = _memory_charge(guest, cxl, held[MEMORY_KEY], lends=snapshot.lend_ballooned)
+    cost = {
+        CPU_KEY: held[CPU_KEY],
+        MEMORY_KEY: memory + int(snapshot.capacity.overhead),
+        CXL_KEY: held[CXL_KEY],
+    }
     return Amounts(cost | device_amounts(held))
 
 
-def _memory_charge(guest: GuestState, held: int, *, lends: bool) -> int:
+def _memory_charge(guest: GuestState, cxl: frozenset[int], held: int, *, lends: bool) -> int:
     """Without overhead. Nothing but the guest's goodwill keeps a ballooned page away from it."""
     if guest.mechanism is _VIRTIO_MEM or (lends and guest.mechanism is _BALLOON):
         return held
-    return max(held, int(guest.memory_max))
+    return max(held, part_of(guest, MEMORY_KEY, cxl).most)
 
 
-def _owed(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
+def owed_to(guest: GuestState, snapshot: HostSnapshot) -> Amounts:
     """What a managed guest without a holding is counted with: its floor, and what it has."""
-    floor = floor_of(guest, snapshot)
-    return floor.with_value(MEMORY_KEY, max(floor[MEMORY_KEY], int(guest.memory_current)))
+    owed = floor_of(guest, snapshot)
+    for key in (MEMORY_KEY, CXL_KEY):
+        part = part_of(guest, key, snapshot.topology.cxl_nodes)
+        owed = owed.with_value(key, max(owed[key], part.current))
+    return owed
 
 
-def _stray_memory(guest: GuestState) -> int:
-    return max(int(guest.memory_max), int(guest.memory_current))
+def _stray_memory(part: Part) -> int:
+    return max(part.most, part.current)
 
 
 def _stray_cpu(guest: GuestState, capacity: Capacity, everywhere: CpuSet) -> int:
@@ -245,6 +296,9 @@ def capacity_of(snapshot: HostSnapshot) -> Amounts:
     """What may be granted in all: of functions, those in stock and those that are held."""
     capacity = snapshot.capacity
     total = Amounts.of(cpu=len(capacity.cpus) * WHOLE_CPU, memory=int(capacity.grantable_memory))
+    if snapshot.topology.cxl_nodes:
+        there = (capacity.cxl.get(n, 0) for n in snapshot.topology.cxl_nodes)
+        total = total.with_value(CXL_KEY, sum(there))
     if not snapshot.devices.pools:
         return total
     return total + Amounts(Stock(snapshot).capacity())
@@ -284,7 +338,9 @@ def tally(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Tally:
     engaged = set(snapshot.busy)
     cpus: list[int] = []
     memories: list[int] = []
-    cpu = memory = 0
+    cpu = memory = far = 0
+    fars: list[int] = []
+    cxl = snapshot.topology.cxl_nodes
     for uuid in sorted(snapshot.guests):
         guest, holding = snapshot.guests[uuid], holdings.get(uuid)
         active = guest.state is not _SHUTOFF
@@ -297,26 +353,32 @@ def tally(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Tally:
         known.append(guest)
         cpus.append(held_cpu)
         memories.append(held_memory)
+        fars.append(holding.amounts[CXL_KEY] if cxl and holding else 0)
         if holding is None and guest.policy is not None:
             # Not taken over yet (several run when the agent starts): counting more than it is
             # owed and has would leave no room for the grant of the first one.
-            owed = _owed(guest, snapshot)
+            owed = owed_to(guest, snapshot)
             cpu += owed[CPU_KEY]
-            memory += _memory_charge(guest, owed[MEMORY_KEY], lends=lends)
+            memory += _memory_charge(guest, cxl, owed[MEMORY_KEY], lends=lends)
+            far += owed[CXL_KEY]
         elif holding is None or (active and guest.policy is None):
             # A guest whose policy was cleared is bound by its old holding no more.
             cpu += _stray_cpu(guest, snapshot.capacity, snapshot.topology.cpus)
-            memory += _stray_memory(guest)
+            memory += _stray_memory(part_of(guest, MEMORY_KEY, cxl))
+            far += _stray_memory(part_of(guest, CXL_KEY, cxl))
         else:
             cpu += held_cpu
-            memory += _memory_charge(guest, held_memory, lends=lends)
+            memory += _memory_charge(guest, cxl, held_memory, lends=lends)
+            far += fars[-1]
     unknown = [h for g, h in holdings.items() if g not in snapshot.guests and g != without]
     cpu += sum(h.amounts[CPU_KEY] for h in unknown)
     memory += sum(h.amounts[MEMORY_KEY] for h in unknown)
+    far += sum(h.amounts[CXL_KEY] for h in unknown)
     memory += (len(known) + len(unknown)) * int(snapshot.capacity.overhead)
-    memory += sum(r.amount for r in snapshot.books.residues if _is_counted(r, without))
-    used = Amounts.of(cpu=cpu, memory=memory) + snapshot.pending
-    held = {CPU_KEY: cpus, MEMORY_KEY: memories}
+    memory += _left_over(snapshot, MEMORY_KEY, without)
+    far += _left_over(snapshot, CXL_KEY, without)
+    used = Amounts({CPU_KEY: cpu, MEMORY_KEY: memory, CXL_KEY: far}) + snapshot.pending
+    held = {CPU_KEY: cpus, MEMORY_KEY: memories, CXL_KEY: fars}
     if snapshot.devices.pools:
         used = used + _held_functions(snapshot, without)
         for key in Stock(snapshot).keys:
@@ -334,8 +396,10 @@ def _held_functions(snapshot: HostSnapshot, without: GuestId | None) -> Amounts:
     return Amounts(total)
 
 
-def _is_counted(residue: Residue, without: GuestId | None) -> bool:
-    return residue.what == "memory" and residue.guest != without
+def _left_over(snapshot: HostSnapshot, key: Key, without: GuestId | None) -> int:
+    """Residues of memory of one tier."""
+    residues = snapshot.books.residues
+    return sum(r.amount for r in residues if r.what == str(key) and r.guest != without)
 
 
 def free(snapshot: HostSnapshot, *, without: GuestId | None = None) -> Amounts:

@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from virtfabric.model.amounts import Amounts
+from virtfabric.model.amounts import CPU_KEY, CXL_KEY, MEMORY_KEY, Amounts
 from virtfabric.model.device import device_key
 from virtfabric.model.guest import MemoryMechanism
-from virtfabric.policy.deviceterms import memory_on_returnable
-from virtfabric.policy.standing import CPU_KEY, MEMORY_KEY, WHOLE_CPU, Line, held_of, line_of
+from virtfabric.policy.standing import WHOLE_CPU, Line, held_of, line_of
 from virtfabric.policy.stock import device_amounts
+from virtfabric.policy.tiers import on_returnable, part_of
 
 if TYPE_CHECKING:
     from virtfabric.model.amounts import Key
     from virtfabric.model.guest import GuestState
+    from virtfabric.model.ledger import HostSnapshot
     from virtfabric.policy.victims import Market
 
 
@@ -28,15 +29,17 @@ def starting_amounts(market: Market, guest: GuestState) -> Amounts:
     snapshot = market.snapshot
     amounts = {
         CPU_KEY: _starting_cpu(market, line_of(guest, CPU_KEY, snapshot)),
-        MEMORY_KEY: _starting_memory(guest, line_of(guest, MEMORY_KEY, snapshot)),
+        MEMORY_KEY: _starting_memory(guest, MEMORY_KEY, snapshot),
     }
+    if snapshot.topology.cxl_nodes:
+        amounts[CXL_KEY] = _starting_memory(guest, CXL_KEY, snapshot)
     return Amounts(amounts | _starting_functions(market, guest))
 
 
 def _starting_functions(market: Market, guest: GuestState) -> dict[Key, int]:
     held = device_amounts(held_of(market.snapshot, guest.uuid))
     wishes = guest.policy.devices if guest.policy else ()
-    if memory_on_returnable(guest, market.snapshot):
+    if on_returnable(guest, market.snapshot):
         return held
     for wish in wishes:
         key = device_key(wish.capability)
@@ -50,14 +53,18 @@ def _starting_cpu(market: Market, line: Line) -> int:
     return max(line.floor, line.round_down(spare))
 
 
-def _starting_memory(guest: GuestState, line: Line) -> int:
+def _starting_memory(guest: GuestState, key: Key, snapshot: HostSnapshot) -> int:
+    line = line_of(guest, key, snapshot)
+    part = part_of(guest, key, snapshot.topology.cxl_nodes)
+    if key == CXL_KEY and not part.devices:
+        return part.boot
     match guest.mechanism:
         case MemoryMechanism.VIRTIO_MEM:
             # At `prepare` the device has nothing yet, but it is asked for this much from the start.
-            plugged = sum(max(int(d.requested), int(d.current)) for d in guest.virtio_mem)
-            return line.round_up(max(line.floor, int(guest.boot_memory) + plugged))
+            plugged = sum(max(int(d.requested), int(d.current)) for d in part.devices)
+            return line.round_up(max(line.floor, part.boot + plugged))
         case MemoryMechanism.BALLOON:
             # A guest boots with all of it and deflates nothing before its driver is up.
-            return max(line.floor, int(guest.memory_max))
+            return max(line.floor, part.most)
         case MemoryMechanism.FIXED:
             return line.floor

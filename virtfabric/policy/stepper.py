@@ -9,8 +9,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from virtfabric.model.amounts import Tier
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.mark import NO_MARK
+from virtfabric.model.memorysteps import AttachMemory
 from virtfabric.model.plan import (
     MarkPins,
     PinEmulator,
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState, VirtioMem
     from virtfabric.model.step import Step
     from virtfabric.model.units import CpuSet
+    from virtfabric.policy.tiers import Part
 
 DEADLINE_S: Final = 30.0
 
@@ -109,11 +112,11 @@ class Stepper:
             before=self.state.vcpus_online, after=after, deadline_s=self.deadline_s,
         )  # fmt: skip
 
-    def memory(self, after: int) -> list[ResizeVirtioMem | SetBalloon]:
-        """Bring the guest's memory to `after` bytes."""
+    def memory(self, after: int, near: Part) -> list[ResizeVirtioMem | SetBalloon]:
+        """Bring the guest's DRAM, which is `near` now, to `after` bytes."""
         match self.state.mechanism:
             case MemoryMechanism.VIRTIO_MEM:
-                return self._virtio_mem(after)
+                return self._virtio_mem(after, near)
             case MemoryMechanism.BALLOON if after != self.state.memory_current:
                 return [
                     SetBalloon(
@@ -125,16 +128,30 @@ class Stepper:
             case _:
                 return []
 
-    def _virtio_mem(self, after: int) -> list[ResizeVirtioMem | SetBalloon]:
-        sizes = spread_virtio_mem(self.state.virtio_mem, after - int(self.state.boot_memory))
+    def _virtio_mem(self, after: int, near: Part) -> list[ResizeVirtioMem | SetBalloon]:
+        sizes = spread_virtio_mem(near.devices, after - near.boot)
         return [
-            ResizeVirtioMem(
-                guest=self.state.uuid, name=self.state.name, alias=device.alias,
-                before=int(device.requested), after=size, deadline_s=self.deadline_s,
-            )
-            for device, size in zip(self.state.virtio_mem, sizes, strict=True)
+            self.resize(device, size, Tier.DRAM)
+            for device, size in zip(near.devices, sizes, strict=True)
             if size != device.requested
-        ]  # fmt: skip
+        ]
+
+    def resize(self, device: VirtioMem, size: int, tier: Tier) -> ResizeVirtioMem:
+        """Ask one virtio-mem device for another size."""
+        return ResizeVirtioMem(
+            guest=self.state.uuid, name=self.state.name, alias=device.alias,
+            before=int(device.requested), after=size, deadline_s=self.deadline_s, tier=tier.value,
+        )  # fmt: skip
+
+    def attach_memory(self, node: int, size: int, block: int, after: int) -> AttachMemory:
+        """Plug a device on a CXL node; the guest has room for it (`tierterms.why_no_device`)."""
+        cell = self.state.memory_room.cell
+        assert cell is not None
+        return AttachMemory(
+            guest=self.state.uuid, name=self.state.name, alias=f"ua-virtfabric-cxl{node}",
+            node=node, cell=cell, size=size, block=block, before=0, after=after,
+            deadline_s=self.deadline_s,
+        )  # fmt: skip
 
 
 def spread_virtio_mem(devices: tuple[VirtioMem, ...], total: int) -> list[int]:

@@ -9,21 +9,24 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key, format_amount
+from virtfabric.model.amounts import CPU, CXL_KEY, MEMORY, MEMORY_KEY, Amounts, Key, format_amount
 from virtfabric.model.decision import Consideration, Take, Verdict
 from virtfabric.model.guest import MemoryMechanism, RunState
 from virtfabric.policy.deviceterms import wish_of
 from virtfabric.policy.standing import (
     Tally,
     cpu_bounds,
+    far_bounds,
     held_of,
     line_of,
     memory_bounds,
 )
 from virtfabric.policy.stock import Stock
+from virtfabric.policy.tiers import part_of
+from virtfabric.policy.tierterms import reachable
 
 if TYPE_CHECKING:
-    from collections.abc import Container, Iterable, Mapping
+    from collections.abc import Callable, Container, Iterable, Mapping
 
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
@@ -101,7 +104,7 @@ class Survey:
         key = self.key
         could = (
             f"{c.name} (priority {c.priority}, holds {format_amount(key, c.held)}, floor "
-            f"{format_amount(key, c.floor)}): {key}: could pay {format_amount(key, c.give)}, "
+            f"{format_amount(key, c.floor)}): {key.words}: could pay {format_amount(key, c.give)}, "
             "not enough"
             for c in self.candidates
         )
@@ -128,13 +131,14 @@ def survey(
         return _survey_functions(snapshot, counted, borrower, key, caps)
     highest = borrower.policy.priority if borrower.policy else 0
     lends, is_memory = snapshot.lend_ballooned, key.resource == MEMORY
+    bounds = _bounds_by(key, snapshot)
     candidates: list[Candidate] = []
     others: list[Consideration] = []
     for guest, held in zip(counted.guests, counted.held[key], strict=True):
         uuid, policy = guest.uuid, guest.policy
         if uuid == borrower.uuid:
             continue
-        floor, _, granule = memory_bounds(guest, lends=lends) if is_memory else cpu_bounds(guest)
+        floor, _, granule = bounds(guest)
         verdict, priority = _exclusion(guest, highest, counted.engaged)
         give = 0
         if verdict is None:
@@ -153,6 +157,16 @@ def survey(
             others.append(Consideration(uuid, guest.name, key, why, priority, held, floor, 0))
     candidates.sort()
     return Survey(key, candidates, others)
+
+
+def _bounds_by(key: Key, snapshot: HostSnapshot) -> Callable[[GuestState], tuple[int, int, int]]:
+    """What says floor, ceiling and granule of a guest, for one coordinate."""
+    cxl, lends = snapshot.topology.cxl_nodes, snapshot.lend_ballooned
+    if key.resource == CPU:
+        return cpu_bounds
+    if key == CXL_KEY:
+        return lambda guest: far_bounds(guest, part_of(guest, CXL_KEY, cxl))
+    return lambda guest: memory_bounds(guest, part_of(guest, MEMORY_KEY, cxl), lends=lends)
 
 
 def _survey_functions(
@@ -251,6 +265,8 @@ class Market:
     def free_of(self, key: Key) -> int:
         """What free capacity has of it for this borrower, at least 0."""
         free = self.counted.free[key]
+        if key == CXL_KEY and free > 0 and self.counted.without is None:
+            free = min(free, reachable(self.borrower, self.snapshot))
         if free > 0 and key.resource not in (CPU, MEMORY):
             own = self.counted.without == self.borrower.uuid
             held = held_of(self.snapshot, self.borrower.uuid)[key] if own else 0

@@ -207,6 +207,8 @@ def test_errors_have_their_documented_exit_codes(inside, command, code, words):
     ("command", "words"),
     [
         (["allocate", "db"], "give --cpu, --memory or --device"),
+        (["allocate", "db", "--cpu", "1", "--tier", "cxl"], "--tier goes with --memory"),
+        (["allocate", "db", "--memory", "+2G", "--tier", "hbm"], "--tier: 'hbm' must be one of"),
         (["allocate", "db", "--device", "Net"], "'Net' is not a capability"),
         (["allocate", "db", "--device", "net.vf:many"], "'many' must be a whole number"),
         (["allocate", "db", "--device", "net.vf:+0"], "'+0' changes nothing"),

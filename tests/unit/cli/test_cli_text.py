@@ -7,7 +7,13 @@ import pytest
 from virtfabric.cli.arguments import join_signed, parse_since
 from virtfabric.cli.screen import Table, clean, format_plain
 from virtfabric.cli.session import exit_code
-from virtfabric.cli.tables import outcome_lines
+from virtfabric.cli.tables import (
+    capacity_lines,
+    guest_table,
+    held_memory_table,
+    memory_table,
+    outcome_lines,
+)
 from virtfabric.model.errors import (
     InvalidValueError,
     Reason,
@@ -16,6 +22,7 @@ from virtfabric.model.errors import (
     UnreachableError,
     VirtfabricError,
 )
+from virtfabric.model.units import GIB, MIB
 
 
 @pytest.mark.parametrize(
@@ -74,3 +81,96 @@ def test_results_may_lack_what_does_not_apply():
     assert outcome_lines("repair", {"steps": ["pin"]}) == ["repair: done", "  step: pin"]
     shown = outcome_lines("db", {"delta": {}, "grant": None})
     assert shown == ["db: nothing"]
+
+
+def _host(*, tiered):
+    nodes = [
+        {
+            "node": 0,
+            "total": 8 * GIB,
+            "free": GIB,
+            "grantable": 4 * GIB,
+            "tier": "dram",
+            "offlinable": False,
+            "why_not_offlinable": "block memory0 is of ZONE_NORMAL",
+        }
+    ]
+    if tiered:
+        nodes.append(
+            {
+                "node": 1,
+                "total": 2 * GIB,
+                "free": GIB,
+                "grantable": 2 * GIB,
+                "tier": "cxl",
+                "offlinable": True,
+                "why_not_offlinable": "",
+            }
+        )
+    return {
+        "memory": nodes, "pool": "0-3", "housekeeping": "0", "unmanaged": [],
+        "capacity": {"cpu_milli": 4000, "memory": 4 * GIB, "reserve": 0, "cxl": tiered * 2 * GIB},
+        "free": {"cpu": 4000, "memory": GIB, "cxl": tiered * GIB},
+    }  # fmt: skip
+
+
+def test_memory_of_a_host_with_one_kind_is_shown_as_ever():
+    host = _host(tiered=False)
+    assert memory_table(host).columns == ("node", "total", "free", "grantable")
+    assert not any("CXL" in line for line in capacity_lines(host))
+
+
+def test_memory_of_a_host_with_cxl_says_what_can_be_taken_back():
+    host = _host(tiered=True)
+    assert memory_table(host).rows == (
+        ("0", "DRAM", "8GiB", "1GiB", "4GiB", "no: block memory0 is of ZONE_NORMAL"),
+        ("1", "CXL", "2GiB", "1GiB", "2GiB", "yes"),
+    )
+    assert capacity_lines(host)[1] == "CXL memory: 2GiB, 1GiB free"
+
+
+def _guest(*parts, far=None):
+    memory = {
+        "reservation": None,
+        "grant": None,
+        "limit": None,
+        "current": GIB,
+        "cxl": far,
+        "parts": list(parts),
+    }
+    return {
+        "name": "db", "state": "running", "priority": 90, "placement": "shared",
+        "cpu": {"reservation": 0, "grant": 0, "limit": 0, "vcpus_online": 1, "vcpus_max": 1},
+        "cpus": "", "memory": memory, "policy_error": "", "managed": True, "busy": False,
+        "job": None, "residues": [
+            {"what": "memory@tier:cxl", "amount": 4 * MIB}, {"what": "memory", "amount": MIB},
+        ],
+    }  # fmt: skip
+
+
+def _part(tier, nodes, why_not_reclaimable="", why_not_offlinable=""):
+    return {
+        "what": "virtio-mem vm0", "size": GIB, "tier": tier, "nodes": nodes,
+        "reclaimable": not why_not_reclaimable, "why_not_reclaimable": why_not_reclaimable,
+        "offlinable": not why_not_offlinable, "why_not_offlinable": why_not_offlinable,
+    }  # fmt: skip
+
+
+def test_returnability_is_shown_where_there_is_more_than_dram():
+    dram = _part("dram", [], "the guest booted with it", "it is bound to no node")
+    assert held_memory_table([_guest(dram)]) is None
+    table = held_memory_table([_guest(dram, _part("cxl", [1]))])
+    assert table is not None
+    assert table.rows == (
+        ("db", "virtio-mem vm0", "DRAM", "any", "1GiB", "no: the guest booted with it",
+         "no: it is bound to no node"),
+        ("db", "virtio-mem vm0", "CXL", "1", "1GiB", "yes", "yes"),
+    )  # fmt: skip
+
+
+def test_remarks_name_the_tier():
+    far = {"grant": GIB, "limit": GIB, "floor": 0, "current": 512 * MIB}
+    remarks = guest_table([_guest(far=far)]).rows[0][-1]
+    assert remarks == (
+        "CXL memory 512MiB of 1GiB granted; still holds 4MiB CXL memory; still holds 1MiB memory"
+    )

@@ -1,5 +1,6 @@
 """The configuration: what an administrator can get wrong, and what it means."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -216,3 +217,39 @@ def test_impossible_capacity(tmp_path, text, message):
     with pytest.raises(ConfigError) as caught:
         resolve_capacity(config, topology((4, 8), (4, 24)))
     assert str(caught.value).startswith(message)
+
+
+def tiered():
+    """Two nodes with pCPUs, and node 2 of 16 GiB that a CXL region became."""
+    made = topology((4, 8), (4, 24))
+    far = NumaNode(2, CpuSet(), Bytes(16 * GIB), Bytes(16 * GIB), tier="cxl")
+    return replace(made, nodes=made.nodes | {2: far})
+
+
+@pytest.mark.parametrize(
+    ("text", "memory", "cxl"),
+    [
+        ("", {0: 8, 1: 24}, {2: 16}),
+        ('[capacity]\nmemory = "8GiB"', {0: 2, 1: 6}, {}),
+        ('[capacity.memory]\nnode1 = "4GiB"\nnode2 = "3GiB"', {1: 4}, {2: 3}),
+    ],
+)
+def test_memory_of_a_cxl_node_counts_for_its_tier(tmp_path, text, memory, cxl):
+    capacity = resolve_capacity(load(tmp_path, a=text), tiered())
+    assert capacity.memory == {n: size * GIB for n, size in memory.items()}
+    assert capacity.cxl == {n: size * GIB for n, size in cxl.items()}
+    assert capacity.grantable_cxl == sum(cxl.values()) * GIB
+    assert capacity.reserve == max(256 * MIB, sum(memory.values()) * GIB * 5 // 100)
+
+
+def test_reserve_is_of_dram(tmp_path):
+    text = '[capacity]\nreserve="2GiB"\n[capacity.memory]\nnode0="1GiB"\nnode2="9GiB"'
+    config = load(tmp_path, a=text)
+    with pytest.raises(ConfigError, match=r"= 2GiB leaves nothing of capacity.memory = 1GiB"):
+        resolve_capacity(config, tiered())
+
+
+def test_memory_in_all_is_no_more_than_the_dram(tmp_path):
+    config = load(tmp_path, a='[capacity]\nmemory="40GiB"')
+    with pytest.raises(ConfigError, match="is more than the host's 32GiB"):
+        resolve_capacity(config, tiered())

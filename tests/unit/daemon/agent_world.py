@@ -6,7 +6,7 @@ import contextlib
 import copy
 import threading
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
 from virtfabric.adapters.clock import SystemClock
@@ -21,7 +21,8 @@ from virtfabric.daemon.wiring import Settings, World
 from virtfabric.domxml.policy import format_policy
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.errors import HypervisorGoneError, JournalError, VirtfabricError
-from virtfabric.model.host import Capacity
+from virtfabric.model.guest import MemoryRoom, NumaMode
+from virtfabric.model.host import Capacity, NumaNode
 from virtfabric.model.ids import GuestId, JobId
 from virtfabric.model.policy import CpuPolicy, DevicePolicy, GuestPolicy, MemoryPolicy, Placement
 from virtfabric.model.request import Offerable, Principal
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from virtfabric.adapters.simulated.devices import SimulatedFunction
+    from virtfabric.model.host import HostTopology
     from virtfabric.model.step import Step
     from virtfabric.ports import Handlers, StepHandler
 
@@ -60,7 +62,14 @@ def make_spec(
     running: bool = True,
     devices: tuple[DevicePolicy, ...] = (),
     ports: int = 4,
+    tiers: tuple[str, ...] = ("dram",),
+    cxl_mib: int | None = None,
 ) -> GuestSpec:
+    """`tiers` with CXL makes it a strict guest; `cxl_mib` gives it a device on node 1."""
+    tiered = "cxl" in tiers
+    far = MemoryDevice(
+        "ua-far0", 0, Bytes(1 * GIB), Bytes((cxl_mib or 0) * MIB), host_nodes=CpuSet([1])
+    )
     return GuestSpec(
         uuid_of(number),
         name,
@@ -69,17 +78,34 @@ def make_spec(
         boot_memory=Bytes((1024 if balloon else 256) * MIB),
         devices=()
         if balloon
-        else (MemoryDevice("ua-mem0", 0, Bytes(1 * GIB), Bytes(initial_mib * MIB)),),
+        else (
+            MemoryDevice("ua-mem0", 0, Bytes(1 * GIB), Bytes(initial_mib * MIB)),
+            *((far,) if cxl_mib is not None else ()),
+        ),
+        numa_mode=NumaMode.STRICT if tiered else None,
+        numa_nodes=CpuSet([0]) if tiered else CpuSet(),
+        memory_room=MemoryRoom(2, Bytes(4 * GIB), 0) if tiered else MemoryRoom(),
         balloon=balloon,
         running=running,
         policy=GuestPolicy(
             priority=priority,
             cpu=CpuPolicy(MilliCpu(cpu[0]), MilliCpu(cpu[1]), placement=placement),
-            memory=MemoryPolicy(Bytes(memory_mib[0] * MIB), Bytes(memory_mib[1] * MIB)),
+            memory=MemoryPolicy(
+                Bytes(memory_mib[0] * MIB), Bytes(memory_mib[1] * MIB), tiers=tiers
+            ),
             devices=devices,
         ),
         ports=ports,
     )
+
+
+def with_cxl_node(topology: HostTopology) -> HostTopology:
+    """The same with a node 1 of 8 GiB that a CXL region became."""
+    far = NumaNode(
+        1, CpuSet(), Bytes(8 * GIB), Bytes(8 * GIB), distances={0: 20, 1: 10}, tier="cxl",
+        offlinable=True,
+    )  # fmt: skip
+    return replace(topology, nodes={**topology.nodes, 1: far})
 
 
 def default_specs() -> tuple[GuestSpec, ...]:
@@ -116,7 +142,7 @@ _PREPARE_XML = """<domain type="kvm" id="1">
   <devices>{devices}<memballoon model="{balloon}"/></devices>
 </domain>"""
 _PORT_XML = '<controller type="pci" index="{}" model="pcie-root-port"/>'
-_DEVICE_XML = """<memory model="virtio-mem"><target><node>{node}</node>
+_DEVICE_XML = """<memory model="virtio-mem"><source>{source}</source><target><node>{node}</node>
   <size unit="b">{size}</size><block unit="b">{block}</block>
   <requested unit="b">{initial}</requested></target><alias name="{alias}"/></memory>"""
 
@@ -131,6 +157,7 @@ def format_prepare(spec: GuestSpec) -> str:
             _DEVICE_XML.format(
                 node=d.node, size=int(d.size), block=int(d.block), initial=int(d.initial),
                 alias=d.alias,
+                source=f"<nodemask>{d.host_nodes}</nodemask>" if d.host_nodes else "",
             )
             for d in spec.devices
         ),
@@ -208,7 +235,10 @@ CUT_OFF = JournalError("this agent was killed")
 
 @dataclass
 class AgentWorld:
-    """Everything a test looks at. `memory_mib` is what may be granted in all."""
+    """Everything a test looks at.
+
+    `memory_mib` of DRAM may be granted in all; with `cxl_mib` there is a node 1 of CXL memory.
+    """
 
     specs: tuple[GuestSpec, ...] = field(default_factory=default_specs)
     cores: int = 2
@@ -218,9 +248,12 @@ class AgentWorld:
     sample_interval_s: float = 3600.0
     settings: dict[str, Any] = field(default_factory=dict)
     functions: tuple[SimulatedFunction, ...] = ()
+    cxl_mib: int = 0
 
     def __post_init__(self) -> None:
         topology = make_topology(cores=self.cores, threads=self.threads)
+        if self.cxl_mib:
+            topology = with_cxl_node(topology)
         self.host: SimulatedHost = build_simulated_host(
             topology, self.specs, functions=copy.deepcopy(self.functions)
         )
@@ -235,6 +268,7 @@ class AgentWorld:
             {0: Bytes(self.memory_mib * MIB)},
             Bytes(0),
             Bytes(self.overhead_mib * MIB),
+            {1: Bytes(self.cxl_mib * MIB)} if self.cxl_mib else {},
         )
         self.agent = self.make_agent()
 

@@ -15,6 +15,7 @@ from virtfabric.adapters.cxl.record import record_memory
 from virtfabric.adapters.pci.tree import SysTree
 from virtfabric.cli.main import main
 from virtfabric.daemon.memoryviews import memory_view
+from virtfabric.model.amounts import Tier
 from virtfabric.model.cxl import (
     CxlInventory,
     CxlPort,
@@ -24,7 +25,6 @@ from virtfabric.model.cxl import (
     PortKind,
     Serial,
 )
-from virtfabric.model.host import Tier
 from virtfabric.model.units import GIB, MIB
 from virtfabric.policy.regions import check_region
 

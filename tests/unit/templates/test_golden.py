@@ -15,8 +15,11 @@ from virtfabric.domxml.hostdev import (
     format_vf_interface,
     format_vf_network,
 )
+from virtfabric.domxml.memory import format_memory_device
 from virtfabric.domxml.policy import format_policy, parse_policy
 from virtfabric.model.device import PciAddress, VfSettings
+from virtfabric.model.ids import GuestId
+from virtfabric.model.memorysteps import AttachMemory
 from virtfabric.model.policy import (
     Admission,
     CpuPolicy,
@@ -52,6 +55,10 @@ POLICY = GuestPolicy(
     devices=(DevicePolicy("net.vf", 1),),
 )
 
+MEMORY = AttachMemory(
+    guest=GuestId("00000000-0000-4000-8000-000000000001"), alias="ua-virtfabric-cxl2", node=2,
+    cell=1, size=4 * GIB, block=2 * MIB, before=0, after=GIB,
+)  # fmt: skip
 MDEV = "00000000-0000-4000-8000-00000000aaaa"
 VFS = (PciAddress("0000:01:10.0"), PciAddress("10000:01:10.2"))
 
@@ -110,6 +117,8 @@ CASES = {
     "commandline.xml": lambda: format_commandline(("-device", "edu,id=<&'>")),
     "policy.xml": lambda: format_policy(POLICY),
     "policy-default.xml": lambda: format_policy(GuestPolicy()),
+    "memory.xml": lambda: format_memory_device(MEMORY, None),
+    "memory-behind-a-port.xml": lambda: format_memory_device(MEMORY, 5),
     "hostdev-pci.xml": lambda: format_function(PciAddress("0000:01:10.2")),
     "hostdev-pci-behind-a-port.xml": lambda: format_function(PciAddress("0000:02:00.0"), 4),
     "hostdev-mdev.xml": lambda: format_mdev(MDEV, "ua-virtfabric-mdev0"),

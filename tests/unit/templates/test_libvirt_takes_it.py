@@ -6,6 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from virtfabric.domxml.domain import parse_domain
+from virtfabric.model.guest import VirtioMem
+from virtfabric.model.units import GIB, MIB, Bytes, CpuSet
+
 libvirt = pytest.importorskip("libvirt")
 
 GOLDEN = Path(__file__).parents[2] / "data" / "golden"
@@ -45,6 +49,28 @@ def test_device(connection, name):
         assert "ua-virtfabric-0000-01-10-2" in shown
     if name == "interface-vf":
         assert "52:54:00:00:00:01" in shown
+
+
+@pytest.mark.parametrize("name", ["memory", "memory-behind-a-port"])
+def test_memory_device(connection, name):
+    """As above; a memory device wants cells and slots, and libvirt keeps the host's node."""
+    device = (GOLDEN / f"{name}.xml").read_text()
+    text = f"""<domain type='test'><name>t</name><maxMemory slots='2' unit='GiB'>8</maxMemory>
+        <memory unit='GiB'>5</memory><os><type>hvm</type></os><vcpu>1</vcpu>
+        <cpu><numa><cell id='0' cpus='0' memory='512' unit='MiB'/>
+        <cell id='1' memory='512' unit='MiB'/></numa></cpu><devices>{device}</devices></domain>"""
+    defined = connection.defineXMLFlags(text, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
+    shown = defined.XMLDesc(0)
+    defined.undefine()
+    state = parse_domain(shown, None)
+    (found,) = state.virtio_mem
+    assert found == VirtioMem(
+        "ua-virtfabric-cxl2", 1, Bytes(4 * GIB), Bytes(2 * MIB), Bytes(0), Bytes(0), CpuSet([2])
+    )
+    assert (state.memory_room.slots, state.memory_room.cell) == (1, 1)
+    wrong = text.replace("<block unit='KiB'>2048", "<block unit='KiB'>2047")
+    with pytest.raises(libvirt.libvirtError):
+        connection.defineXMLFlags(wrong, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
 
 
 def test_schema_refuses_what_is_wrong(connection):

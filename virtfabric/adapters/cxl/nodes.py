@@ -10,8 +10,9 @@ import re
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.adapters.cxl.daxdevices import read_dax_devices
+from virtfabric.model.amounts import Tier
 from virtfabric.model.cxl import MemoryState
-from virtfabric.model.host import Access, Tier
+from virtfabric.model.host import Access
 from virtfabric.model.units import GIB, KIB, Bytes
 
 if TYPE_CHECKING:

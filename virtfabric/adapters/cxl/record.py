@@ -20,8 +20,8 @@ from virtfabric.adapters.pci.record import TREE, record_tree
 
 if TYPE_CHECKING:
     from virtfabric.adapters.pci.tree import SysTree
+    from virtfabric.model.amounts import Tier
     from virtfabric.model.cxl import CxlInventory
-    from virtfabric.model.host import Tier
     from virtfabric.model.units import Bytes
 
     Reading = tuple[CxlInventory, dict[int, Tier], dict[int, dict[str, Bytes]]]

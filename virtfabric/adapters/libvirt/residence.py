@@ -61,13 +61,32 @@ def read_residence(proc: Path, pid: int, allowed: CpuSet) -> Residence:
     return Residence(outside)
 
 
+def is_bound(proc: Path, pid: int, node: int) -> bool:
+    """Whether a process has memory that is bound to this node and to no other.
+
+    Raises:
+        GuestGoneError: the process is gone.
+    """
+    try:
+        with (proc / str(pid) / "numa_maps").open() as lines:
+            return any(_binding(line) == CpuSet((node,)) for line in lines)
+    except OSError:
+        raise GuestGoneError(f"process {pid} is gone") from None
+
+
+def _binding(line: str) -> CpuSet | None:
+    """The nodes of a mapping's own policy; None where it has none."""
+    _, policy, *_ = line.split()
+    bound = _BOUND.match(policy)
+    return CpuSet.parse(bound[1], field="numa_maps.bind") if bound else None
+
+
 def _read_strays(line: str, allowed: CpuSet) -> Iterator[tuple[int, int]]:
     file = _FILE.search(line)
     if file and not file[1].startswith(_GUEST_FILES):
         return  # a library's pages lie wherever somebody read it first
-    _, policy, *_ = line.split()
-    bound = _BOUND.match(policy)
-    home = CpuSet.parse(bound[1], field="numa_maps.bind") if bound else allowed
+    bound = _binding(line)
+    home = allowed if bound is None else bound
     size = _PAGE_SIZE.search(line)
     unit = int(size[1]) << 10 if size else 4096
     for node, pages in _ON_NODE.findall(line):

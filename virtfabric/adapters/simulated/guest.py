@@ -14,6 +14,7 @@ from virtfabric.model.device import GuestDevice
 from virtfabric.model.guest import (
     GuestState,
     MemoryMechanism,
+    MemoryRoom,
     NumaMode,
     RunState,
     SchedulerState,
@@ -34,17 +35,27 @@ _NOTHING: Final = Bytes(0)
 _BLOCK: Final = Bytes(2 * MIB)
 _BOOT_MEMORY: Final = Bytes(256 * MIB)
 _ANY_NODE: Final = CpuSet()
+_NO_ROOM: Final = MemoryRoom()
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryDevice:
-    """A virtio-mem device as defined; `initial` is requested at start."""
+    """A virtio-mem device as defined; `initial` is requested at start.
+
+    `node` is the guest's cell, and the host's node where `host_nodes` is empty.
+    """
 
     alias: str
     node: int
     size: Bytes
     initial: Bytes = _NOTHING
     block: Bytes = _BLOCK
+    host_nodes: CpuSet = _ANY_NODE
+
+    @property
+    def home(self) -> int:
+        """The host's node that its memory comes from."""
+        return min(self.host_nodes, default=self.node)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +69,7 @@ class GuestSpec:
         config_pins: vCPU number -> pCPUs, pinned by the operator.
         functions: PCI functions that its definition names by hand.
         ports: PCIe ports for devices that come while it runs.
+        memory_room: slots and bytes for memory devices that come while it runs.
     """
 
     uuid: GuestId
@@ -74,6 +86,7 @@ class GuestSpec:
     numa_nodes: CpuSet = _ANY_NODE
     functions: tuple[GuestDevice, ...] = ()
     ports: int = 4
+    memory_room: MemoryRoom = _NO_ROOM
     locked_memory: bool = False
     persistent: bool = True
     running: bool = True
@@ -94,6 +107,7 @@ class Hardware:
         quota_us: the whole guest's, -1 for none.
         policy: metadata of the live definition, as text.
         functions: PCI functions that came while it runs, with their aliases.
+        came: memory devices that came while it runs.
     """
 
     vcpus: int
@@ -107,6 +121,7 @@ class Hardware:
     mark: PinMark = NO_MARK
     policy: str = ""
     functions: dict[PciAddress, str] = field(default_factory=dict)
+    came: tuple[MemoryDevice, ...] = ()
 
     def copy(self) -> Hardware:
         """An independent copy."""
@@ -172,12 +187,24 @@ class SimulatedGuest:
 
     def device(self, alias: str) -> MemoryDevice | None:
         """The device of this alias."""
-        return next((d for d in self.spec.devices if d.alias == alias), None)
+        return next((d for d in self.memory_devices if d.alias == alias), None)
+
+    @property
+    def memory_devices(self) -> tuple[MemoryDevice, ...]:
+        """Those that it is defined with, and those that came."""
+        return (*self.spec.devices, *self.real.came)
 
     @property
     def free_ports(self) -> int:
         """How many functions can still come."""
-        return self.spec.ports - len(self.real.functions)
+        return self.spec.ports - len(self.real.functions) - len(self.real.came)
+
+    @property
+    def memory_room(self) -> MemoryRoom:
+        """For memory devices that can still come."""
+        room, came = self.spec.memory_room, self.real.came
+        size = Bytes(room.size - sum(d.size for d in came))
+        return replace(room, slots=room.slots - len(came), size=size)
 
     def _devices(self) -> tuple[GuestDevice, ...]:
         came = tuple(GuestDevice(a, alias) for a, alias in sorted(self.said.functions.items()))
@@ -189,8 +216,8 @@ class SimulatedGuest:
             return {}
         home = min(self.real.nodes, default=first_node)
         used = {home: self.real.boot_memory}
-        for device in self.spec.devices:
-            used[device.node] = used.get(device.node, 0) + self.real.devices[device.alias]
+        for device in self.memory_devices:
+            used[device.home] = used.get(device.home, 0) + self.real.devices[device.alias]
         return used
 
     def read(self) -> GuestState:
@@ -212,14 +239,15 @@ class SimulatedGuest:
             scheduler=SchedulerState(said.shares, PERIOD_US, said.quota_us),
             boot_memory=spec.boot_memory,
             memory_current=Bytes(real.memory),
-            memory_max=Bytes(spec.boot_memory + sum(d.size for d in spec.devices)),
-            mechanism=spec.mechanism,
+            memory_max=Bytes(spec.boot_memory + sum(d.size for d in self.memory_devices)),
+            mechanism=MemoryMechanism.VIRTIO_MEM if said.came else spec.mechanism,
             virtio_mem=tuple(
                 VirtioMem(
                     d.alias, d.node, d.size, d.block,
-                    Bytes(said.devices[d.alias]), Bytes(real.devices[d.alias]),
+                    Bytes(said.devices.get(d.alias, 0)), Bytes(real.devices[d.alias]),
+                    d.host_nodes,
                 )
-                for d in spec.devices
+                for d in self.memory_devices
             ),
             config_pins=dict(spec.config_pins),
             numa_mode=spec.numa_mode,
@@ -237,6 +265,7 @@ class SimulatedGuest:
             free_ports=self.free_ports,
             locked_memory=spec.locked_memory,
             halted=self.halted,
+            memory_room=self.memory_room,
         )  # fmt: skip
 
     def _fresh(self) -> Hardware:

@@ -201,7 +201,7 @@ class _VirtioMem(SimulatedHandler[ResizeVirtioMem]):
 
     def differs(self, guest: SimulatedGuest, step: ResizeVirtioMem) -> str:
         found = self.amount(guest, step)
-        return _memory_difference(found, step.after, step.tolerance)
+        return memory_difference(found, step.after, step.tolerance)
 
     def give_back(self, guest: SimulatedGuest, step: ResizeVirtioMem) -> int:
         self._request(guest, step, step.before)
@@ -238,7 +238,7 @@ class _Balloon(SimulatedHandler[SetBalloon]):
             )
 
     def differs(self, guest: SimulatedGuest, step: SetBalloon) -> str:
-        return _memory_difference(guest.real.boot_memory, step.after, step.tolerance)
+        return memory_difference(guest.real.boot_memory, step.after, step.tolerance)
 
     def give_back(self, guest: SimulatedGuest, step: SetBalloon) -> int:
         self._request(guest, step, step.before)
@@ -444,7 +444,8 @@ def _difference(wanted: object, found: object) -> str:
     return f"{wanted} expected, {found} found"
 
 
-def _memory_difference(found: int, wanted: int, tolerance: int) -> str:
+def memory_difference(found: int, wanted: int, tolerance: int) -> str:
+    """In words; empty where it is within the tolerance."""
     if abs(found - wanted) <= tolerance:
         return ""
     return _difference(Bytes(wanted), Bytes(found))

@@ -21,6 +21,7 @@ from virtfabric.adapters.simulated.faults import Faults
 from virtfabric.adapters.simulated.guest import GuestSpec, Hardware, SimulatedGuest, write_policy
 from virtfabric.adapters.simulated.handlers import SimulatedHandler, simulated_handlers
 from virtfabric.adapters.simulated.memory import SimulatedMemory
+from virtfabric.adapters.simulated.memoryhandlers import memory_handlers
 from virtfabric.model.errors import (
     DeviceError,
     GuestGoneError,
@@ -112,7 +113,12 @@ class SimulatedHost:
         self.load = SimulatedLoad()
         self.stats = SimulatedStats(self)
         self.handlers = HandlerRegistry(
-            (*simulated_handlers(self), *device_handlers(self), *cxl_handlers(self))
+            (
+                *simulated_handlers(self),
+                *device_handlers(self),
+                *cxl_handlers(self),
+                *memory_handlers(self),
+            )
         )
         self.definitions = SimulatedDefinitions(self)
         self._topology = topology

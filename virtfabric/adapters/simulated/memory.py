@@ -9,9 +9,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from virtfabric.model.amounts import Tier
 from virtfabric.model.cxl import CxlInventory, DaxDevice, HostMemory, MemoryState, Region
 from virtfabric.model.errors import CxlError
-from virtfabric.model.host import NumaNode, Tier
+from virtfabric.model.host import NumaNode
 from virtfabric.model.units import Bytes, CpuSet
 
 if TYPE_CHECKING:

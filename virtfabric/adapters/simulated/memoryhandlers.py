@@ -1,0 +1,85 @@
+"""The step handler for memory devices that come to a simulated guest while it runs."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from virtfabric.adapters.simulated.guest import MemoryDevice
+from virtfabric.adapters.simulated.handlers import SimulatedHandler, memory_difference
+from virtfabric.model.errors import HypervisorError, ShortfallError
+from virtfabric.model.memorysteps import AttachMemory
+from virtfabric.model.units import Bytes, CpuSet
+from virtfabric.ports import EventKind
+
+if TYPE_CHECKING:
+    from virtfabric.adapters.simulated.guest import SimulatedGuest
+    from virtfabric.adapters.simulated.host import SimulatedHost
+    from virtfabric.ports import StepHandler
+
+
+class _AttachMemory(SimulatedHandler[AttachMemory]):
+    step_type = AttachMemory
+    event = EventKind.MEMORY
+
+    def amount(self, guest: SimulatedGuest, step: AttachMemory) -> int:
+        return guest.real.devices.get(step.alias, 0)
+
+    def bring(self, guest: SimulatedGuest, step: AttachMemory, *, lost: bool) -> None:
+        self._check(guest, step)
+        if lost:
+            return
+        self._put(guest, step, step.after)
+        reached = self.amount(guest, step)
+        if abs(reached - step.after) > step.tolerance:
+            guest.said.devices[step.alias] = reached
+            raise ShortfallError(
+                f"{step.describe()}: the guest stopped at {Bytes(reached)}", reached=reached
+            )
+
+    def differs(self, guest: SimulatedGuest, step: AttachMemory) -> str:
+        device = guest.device(step.alias)
+        if device is None or not step.after:
+            return "" if bool(device) == bool(step.after) else f"{step.alias}: {device} found"
+        if device.home != step.node:
+            return f"{step.alias} is on node {device.home}"
+        return memory_difference(self.amount(guest, step), step.after, step.tolerance)
+
+    def give_back(self, guest: SimulatedGuest, step: AttachMemory) -> int:
+        self._put(guest, step, step.before)
+        return max(0, self.amount(guest, step) - step.before)
+
+    def _check(self, guest: SimulatedGuest, step: AttachMemory) -> None:
+        self.host.check_nodes(CpuSet((step.node,)))
+        if not 0 <= step.after <= step.size or step.after % step.block:
+            raise HypervisorError(f"{guest.spec.name}: requested size {step.after} is impossible")
+        if step.after and guest.device(step.alias) is None:
+            room = guest.memory_room
+            if room.slots < 1 or room.size < step.size:
+                raise HypervisorError(f"{guest.spec.name}: memory device exceeds slots or space")
+            if guest.free_ports < 1:
+                raise HypervisorError(f"{guest.spec.name}: No more available PCI slots")
+
+    def _put(self, guest: SimulatedGuest, step: AttachMemory, target: int) -> None:
+        """The device comes before its memory, and goes after it."""
+        if target and guest.device(step.alias) is None:
+            device = MemoryDevice(
+                step.alias, step.cell, Bytes(step.size), block=Bytes(step.block),
+                host_nodes=CpuSet((step.node,)),
+            )  # fmt: skip
+            for hardware in (guest.said, guest.real):
+                hardware.came = (*hardware.came, device)
+                hardware.devices[step.alias] = 0
+        if guest.device(step.alias) is None:
+            return
+        current = self.amount(guest, step)
+        guest.said.devices[step.alias] = target
+        guest.real.devices[step.alias] = self.host.moved(step.guest, current, target, step.block)
+        if not target and not guest.real.devices[step.alias]:
+            for hardware in (guest.said, guest.real):
+                hardware.came = tuple(d for d in hardware.came if d.alias != step.alias)
+                del hardware.devices[step.alias]
+
+
+def memory_handlers(host: SimulatedHost) -> tuple[StepHandler, ...]:
+    """One handler for each step type of `memorysteps`."""
+    return (_AttachMemory(host),)

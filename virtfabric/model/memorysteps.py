@@ -1,0 +1,48 @@
+"""The step that gives a running guest a memory device of its own host node."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from virtfabric.model.step import Step
+from virtfabric.model.units import Bytes
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachMemory(Step):
+    """Plug a virtio-mem device whose memory comes from one node of the host, and fill it.
+
+    `before` and `after` are what is requested of it, in bytes; 0 is no device at all. Taking it
+    away needs the guest: it has to give the memory first, and then to let go of the device.
+
+    Attributes:
+        alias: the device's.
+        node: of the host; the memory is bound to it.
+        cell: of the guest.
+        size: the most that it can hold.
+        tier: of the node.
+    """
+
+    kind: ClassVar[str] = "attach-memory"
+    needs_guest: ClassVar[bool] = True
+    alias: str
+    node: int
+    cell: int
+    size: int
+    block: int
+    before: int
+    after: int
+    tier: str = "cxl"
+    tolerance: int = 4 << 20
+    deadline_s: float = 30.0
+
+    def describe(self) -> str:
+        """One line for a person."""
+        where = f"{self.tier.upper()} node {self.node}"
+        if self.after:
+            return (
+                f"{self.name}: attach virtio-mem {self.alias} ({Bytes(self.size)}, {where}) "
+                f"with {Bytes(self.after)}"
+            )
+        return f"{self.name}: detach virtio-mem {self.alias} ({where})"
