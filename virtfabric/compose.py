@@ -8,6 +8,7 @@ import logging
 import pwd
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -15,6 +16,7 @@ from virtfabric.adapters.clock import SystemClock
 from virtfabric.adapters.cxl.memory import SysfsMemory
 from virtfabric.adapters.hook_socket import HookServer, read_missed_calls
 from virtfabric.adapters.libvirt import open_libvirt
+from virtfabric.adapters.libvirt.restart import CommandRestarter
 from virtfabric.adapters.pci.functionfiles import FunctionFiles
 from virtfabric.adapters.pci.inventory import SysfsDeviceTree
 from virtfabric.adapters.pci.vfsettings import VfSettingsFiles
@@ -45,6 +47,7 @@ if TYPE_CHECKING:
         HostReader,
         MemoryTree,
         PolicyWriter,
+        Restarter,
         VfMaker,
     )
 
@@ -82,6 +85,7 @@ def _settings(config: Config, libvirt_version: str) -> Settings:
         drift_interval_s=config.agent.drift_interval_s,
         group=_group_id(config.access.group),
         ceiling_for=ceiling_for,
+        capacity_of=partial(resolve_capacity, config),
         lend_ballooned=config.memory.lend_ballooned,
         pools=config.pools,
         polkit=Polkit(config.agent.bus or None),
@@ -117,6 +121,7 @@ class _Outside:
     load: HostLoad
     stats: GuestStats
     version: str
+    restarter: Restarter | None
 
 
 class Composition:
@@ -155,10 +160,11 @@ class Composition:
         self._stack.callback(audit.close)
         topology = outside.host.read_topology()
         world = World(
-            guests=outside.guests, devices=outside.devices, memory=outside.memory, vfs=outside.vfs,
-            policies=outside.policies, definitions=outside.definitions, events=outside.events,
-            handlers=outside.handlers, journal=journal, audit=audit, clock=outside.clock,
-            load=outside.load, stats=outside.stats,
+            host=outside.host, guests=outside.guests, devices=outside.devices,
+            memory=outside.memory, vfs=outside.vfs, policies=outside.policies,
+            definitions=outside.definitions, events=outside.events, handlers=outside.handlers,
+            journal=journal, audit=audit, clock=outside.clock, load=outside.load,
+            stats=outside.stats, restarter=outside.restarter,
         )  # fmt: skip
         self.agent = Agent(
             world,
@@ -179,10 +185,12 @@ class Composition:
         opened = open_libvirt(self.config.agent.uri)
         self._stack.callback(opened.close)
         settings = VfSettingsFiles(FunctionFiles())
+        command = self.config.agent.restart_libvirt
         return _Outside(
             opened.host, opened.guests, SysfsDeviceTree(settings=settings.read_all),
             SysfsMemory(), opened.vfs, opened.policy, opened.definitions, opened.events,
             opened.handlers, SystemClock(), PsutilLoad(), opened.stats, opened.version,
+            CommandRestarter(command) if command else None,
         )  # fmt: skip
 
     def _open_simulated(self) -> _Outside:
@@ -192,7 +200,7 @@ class Composition:
         host = small_host(SystemClock())
         return _Outside(
             host, host, host.devices, host.memory, host.devices, host, host.definitions,
-            host.events, host.handlers, host.clock, host.load, host.stats, "simulated",
+            host.events, host.handlers, host.clock, host.load, host.stats, "simulated", None,
         )  # fmt: skip
 
     def start(self) -> None:

@@ -17,6 +17,7 @@ from virtfabric.configdevices import read_pools
 from virtfabric.configvalues import (
     Check,
     Source,
+    check_command,
     check_cpu,
     check_cpus,
     check_group,
@@ -28,7 +29,7 @@ from virtfabric.configvalues import (
     check_text,
     check_user,
 )
-from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
+from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key, Tier
 from virtfabric.model.errors import ConfigError
 from virtfabric.model.host import Capacity, HostTopology
 from virtfabric.model.request import Offerable
@@ -49,7 +50,12 @@ EVERYBODY: Final = "*"
 
 @dataclass(frozen=True, slots=True)
 class AgentConfig:
-    """`[agent]`. `bus` empty is the system bus; `syslog` empty exports no audit heads."""
+    """`[agent]`. `bus` empty is the system bus; `syslog` empty exports no audit heads.
+
+    Attributes:
+        restart_libvirt: command that restarts libvirtd, so that it learns of a new NUMA node;
+            empty: nobody restarts it but the operator.
+    """
 
     uri: str = "qemu:///system"
     state_dir: Path = Path("/var/lib/virtfabric")
@@ -60,6 +66,7 @@ class AgentConfig:
     sample_interval_s: float = 1.0
     drift_interval_s: float = 30.0
     syslog: str = "/dev/log"
+    restart_libvirt: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +76,8 @@ class CapacityConfig:
     Attributes:
         memory: bytes of DRAM in all, spread over its nodes in proportion to their size; CXL nodes
             give nothing then.
-        memory_by_node: bytes by node id; nodes that are not named give nothing.
+        memory_by_node: bytes by node id; nodes that are not named give nothing, and those that are
+            not there yet count when they come.
     """
 
     cpus: CpuSet | None = None
@@ -145,6 +153,7 @@ _KEYS: Final[Mapping[str, Mapping[str, Check]]] = {
         "sample_interval_s": partial(check_seconds, least=0.05, most=3600),
         "drift_interval_s": partial(check_seconds, least=0.05, most=86400),
         "syslog": partial(check_text, empty=True),
+        "restart_libvirt": check_command,
     },
     "capacity": {
         "cpus": check_cpus,
@@ -295,8 +304,8 @@ def resolve_capacity(config: Config, topology: HostTopology) -> Capacity:
     counts for that tier, and nothing of it is held back.
 
     Raises:
-        ConfigError: a pCPU or node that is not there, more memory than there is, or a reserve
-            that leaves nothing.
+        ConfigError: a pCPU that is not there, more DRAM than there is, or a reserve that leaves
+            nothing.
     """
     section = config.capacity
     cpus = _existing("cpus", section.cpus or topology.cpus, topology)
@@ -305,15 +314,18 @@ def resolve_capacity(config: Config, topology: HostTopology) -> Capacity:
     by_node = _memory_by_node(section, topology)
     cxl = {n: amount for n, amount in by_node.items() if n in topology.cxl_nodes}
     memory = {n: amount for n, amount in by_node.items() if n not in cxl}
+    absent = (section.memory_by_node or {}).keys() - topology.nodes.keys()
+    withheld = dict.fromkeys(sorted(absent), "the host has no such node; it counts when it comes")
     total = sum(memory.values())
     reserve = section.reserve
     if reserve is None:
         reserve = max(MIN_RESERVE, Bytes(total * RESERVE_PERCENT // 100))
     if reserve >= total:
         raise ConfigError(
-            f"capacity.reserve = {reserve} leaves nothing of capacity.memory = {Bytes(total)}"
+            f"capacity.reserve = {reserve} leaves nothing of capacity.memory = {Bytes(total)}",
+            advice=f"the host has no node {CpuSet(absent)}" if absent else "",
         )
-    return Capacity(cpus, housekeeping, memory, reserve, section.overhead, cxl)
+    return Capacity(cpus, housekeeping, memory, reserve, section.overhead, cxl, withheld)
 
 
 def _existing(name: str, cpus: CpuSet, topology: HostTopology) -> CpuSet:
@@ -329,9 +341,11 @@ def _existing(name: str, cpus: CpuSet, topology: HostTopology) -> CpuSet:
 def _memory_by_node(section: CapacityConfig, topology: HostTopology) -> dict[int, Bytes]:
     nodes = topology.nodes
     if section.memory_by_node is not None:
-        for number, amount in section.memory_by_node.items():
-            _check_node(number, amount, topology)
-        return dict(section.memory_by_node)
+        return {
+            number: _there_of(topology.nodes[number], amount)
+            for number, amount in section.memory_by_node.items()
+            if number in nodes
+        }
     if section.memory is None:
         return {number: node.memory_total for number, node in nodes.items()}
     dram = {number: node for number, node in nodes.items() if number not in topology.cxl_nodes}
@@ -341,14 +355,14 @@ def _memory_by_node(section: CapacityConfig, topology: HostTopology) -> dict[int
     return _spread(section.memory, dram, there)
 
 
-def _check_node(number: int, amount: Bytes, topology: HostTopology) -> None:
-    key = f"capacity.memory.node{number} = {amount}"
-    if number not in topology.nodes:
-        have = ", ".join(f"node{n}" for n in topology.nodes)
-        raise ConfigError(f"{key}: the host has no such node", advice=f"it has {have}")
-    if amount > topology.nodes[number].memory_total:
-        total = topology.nodes[number].memory_total
-        raise ConfigError(f"{key} is more than the node's {total}")
+def _there_of(node: NumaNode, amount: Bytes) -> Bytes:
+    """So much of a node; of a CXL node what there is of it by now, as it comes block by block."""
+    if node.tier == Tier.CXL:
+        return min(amount, node.memory_total)
+    if amount > node.memory_total:
+        key = f"capacity.memory.node{node.number} = {amount}"
+        raise ConfigError(f"{key} is more than the node's {node.memory_total}")
+    return amount
 
 
 def _spread(amount: Bytes, nodes: Mapping[int, NumaNode], there: Bytes) -> dict[int, Bytes]:

@@ -101,6 +101,16 @@ def check_cpus(value: Any) -> CpuSet:
     return cpus
 
 
+def check_command(value: Any) -> tuple[str, ...]:
+    """A command and its arguments, run without a shell; an empty list for none."""
+    if not isinstance(value, list):
+        raise WrongValueError("is not a list of words")
+    words = tuple(check_text(word) for word in value)
+    if words:
+        check_path(words[0])
+    return words
+
+
 def check_group(value: Any) -> str:
     """A group's name or gid; empty for none."""
     if isinstance(value, int) and not isinstance(value, bool) and value >= 0:

@@ -43,6 +43,24 @@ class HostReader(Protocol):
             HypervisorGoneError, HypervisorError
         """
 
+    def read_known_nodes(self) -> frozenset[int]:
+        """NUMA nodes that the hypervisor knows of: of one that came later it learns at a restart.
+
+        Raises:
+            HypervisorGoneError, HypervisorError
+        """
+
+
+class Restarter(Protocol):
+    """Restarts the hypervisor's daemon; guests run on."""
+
+    def restart(self) -> None:
+        """Returns when it was restarted; the connection comes back by itself.
+
+        Raises:
+            HypervisorError: it could not be.
+        """
+
 
 class DeviceTree(Protocol):
     """The host's PCIe functions; repeating is safe."""

@@ -5,7 +5,7 @@ import threading
 import pytest
 
 from virtfabric.adapters.simulated.guest import GuestSpec
-from virtfabric.adapters.simulated.machines import BATCH, DATABASE, WEB, small_host
+from virtfabric.adapters.simulated.machines import BATCH, CACHE, DATABASE, WEB, small_host
 from virtfabric.model.errors import GuestGoneError, HypervisorError, HypervisorGoneError
 from virtfabric.model.guest import RunState
 from virtfabric.model.ids import GuestId
@@ -43,20 +43,20 @@ def test_topology_counts_what_guests_use(host):
     topology = host.read_topology()
     assert len(topology.pcpus) == 8
     assert topology.has_smt
-    assert topology.nodes[0].memory_free == 8 * GIB - 3 * GIB
+    assert topology.nodes[0].memory_free == 8 * GIB - 3 * GIB - 512 * MIB
     host.stop_guest(BATCH)
-    assert host.read_topology().nodes[0].memory_free == 6 * GIB
+    assert host.read_topology().nodes[0].memory_free == 6 * GIB - 512 * MIB
 
 
 def test_guests_are_read_as_they_are(host):
     guests = host.read_guests()
-    assert {g.name for g in guests.values()} == {"batch", "web", "database"}
+    assert {g.name for g in guests.values()} == {"batch", "web", "cache", "database"}
     database = host.read_guest(DATABASE)
     assert database == guests[DATABASE]
     assert database.memory_current == GIB
     assert database.memory_max == 4 * GIB + 512 * MIB
     assert set(database.vcpu_threads) == set(database.vcpu_affinity) == {0, 1}
-    assert len({g.pid for g in guests.values()}) == 3
+    assert len({g.pid for g in guests.values()}) == 4
     assert host.read_guest(OTHER) is None
 
 
@@ -135,7 +135,7 @@ def test_events_come_from_another_thread_and_stop(host):
 def test_statistics(host):
     host.stop_guest(BATCH)
     stats = host.stats.sample()
-    assert set(stats) == {WEB, DATABASE}
+    assert set(stats) == {WEB, CACHE, DATABASE}
     assert stats[WEB]["balloon.current"] == GIB
     assert {"cpu_percent", "memory_available", "agent_rss", "agent_cpu_percent"} <= set(
         host.load.sample()

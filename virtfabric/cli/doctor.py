@@ -23,6 +23,7 @@ from virtfabric.cli.devicechecks import (
 from virtfabric.cli.findings import Finding, Verdict
 from virtfabric.cli.hooks import read_status
 from virtfabric.cli.install import BUS_POLICY
+from virtfabric.cli.memorychecks import check_new_memory, check_nodes, check_tools
 from virtfabric.cli.screen import Table, print_json, print_lines, print_tables
 from virtfabric.cli.session import DONE, FAILED, ask
 from virtfabric.config import CONFIG_DIR, Config, load_config
@@ -219,6 +220,15 @@ def check_devices(args: argparse.Namespace, config: Config) -> Iterator[Finding]
         yield from check_ports(guests)
 
 
+def check_memory(args: argparse.Namespace, config: Config) -> Iterator[Finding]:
+    """Nodes of which nothing is granted, as the agent sees them; nothing while it is away."""
+    try:
+        host = ask(args, "GetHost")
+    except VirtfabricError:
+        return
+    yield from check_nodes(host, config.capacity)
+
+
 def check_apparmor(root: Path = Path("/")) -> Iterator[Finding]:
     """AppArmor is expected on Debian and Ubuntu; its profile lets libvirt run hooks."""
     switch = root / "sys/module/apparmor/parameters/enabled"
@@ -272,6 +282,9 @@ def examine(args: argparse.Namespace) -> list[Finding]:
         lambda: check_vfio(wanted=bool(config.pools)),
         lambda: check_agent(args),
         lambda: check_devices(args, config),
+        check_tools,
+        check_new_memory,
+        lambda: check_memory(args, config),
     )
     for check in checks:
         findings.extend(check())
@@ -294,7 +307,7 @@ def _doctor(args: argparse.Namespace) -> int:
 
 def add_parsers(subparsers: Any) -> None:
     """Register `doctor`."""
-    text = "check libvirt, cgroups, KVM, hooks, bus, state and devices, and say how to mend each"
+    text = "check libvirt, cgroups, KVM, hooks, bus, state, devices, memory; say how to mend each"
     parser = subparsers.add_parser("doctor", help=text, description=text)
     parser.add_argument(
         "--config", type=Path, default=CONFIG_DIR, metavar="PATH",

@@ -6,6 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from virtfabric.cli import regions
 from virtfabric.cli.memorytables import memory_tables, memory_tree_lines, problem_lines
 from virtfabric.cli.screen import print_json, print_lines, print_tables
 from virtfabric.cli.session import DONE, ask
@@ -56,6 +57,7 @@ def add_parsers(subparsers: Any) -> None:
     memory.add_argument("--tree", action="store_true", help="CXL ports with what is behind them")
     memory.set_defaults(run=_memory)
     commands = memory.add_subparsers(dest="memory_command", metavar="COMMAND")
+    regions.add_parsers(commands)
     record = commands.add_parser(
         "record",
         help="record this host's memory as test data",

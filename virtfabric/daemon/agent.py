@@ -17,6 +17,7 @@ from virtfabric.daemon.conductor import Conductor
 from virtfabric.daemon.devicedesk import DeviceDesk
 from virtfabric.daemon.drift import DriftWatch
 from virtfabric.daemon.guestpolicy import PolicyDesk, policy_view
+from virtfabric.daemon.hostwatch import HostWatch
 from virtfabric.daemon.jobs import Jobs
 from virtfabric.daemon.leases import LeaseWatch
 from virtfabric.daemon.ledger import Ledger
@@ -26,6 +27,7 @@ from virtfabric.daemon.notices import Notices
 from virtfabric.daemon.observatory import Observatory
 from virtfabric.daemon.portdesk import PortDesk
 from virtfabric.daemon.recovery import recover
+from virtfabric.daemon.regiondesk import RegionDesk
 from virtfabric.daemon.rounds import Rounds
 from virtfabric.daemon.vfcounts import make_vfs
 from virtfabric.daemon.views import grants_view, guests_view, host_view, loans_view
@@ -102,12 +104,22 @@ class Agent:
             jobs=self._jobs, audit=world.audit, watch=self._lifecycle.devices,
         )  # fmt: skip
         self._memory = MemoryDesk(world.memory, self._notices)
+        self._hostwatch = HostWatch(
+            host=world.host, observatory=self._observatory, ledger=self._ledger,
+            notices=self._notices, audit=world.audit, restarter=world.restarter,
+            capacity_of=settings.capacity_of,
+        )  # fmt: skip
+        self._regions = RegionDesk(
+            tree=world.memory, observatory=self._observatory, conductor=self._conductor,
+            jobs=self._jobs, hostwatch=self._hostwatch,
+            look_soon=self._look_at_memory_soon,
+        )  # fmt: skip
         self._ports = PortDesk(world.definitions, world.audit)
         self._archive = Archive(world.audit, self._observatory, self._jobs)
         self._rounds = Rounds(
             settings=lambda: self._settings, world=world, observatory=self._observatory,
             ledger=self._ledger, conductor=self._conductor, lifecycle=self._lifecycle,
-            drift=self._drift, notices=self._notices, memory=self._memory,
+            drift=self._drift, notices=self._notices, host=self._hostwatch, memory=self._memory,
         )  # fmt: skip
         self._drift.repair_with(self._rounds.repair)
         self._leases = LeaseWatch(self._ledger, clock, self._expire)
@@ -125,16 +137,20 @@ class Agent:
         self._world.devices.watch(self._lifecycle.devices.look_soon)
         self._make_vfs()
         self._observatory.refresh_devices()
+        self._hostwatch.follow()
         done = self._lifecycle.enqueue(lambda: self._lifecycle.resync(place=True))
         self._world.events.start(self._on_event)
         self._connected = True
         done.wait()
         self._lifecycle.devices.start()
-        self._memory.start()
+        self._memory.start(self._look_at_memory_soon)
         self._world.audit.append("agent.started", [], {"version": __version__})
         self._drift.check()
         self._leases.start()
         self._rounds.start()
+
+    def _look_at_memory_soon(self) -> None:
+        self._lifecycle.enqueue(self._rounds.look_at_memory)
 
     def _make_vfs(self) -> None:
         make_vfs(self._world.vfs, self._settings.pools, self._notices, self._world.audit)
@@ -145,6 +161,7 @@ class Agent:
         if event.kind.value == "connected":
             # before the resync, which waits for guests that an unfinished undo holds
             self._lifecycle.enqueue(self._conductor.unfinished.finish)
+            self._lifecycle.enqueue(self._hostwatch.look)  # a restarted one knows more nodes
         self._lifecycle.on_event(event)
 
     def close(self) -> None:
@@ -168,9 +185,12 @@ class Agent:
     def reconfigure(self, settings: Settings, topology: HostTopology, capacity: Capacity) -> None:
         """Take over a reloaded configuration (SIGHUP)."""
         self._settings = settings
+        self._hostwatch.configure(settings.capacity_of)
         self._observatory.reconfigure(
-            topology, capacity, settings.pools, lend_ballooned=settings.lend_ballooned
-        )
+            topology, self._hostwatch.bound(capacity), settings.pools,
+            lend_ballooned=settings.lend_ballooned,
+        )  # fmt: skip
+        self._lifecycle.enqueue(self._hostwatch.look)
         self._authority.configure(settings.group, settings.ceiling_for)
         self._world.audit.append("agent.reconfigured", [], {})
         self._lifecycle.converge(None, "placement after a new configuration")
@@ -270,6 +290,27 @@ class Agent:
         """See `AgentApi`."""
         self._require(caller, Action.READ)
         return self._memory.show()
+
+    def region_plan(self, caller: Caller, wants: Mapping[str, str]) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.MEMORY, wants=dict(wants))
+        return self._regions.preview_create(wants)
+
+    def region_create(self, caller: Caller, wants: Mapping[str, str]) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.MEMORY, wants=dict(wants))
+        job = self._regions.create(wants, uid=caller.uid, by=str(caller.principal))
+        return {"job": job.id}
+
+    def region_plan_end(self, caller: Caller, name: str) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.MEMORY, region=name)
+        return self._regions.preview_destroy(name)
+
+    def region_destroy(self, caller: Caller, name: str) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.MEMORY, region=name)
+        return {"job": self._regions.destroy(name, uid=caller.uid, by=str(caller.principal)).id}
 
     def explain(self, caller: Caller, subject: str) -> Json:
         """See `AgentApi`."""

@@ -52,6 +52,7 @@ class Notice:
     Kinds: `job.progress` {job, fraction, text}, `job.done` {job, state, result},
     `guest.started|stopped|placed|changed`, `grant.made|ended`, `drift.found|repaired`,
     `device.lost|quarantined|freed`, `memory.changed` {came, went},
+    `host.changed` {nodes, withheld},
     `alert` {text}, `agent.connected|disconnected`.
     """
 
@@ -129,6 +130,22 @@ class AgentApi(Protocol):
 
     def memory(self, caller: Caller) -> Json:
         """NUMA nodes by tier, and CXL memory: windows, regions, memdevs, ports, problems."""
+
+    def region_plan(self, caller: Caller, wants: Mapping[str, str]) -> Json:
+        """`--dry-run` of `region_create`: `{"steps": [{"text", "data"}], "generation": n}`."""
+
+    def region_create(self, caller: Caller, wants: Mapping[str, str]) -> Json:
+        """Start a job that makes a CXL region and brings its memory online.
+
+        `wants`: window `0x1000000000|decoder0.0`, memdevs `0x100,0x101`, and optionally ways `2`,
+        granularity `256`, size `1G`, use `movable|normal`. Returns `{"job": id}`.
+        """
+
+    def region_plan_end(self, caller: Caller, name: str) -> Json:
+        """`--dry-run` of `region_destroy`, as `region_plan` answers it."""
+
+    def region_destroy(self, caller: Caller, name: str) -> Json:
+        """Start a job that takes a region's memory offline and destroys it: `{"job": id}`."""
 
     def explain(self, caller: Caller, subject: str) -> Json:
         """The story of a request, grant, loan, job or transaction, from the audit log alone.

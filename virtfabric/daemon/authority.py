@@ -29,6 +29,7 @@ class Action(StrEnum):
     ALLOCATE = "org.virtfabric1.allocate"
     POLICY = "org.virtfabric1.policy"
     DEVICES = "org.virtfabric1.devices"
+    MEMORY = "org.virtfabric1.memory"
     HOOK = "org.virtfabric1.hook"
 
 

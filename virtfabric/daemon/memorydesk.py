@@ -15,7 +15,7 @@ from virtfabric.model.cxl import HostMemory
 from virtfabric.model.errors import StepCancelledError, VirtfabricError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from virtfabric.daemon.notices import Notices
     from virtfabric.model.cxl import Condition, CxlInventory
@@ -52,10 +52,10 @@ class MemoryDesk:
         notes = (unknown,) if unknown and memory.cxl.memdevs else ()
         return memory_view(HostMemory(memory.nodes, with_conditions(memory.cxl, conditions)), notes)
 
-    def start(self) -> None:
-        """Note what there is, and follow what changes."""
+    def start(self, changed: Callable[[], None] | None = None) -> None:
+        """Note what there is, and follow what changes: `changed`, if given, sees to the look."""
         self._asker.start()
-        self._tree.watch(self.look)
+        self._tree.watch(changed or self.look)
         self.look()
 
     def look(self) -> None:

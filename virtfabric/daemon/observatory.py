@@ -1,6 +1,6 @@
 """What the agent knows of the host: a cache kept true by events and by reading again.
 
-Guests, PCIe functions, and the topology as read at start.
+Guests, PCIe functions, and the topology as `hostwatch` read it last.
 
 Readers get immutable values and never wait for libvirt; `refresh*` reads, in the caller's
 (worker) thread.
@@ -38,7 +38,7 @@ def _device_structure(functions: Mapping[PciAddress, PciFunction]) -> dict[PciAd
 
 
 class Observatory:
-    """The last known state of every guest and PCIe function, and the topology read at start."""
+    """The last known state of every guest and PCIe function, and of the host's topology."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class Observatory:
 
     @property
     def topology(self) -> HostTopology:
-        """The host as read at start or at the last `reconfigure`."""
+        """The host as last read."""
         return self._topology
 
     @property
@@ -91,6 +91,12 @@ class Observatory:
             self._topology, self._capacity = topology, capacity
             self._devices = DeviceInventory(self._devices.functions, pools)
             self._lend_ballooned = lend_ballooned
+        self._ledger.touch()
+
+    def follow_host(self, topology: HostTopology, capacity: Capacity) -> None:
+        """The host is another than it was: open offers become stale."""
+        with self._lock:
+            self._topology, self._capacity = topology, capacity
         self._ledger.touch()
 
     def refresh_devices(self) -> frozenset[PciAddress]:

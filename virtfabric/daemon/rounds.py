@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from virtfabric.daemon.conductor import Conductor
     from virtfabric.daemon.drift import DriftWatch
+    from virtfabric.daemon.hostwatch import HostWatch
     from virtfabric.daemon.jobs import Job
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.lifecycle import Lifecycle
@@ -51,6 +52,7 @@ class Rounds:
         lifecycle: Lifecycle,
         drift: DriftWatch,
         notices: Notices,
+        host: HostWatch,
         memory: MemoryDesk,
     ) -> None:
         """`settings` is asked before each wait: they may be reloaded."""
@@ -62,6 +64,7 @@ class Rounds:
         self._lifecycle = lifecycle
         self._drift = drift
         self._notices = notices
+        self._host = host
         self._memory = memory
         self._stop = threading.Event()
         self._ticker = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
@@ -109,11 +112,16 @@ class Rounds:
         self._conductor.unfinished.finish()
         self._lifecycle.resync()
         self._lifecycle.devices.look_soon()
-        self._memory.look()
+        self.look_at_memory()
         residual = {r.guest for r in self._ledger.view().books.residues}
         for guest in residual - self._ledger.view().busy:
             self._lifecycle.converge([guest], "retry of a residue")
         self._drift.check()
+
+    def look_at_memory(self) -> None:
+        """Something of the host's memory may have changed: what can be granted first."""
+        self._host.look()
+        self._memory.look()
 
     def repair(self, guest: GuestId) -> None:
         """Bring a guest to where it should be; never waits."""

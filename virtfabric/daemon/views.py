@@ -78,6 +78,7 @@ def host_view(snapshot: HostSnapshot) -> Json:
             }
             for n, node in sorted(snapshot.topology.nodes.items())
         ],
+        "withheld": {str(n): why for n, why in sorted(snapshot.capacity.withheld.items())},
         "capacity": {
             "cpu_milli": int(total.cpu), "memory": int(total.memory),
             "reserve": int(snapshot.capacity.reserve), "cxl": int(total[CXL_KEY]),

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.api import Caller
     from virtfabric.daemon.authority import Polkit
     from virtfabric.model.device import DevicePool
+    from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.request import Offerable
     from virtfabric.ports import (
         AuditLog,
@@ -22,17 +23,24 @@ if TYPE_CHECKING:
         GuestStats,
         Handlers,
         HostLoad,
+        HostReader,
         Journal,
         MemoryTree,
         PolicyWriter,
+        Restarter,
         VfMaker,
     )
 
 
 @dataclass(frozen=True, slots=True)
 class World:
-    """Every role that the agent needs, real or simulated."""
+    """Every role that the agent needs, real or simulated.
 
+    Attributes:
+        restarter: None where the agent is not to restart the hypervisor's daemon.
+    """
+
+    host: HostReader
     guests: GuestReader
     devices: DeviceTree
     memory: MemoryTree
@@ -46,11 +54,16 @@ class World:
     clock: Clock
     load: HostLoad
     stats: GuestStats
+    restarter: Restarter | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The part of the configuration that the agent itself acts on."""
+    """The part of the configuration that the agent itself acts on.
+
+    Attributes:
+        capacity_of: what may be granted of a host; raises ConfigError.
+    """
 
     uri: str
     libvirt_version: str
@@ -60,6 +73,7 @@ class Settings:
     drift_interval_s: float
     group: int | None
     ceiling_for: Callable[[Caller], Offerable]
+    capacity_of: Callable[[HostTopology], Capacity]
     lend_ballooned: bool = False
     pools: tuple[DevicePool, ...] = ()
     polkit: Polkit | None = None

@@ -102,6 +102,7 @@ _JSON = Argument("s", "json")
 _JOB = Argument("o", "job")
 _GUEST = Argument("s", "guest")
 _WANTS = Argument("a{ss}", "wants")
+_REGION = Argument("s", "region")
 _BODY = Argument("s", "body")
 
 MANAGER_INTERFACE: Final = Interface(
@@ -115,6 +116,10 @@ MANAGER_INTERFACE: Final = Interface(
         Method("ListDevices", (), _JSON),
         Method("ReleaseDevice", (Argument("s", "address"),), _JOB),
         Method("GetMemory", (), _JSON),
+        Method("CreateRegion", (_WANTS,), _JOB),
+        Method("PlanRegion", (_WANTS,), _JSON),
+        Method("DestroyRegion", (_REGION,), _JOB),
+        Method("PlanRegionEnd", (_REGION,), _JSON),
         Method("ShowPolicy", (_GUEST,), _JSON),
         Method("SetPolicy", (_GUEST, Argument("a{ss}", "changes")), _JSON),
         Method("PlanPolicy", (_GUEST, Argument("a{ss}", "changes")), _JSON),

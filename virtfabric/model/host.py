@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,8 @@ from virtfabric.model.amounts import Tier
 from virtfabric.model.units import Bytes, CpuSet
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from virtfabric.model.ids import HostId
 
 
@@ -118,6 +120,8 @@ class Capacity:
         reserve: bytes held back of the sum of `memory`; covers residues.
         overhead: bytes counted for each guest's QEMU beside its memory.
         cxl: bytes of CXL memory that may be granted, by node id; nothing is held back of them.
+        withheld: why nothing is granted of a node for now, for people, by node id: one that is not
+            there yet, or that libvirt does not know.
     """
 
     cpus: CpuSet
@@ -126,6 +130,16 @@ class Capacity:
     reserve: Bytes
     overhead: Bytes
     cxl: dict[int, Bytes] = field(default_factory=dict)
+    withheld: dict[int, str] = field(default_factory=dict)
+
+    def without(self, withheld: Mapping[int, str]) -> Capacity:
+        """The same, with nothing of these nodes, for these reasons."""
+        return replace(
+            self,
+            memory={n: amount for n, amount in self.memory.items() if n not in withheld},
+            cxl={n: amount for n, amount in self.cxl.items() if n not in withheld},
+            withheld={**self.withheld, **withheld},
+        )
 
     @property
     def grantable_memory(self) -> Bytes:

@@ -98,10 +98,7 @@ def check_far_taker(guest: GuestState, snapshot: HostSnapshot, *, asks: bool) ->
     """
     name = guest.name
     if not snapshot.topology.cxl_nodes & snapshot.capacity.cxl.keys():
-        detail = (
-            f"tier: the host has no memory of tier {Tier.CXL} to grant (no node that a CXL region "
-            "became is in [capacity] memory)"
-        )
+        detail = f"tier: the host has no memory of tier {Tier.CXL} to grant ({_why_none(snapshot)})"
         return Refusal(Reason.UNKNOWN_TIER, detail)
     if not may_have(guest, Tier.CXL):
         allowed = ",".join(guest.policy.memory.tiers if guest.policy else ())
@@ -123,6 +120,13 @@ def check_far_taker(guest: GuestState, snapshot: HostSnapshot, *, asks: bool) ->
             detail = f"{name} has no memory device on a CXL node and can be given none: {why}"
             return Refusal(Reason.NO_MECHANISM, detail)
     return None
+
+
+def _why_none(snapshot: HostSnapshot) -> str:
+    kept = snapshot.topology.cxl_nodes & snapshot.capacity.withheld.keys()
+    if kept:
+        return "; ".join(f"node {n}: {snapshot.capacity.withheld[n]}" for n in sorted(kept))
+    return "no node that a CXL region became is in [capacity] memory"
 
 
 def _why_not_tiered(guest: GuestState) -> str:

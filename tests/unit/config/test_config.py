@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from virtfabric.config import Config, load_config, resolve_capacity
+from virtfabric.model.amounts import Tier
 from virtfabric.model.errors import ConfigError
 from virtfabric.model.host import HostTopology, NumaNode, Pcpu
 from virtfabric.model.request import Offerable
@@ -208,7 +209,7 @@ def test_memory_by_node(tmp_path):
         ('memory = "33GiB"', "capacity.memory = 33GiB is more than the host's 32GiB"),
         ('memory = "256MiB"', "capacity.reserve = 256MiB leaves nothing"),
         ('memory = "1GiB"\nreserve = "2GiB"', "capacity.reserve = 2GiB leaves nothing of"),
-        ('memory = {node7 = "1G"}', "capacity.memory.node7 = 1GiB: the host has no such node"),
+        ('memory = {node7 = "1G"}', "capacity.reserve = 256MiB leaves nothing of"),
         ('memory = {node0 = "9G"}', "capacity.memory.node0 = 9GiB is more than the node's 8GiB"),
     ],
 )
@@ -222,7 +223,7 @@ def test_impossible_capacity(tmp_path, text, message):
 def tiered():
     """Two nodes with pCPUs, and node 2 of 16 GiB that a CXL region became."""
     made = topology((4, 8), (4, 24))
-    far = NumaNode(2, CpuSet(), Bytes(16 * GIB), Bytes(16 * GIB), tier="cxl")
+    far = NumaNode(2, CpuSet(), Bytes(16 * GIB), Bytes(16 * GIB), tier=Tier.CXL)
     return replace(made, nodes=made.nodes | {2: far})
 
 
@@ -240,6 +241,48 @@ def test_memory_of_a_cxl_node_counts_for_its_tier(tmp_path, text, memory, cxl):
     assert capacity.cxl == {n: size * GIB for n, size in cxl.items()}
     assert capacity.grantable_cxl == sum(cxl.values()) * GIB
     assert capacity.reserve == max(256 * MIB, sum(memory.values()) * GIB * 5 // 100)
+
+
+def test_a_node_that_is_not_there_yet_counts_when_it_comes(tmp_path):
+    text = '[capacity.memory]\nnode1 = "4GiB"\nnode2 = "3GiB"'
+    config = load(tmp_path, a=text)
+    before = resolve_capacity(config, topology((4, 8), (4, 24)))
+    assert (before.memory, before.cxl) == ({1: 4 * GIB}, {})
+    assert before.withheld == {2: "the host has no such node; it counts when it comes"}
+    after = resolve_capacity(config, tiered())
+    assert (after.memory, after.cxl, after.withheld) == ({1: 4 * GIB}, {2: 3 * GIB}, {})
+
+
+def test_a_cxl_node_comes_block_by_block(tmp_path):
+    config = load(tmp_path, a='[capacity.memory]\nnode0 = "4GiB"\nnode2 = "32GiB"')
+    assert resolve_capacity(config, tiered()).cxl == {2: 16 * GIB}
+
+
+def test_only_nodes_that_are_not_there(tmp_path):
+    config = load(tmp_path, a='[capacity.memory]\nnode7 = "4GiB"')
+    with pytest.raises(ConfigError) as caught:
+        resolve_capacity(config, tiered())
+    assert caught.value.advice == "the host has no node 7"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('"systemctl restart libvirtd"', "is not a list of words"),
+        ('["systemctl"]', "is not an absolute path"),
+        ('["/bin/systemctl", 3]', "is not text"),
+    ],
+)
+def test_restart_command_that_is_none(tmp_path, text, message):
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, a=f"[agent]\nrestart_libvirt = {text}\n")
+
+
+def test_restart_command(tmp_path):
+    assert Config().agent.restart_libvirt == ()
+    text = '[agent]\nrestart_libvirt = ["/bin/systemctl", "restart", "libvirtd"]\n'
+    found = load(tmp_path, a=text).agent.restart_libvirt
+    assert found == ("/bin/systemctl", "restart", "libvirtd")
 
 
 def test_reserve_is_of_dram(tmp_path):

@@ -19,7 +19,7 @@ from virtfabric.daemon.agent import Agent
 from virtfabric.daemon.api import Caller
 from virtfabric.daemon.wiring import Settings, World
 from virtfabric.domxml.policy import format_policy
-from virtfabric.model.amounts import Amounts
+from virtfabric.model.amounts import Amounts, Tier
 from virtfabric.model.errors import HypervisorGoneError, JournalError, VirtfabricError
 from virtfabric.model.guest import MemoryRoom, NumaMode
 from virtfabric.model.host import Capacity, NumaNode
@@ -32,9 +32,10 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
 
     from virtfabric.adapters.simulated.devices import SimulatedFunction
+    from virtfabric.model.cxl import CxlInventory
     from virtfabric.model.host import HostTopology
     from virtfabric.model.step import Step
-    from virtfabric.ports import Handlers, StepHandler
+    from virtfabric.ports import Handlers, Restarter, StepHandler
 
 ROOT = Caller(Principal("root", 0), 0, frozenset({0}))
 NOBODY = Caller(Principal("nobody", 65534), 65534, frozenset({65534}))
@@ -102,7 +103,7 @@ def make_spec(
 def with_cxl_node(topology: HostTopology) -> HostTopology:
     """The same with a node 1 of 8 GiB that a CXL region became."""
     far = NumaNode(
-        1, CpuSet(), Bytes(8 * GIB), Bytes(8 * GIB), distances={0: 20, 1: 10}, tier="cxl",
+        1, CpuSet(), Bytes(8 * GIB), Bytes(8 * GIB), distances={0: 20, 1: 10}, tier=Tier.CXL,
         offlinable=True,
     )  # fmt: skip
     return replace(topology, nodes={**topology.nodes, 1: far})
@@ -237,7 +238,8 @@ CUT_OFF = JournalError("this agent was killed")
 class AgentWorld:
     """Everything a test looks at.
 
-    `memory_mib` of DRAM may be granted in all; with `cxl_mib` there is a node 1 of CXL memory.
+    `memory_mib` of DRAM may be granted in all; with `cxl_mib` there is a node 1 of CXL memory. With
+    `cxl` there are memdevs and windows, and all of the nodes that regions become may be granted.
     """
 
     specs: tuple[GuestSpec, ...] = field(default_factory=default_specs)
@@ -249,6 +251,8 @@ class AgentWorld:
     settings: dict[str, Any] = field(default_factory=dict)
     functions: tuple[SimulatedFunction, ...] = ()
     cxl_mib: int = 0
+    cxl: CxlInventory | None = None
+    restarter: Restarter | None = None
 
     def __post_init__(self) -> None:
         topology = make_topology(cores=self.cores, threads=self.threads)
@@ -257,6 +261,8 @@ class AgentWorld:
         self.host: SimulatedHost = build_simulated_host(
             topology, self.specs, functions=copy.deepcopy(self.functions)
         )
+        if self.cxl is not None:
+            self.host.memory.cxl = self.cxl
         self.clock = LeapingClock()
         self.host.clock = self.clock
         self.topology = topology
@@ -276,12 +282,12 @@ class AgentWorld:
         settings = Settings(
             uri="simulated:///", libvirt_version="9.0.0", state_dir="/nowhere",
             deadline_s=5.0, sample_interval_s=self.sample_interval_s, drift_interval_s=3600.0,
-            group=GROUP, ceiling_for=_no_ceiling, **self.settings,
+            group=GROUP, ceiling_for=_no_ceiling, capacity_of=self.capacity_of, **self.settings,
         )  # fmt: skip
         self._process = Process()
         host = self._process.wrap(self.host, GONE)
         world = World(
-            guests=host, devices=self._process.wrap(self.host.devices, GONE),
+            host=host, guests=host, devices=self._process.wrap(self.host.devices, GONE),
             memory=self._process.wrap(self.host.memory, GONE),
             vfs=self._process.wrap(self.host.devices, GONE), policies=host,
             events=self.host.events,
@@ -290,8 +296,14 @@ class AgentWorld:
             journal=self._process.wrap(self.journal, CUT_OFF),
             audit=self._process.wrap(self.audit, CUT_OFF),
             clock=self.clock, load=self.host.load, stats=self.host.stats,
+            restarter=self.restarter,
         )  # fmt: skip
         return Agent(world, settings, self.topology, self.capacity)
+
+    def capacity_of(self, topology: HostTopology) -> Capacity:
+        """As at the start, and all of what is of CXL, where there is to be any."""
+        far = {n: topology.nodes[n].memory_total for n in topology.cxl_nodes} if self.cxl else {}
+        return replace(self.capacity, cxl=self.capacity.cxl or far)
 
     def start(self) -> AgentWorld:
         self.agent.start()

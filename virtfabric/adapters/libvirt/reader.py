@@ -170,6 +170,20 @@ class LibvirtHost:
         """
         return self._sysfs.read_topology(self._read_host_id())
 
+    def read_known_nodes(self) -> frozenset[int]:
+        """The cells of libvirt's capabilities.
+
+        libnuma reads the nodes once, when libvirtd starts: a guest that names a later one is
+        refused ("NUMA node 2 is unavailable").
+
+        Raises:
+            HypervisorGoneError, HypervisorError
+        """
+        with self._connection.calls() as raw:
+            capabilities = parse_xml(raw.getCapabilities(), what="capabilities")
+        cells = capabilities.findall("host/topology/cells/cell")
+        return frozenset(int(cell.get("id", "0")) for cell in cells)
+
     def _read_host_id(self) -> HostId:
         # Asked once: the first call makes libvirt probe every emulator (about a second).
         with self._lock:

@@ -124,6 +124,7 @@ class SimulatedHost:
         self._topology = topology
         self._guests: dict[GuestId, SimulatedGuest] = {}
         self._connected = True
+        self._known_nodes: frozenset[int] | None = None
         self._pid = _FIRST_PID
 
     # -- what the ports ask ---------------------------------------------------------------------
@@ -138,7 +139,8 @@ class SimulatedHost:
         with self.lock:
             self._check_connected()
             used: dict[int, int] = {}
-            first_node = min(self._topology.nodes)
+            there = self._topology.nodes | self.memory.nodes()
+            first_node = min(there)
             for guest in self._guests.values():
                 for node, amount in guest.nodes_used(first_node).items():
                     used[node] = used.get(node, 0) + amount
@@ -146,9 +148,16 @@ class SimulatedHost:
                 number: replace(
                     node, memory_free=Bytes(max(0, node.memory_free - used.get(number, 0)))
                 )
-                for number, node in self._topology.nodes.items()
+                for number, node in sorted(there.items())
             }
             return replace(self._topology, nodes=nodes)
+
+    def read_known_nodes(self) -> frozenset[int]:
+        """All nodes, or those that there were when libvirtd started last."""
+        with self.lock:
+            self._check_connected()
+            nodes = frozenset(self._topology.nodes | self.memory.nodes())
+            return nodes if self._known_nodes is None else self._known_nodes & nodes
 
     def read_guests(self) -> dict[GuestId, GuestState]:
         """All guests."""
@@ -306,7 +315,19 @@ class SimulatedHost:
         with self.lock:
             if not self._connected:
                 self._connected = True
+                if self._known_nodes is not None:
+                    self.learn_no_nodes()
                 self.tell(EventKind.CONNECTED)
+
+    def restart(self) -> None:
+        """Restart libvirtd; implements `ports.Restarter`."""
+        self.disconnect()
+        self.reconnect()
+
+    def learn_no_nodes(self) -> None:
+        """As the real libvirtd: it knows the nodes of its start, and learns of no new one."""
+        with self.lock:
+            self._known_nodes = frozenset(self._topology.nodes | self.memory.nodes())
 
     # -- what the kernel shows ------------------------------------------------------------------
 
@@ -384,9 +405,9 @@ class SimulatedHost:
             raise HypervisorError(f"pCPUs {cpus}: Invalid argument")
 
     def check_nodes(self, nodes: CpuSet) -> None:
-        """Raise HypervisorError for nodes that are not there."""
-        if not nodes or not nodes <= set(self._topology.nodes):
-            raise HypervisorError(f"nodes {nodes}: Invalid argument")
+        """Raise HypervisorError for nodes that are not there, or that libvirtd does not know."""
+        if not nodes or not nodes <= self.read_known_nodes():
+            raise HypervisorError(f"NUMA node {nodes} is unavailable")
 
     def _check_connected(self) -> None:
         if not self._connected:

@@ -14,6 +14,7 @@ from virtfabric.model.cxl import CxlInventory, DaxDevice, HostMemory, MemoryStat
 from virtfabric.model.errors import CxlError
 from virtfabric.model.host import NumaNode
 from virtfabric.model.units import Bytes, CpuSet
+from virtfabric.policy.nearness import LOCAL
 
 if TYPE_CHECKING:
     import threading
@@ -43,14 +44,19 @@ class SimulatedMemory:
     # -- what the port asks ---------------------------------------------------------------------
 
     def read_memory(self) -> HostMemory:
-        """The topology's nodes, and those that regions became."""
+        """The host's nodes, those that regions became among them."""
         with self._lock:
-            nodes = dict(self._read_topology().nodes)
-            for region in self.cxl.regions:
-                for dax in region.dax:
-                    if dax.node is not None and dax.state is MemoryState.ONLINE:
-                        nodes[dax.node] = _node(dax)
-            return HostMemory(nodes, self.cxl)
+            return HostMemory(self._read_topology().nodes, self.cxl)
+
+    def nodes(self) -> dict[int, NumaNode]:
+        """The nodes that regions became."""
+        with self._lock:
+            return {
+                dax.node: _node(dax.node, dax)
+                for region in self.cxl.regions
+                for dax in region.dax
+                if dax.node is not None and dax.state is MemoryState.ONLINE
+            }
 
     def read_conditions(self, cancelled: threading.Event) -> dict[str, Condition]:
         """As they were set."""
@@ -138,9 +144,9 @@ class SimulatedMemory:
             self._changed()
 
 
-def _node(dax: DaxDevice) -> NumaNode:
-    assert dax.node is not None
+def _node(number: int, dax: DaxDevice) -> NumaNode:
     return NumaNode(
-        dax.node, CpuSet(), dax.size, dax.size, tier=Tier.CXL, offlinable=dax.movable,
+        number, CpuSet(), dax.size, dax.size, distances={number: LOCAL}, tier=Tier.CXL,
+        offlinable=dax.movable,
         why_not_offlinable="" if dax.movable else "its memory is in ZONE_NORMAL",
     )  # fmt: skip
