@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import select
 import shutil
 import subprocess
 import sys
@@ -53,6 +54,34 @@ def served():
         assert agent.stdout.readline() == "ready\n"
         try:
             yield Served(bus.address)
+        finally:
+            agent.terminate()
+            agent.communicate(timeout=20)
+
+
+@pytest.fixture(scope="module")
+def simulated(tmp_path_factory):
+    """The bus address of `virtfabricd --simulate`: a whole agent on a host of its own."""
+    if shutil.which("dbus-daemon") is None:
+        pytest.skip("no dbus-daemon here")
+    place = tmp_path_factory.mktemp("simulated")
+    (place / "conf").mkdir()
+    with _load("conftest").private_bus() as bus:
+        agent = subprocess.Popen(
+            [
+                sys.executable, "-m", "virtfabric.cli.agentd", "--simulate", "--bus", bus.address,
+                "--config", str(place / "conf"), "--state-dir", str(place / "state"),
+                "--run-dir", str(place / "run"),
+            ],
+            stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        )  # fmt: skip
+        try:
+            log = []
+            while not (log and ": ready:" in log[-1]):
+                assert select.select([agent.stderr], [], [], 30)[0], log
+                log.append(agent.stderr.readline())
+                assert log[-1], log
+            yield bus.address
         finally:
             agent.terminate()
             agent.communicate(timeout=20)
