@@ -148,8 +148,8 @@ class _Deal:
             if node not in self.rooms:
                 continue
             if size > self.rooms[node]:
-                room = Bytes(max(0, self.rooms[node]))
-                detail = f"{state.name}: needs {Bytes(size)} of CXL node {node}, {room} is free"
+                free = self._describe_room(node)
+                detail = f"{state.name}: needs {Bytes(size)} of CXL memory, but {free}"
                 return Refusal(Reason.NO_CAPACITY, detail)
             self._move(CpuSet((node,)), size)
         return None
@@ -247,7 +247,7 @@ class _Deal:
         return text
 
     def _nowhere(self, state: GuestState, by: int, placed: int) -> Refusal:
-        rooms = [f"node {n} has {Bytes(max(0, r))} free" for n, r in sorted(self.rooms.items())]
+        rooms = [self._describe_room(node) for node in sorted(self.rooms)]
         why = why_no_device(state, self.snapshot)
         new = f"; no further device can be attached: {why}" if why else ""
         detail = (
@@ -255,6 +255,11 @@ class _Deal:
             f"it can use ({', '.join(rooms)}){new}"
         )
         return Refusal(Reason.NO_PLACEMENT, detail, {str(CXL_KEY): placed})
+
+    def _describe_room(self, node: int) -> str:
+        why = self.snapshot.capacity.withheld.get(node)
+        room = Bytes(max(0, self.rooms[node]))
+        return f"node {node} has {room} free" + (f" ({why})" if why else "")
 
     # -- both -----------------------------------------------------------------------------------
 

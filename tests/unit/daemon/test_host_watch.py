@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 
 import agent_world as aw
@@ -186,8 +187,11 @@ def test_a_reload_does_not_let_it_slip(world):
     world.host.learn_no_nodes()
     come(world)
     topology = world.host.read_topology()
+    gate = threading.Event()
+    world.agent._lifecycle.enqueue(gate.wait)  # no look comes before we have seen it
     world.agent.reconfigure(world.agent._settings, topology, world.capacity_of(topology))
     assert granted(world) == {1: 0}
+    gate.set()
     world.settle()
     assert granted(world) == {1: 0}
 

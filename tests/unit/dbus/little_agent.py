@@ -197,6 +197,9 @@ MEMORY = {
 }  # fmt: skip
 
 
+PLAN_OF_REGION = {"steps": [{"text": "host: create it", "data": {}}], "generation": 17}
+
+
 class LittleAgent:
     def __init__(self):
         self.notices = Notices(SystemClock())
@@ -248,6 +251,24 @@ class LittleAgent:
         if address != DEVICE["address"]:
             raise RefusedError(Refusal(Reason.UNKNOWN_ID, f"{address} is not in quarantine"))
         return {"job": self.jobs_.start("release", lambda *_: {"steps": ["reset"]}).id}
+
+    def region_plan(self, caller, wants):
+        self._see(caller)
+        return PLAN_OF_REGION | {"wants": wants}
+
+    def region_create(self, caller, wants):
+        self._see(caller)
+        if wants["window"] != "decoder0.0":
+            raise RefusedError(Refusal(Reason.UNKNOWN_ID, f"there is no window {wants['window']}"))
+        return {"job": self.jobs_.start("region", lambda *_: {"steps": ["create"]}).id}
+
+    def region_plan_end(self, caller, name):
+        self._see(caller)
+        return PLAN_OF_REGION | {"region": name}
+
+    def region_destroy(self, caller, name):
+        self._see(caller)
+        return {"job": self.jobs_.start(f"end of {name}", lambda *_: {"steps": ["end"]}).id}
 
     def _policy(self, job=None):
         return {

@@ -24,7 +24,12 @@ from virtfabric.model.errors import (
     VirtfabricError,
 )
 
+REGION = {"window": "decoder0.0", "memdevs": "0x100"}
 ARGUMENTS = {
+    "CreateRegion": (REGION,),
+    "PlanRegion": (REGION,),
+    "DestroyRegion": ("region0",),
+    "PlanRegionEnd": ("region0",),
     "ReleaseDevice": ("0000:3b:10.1",),
     "ShowPolicy": ("db",),
     "SetPolicy": ("db", {"priority": "80"}),
@@ -62,6 +67,10 @@ def test_every_method_is_reachable_and_answers_what_the_agent_says(agent, bus, l
     assert titles[answers["Allocate"]] == "allocation for db"
     assert titles[answers["Release"]] == "release"
     assert titles[answers["RepairDrift"]] == "repair"
+    assert titles[answers["CreateRegion"]] == "region"
+    assert titles[answers["DestroyRegion"]] == "end of region0"
+    assert answers["PlanRegion"]["wants"] == REGION
+    assert answers["PlanRegionEnd"]["region"] == "region0"
     assert {c.uid for c in agent.callers} == {0}
     assert all(c.pid > 0 for c in agent.callers)
 
