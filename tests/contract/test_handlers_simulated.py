@@ -187,6 +187,18 @@ class TestSimulated(HandlerContract):
                     world.handlers.for_step(step).verify(step)
 
 
+def test_undo_of_a_step_of_the_host_fails_without_its_guest_as_well(world):
+    world.apply(BIND)
+    world.host.stop_guest(DATABASE)
+    world.host.faults.add(Fault(Effect.FAIL, Phase.UNDO, kind=BIND.kind))
+    handler = world.handlers.for_step(BIND)
+    with pytest.raises(HypervisorError):
+        handler.undo(BIND)
+    assert world.observe(BIND).shown.driver == BIND.after
+    assert handler.undo(BIND) == 0
+    assert (world.observe(BIND).shown.driver or "") == BIND.before
+
+
 def test_guest_that_gives_only_some(world):
     world.apply(GROW)
     world.host.faults.gives[DATABASE] = 100 * MIB

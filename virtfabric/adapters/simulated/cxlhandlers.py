@@ -24,6 +24,7 @@ class _OfMemory(SimulatedHandler[S], Generic[S]):
     """A change of the host's alone; libvirt tells nobody of it."""
 
     event = None
+    of_host = True
 
     @property
     def memory(self) -> SimulatedMemory:
