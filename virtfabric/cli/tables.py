@@ -138,6 +138,8 @@ def capacity_lines(host: Json) -> list[str]:
     ]
     if capacity.get("cxl"):
         lines.insert(1, f"CXL memory: {_memory(capacity['cxl'])}, {_memory(free['cxl'])} free")
+    for number, why in host.get("withheld", {}).items():
+        lines.append(f"node {number}: nothing of it is granted: {why}")
     if host["unmanaged"]:
         lines.append(f"unmanaged guests running: {', '.join(host['unmanaged'])}")
     return lines

@@ -1,7 +1,8 @@
 """Keeps the topology and what may be granted as the host is, while NUMA nodes come and go.
 
-It owns what is withheld for now: a node that libvirt does not know, one that is being taken down. A
-hot-plugged node counts as soon as the kernel has it online, without a reload.
+A hot-plugged node counts as soon as the kernel has it online, without a reload; pCPUs are not
+followed. It owns what is withheld for now: a node that libvirt does not know, one that is being
+taken down.
 """
 
 from __future__ import annotations
@@ -87,6 +88,7 @@ class HostWatch:
                 log.warning("the topology cannot be read: %s", error)
                 return
             unknown = self._find_unknown(topology)
+            topology = _with_cpus_of(self._observatory.topology, topology)
             try:
                 capacity = self._capacity_of(topology)
             except VirtfabricError as error:
@@ -185,6 +187,17 @@ class HostWatch:
             if guest.job is not None:
                 return f"{guest.name} has a job running: {guest.job}"
         return ""
+
+
+def _with_cpus_of(known: HostTopology, found: HostTopology) -> HostTopology:
+    """Memory as found, pCPUs as known: guests are pinned by these, so a reload changes them."""
+    nodes = {
+        number: replace(
+            node, cpus=known.nodes[number].cpus if number in known.nodes else node.cpus & known.cpus
+        )
+        for number, node in found.nodes.items()
+    }
+    return replace(found, nodes=nodes, pcpus=known.pcpus)
 
 
 def _structure(topology: HostTopology) -> HostTopology:

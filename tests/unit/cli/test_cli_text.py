@@ -127,6 +127,11 @@ def test_memory_of_a_host_with_cxl_says_what_can_be_taken_back():
         ("1", "CXL", "2GiB", "1GiB", "2GiB", "yes"),
     )
     assert capacity_lines(host)[1] == "CXL memory: 2GiB, 1GiB free"
+    withheld = {"1": "libvirt does not know it: restart libvirtd (guests run on)"}
+    assert (
+        "node 1: nothing of it is granted: libvirt does not know it: restart libvirtd "
+        "(guests run on)"
+    ) in capacity_lines(host | {"withheld": withheld})
 
 
 def _guest(*parts, far=None):

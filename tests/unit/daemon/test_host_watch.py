@@ -12,7 +12,7 @@ from virtfabric.adapters.simulated.faults import Effect, Fault
 from virtfabric.adapters.simulated.machines import small_cxl
 from virtfabric.model.cxl import MemoryState, Serial
 from virtfabric.model.errors import ConfigError, HypervisorError
-from virtfabric.model.units import GIB, MIB, Bytes
+from virtfabric.model.units import GIB, MIB, Bytes, CpuSet
 
 BOTH = ("dram", "cxl")
 BASE = 0x1000000000
@@ -128,6 +128,17 @@ def test_a_capacity_that_makes_no_sense_any_more_stays_as_it_was(build):
     assert alerts(world, "node0 = 9GiB is more than")
     go(world)
     assert not alerts(world, "node0 = 9GiB is more than")
+
+
+def test_pcpus_are_followed_by_a_reload_only(world):
+    topology = world.host._topology
+    left = {n: pcpu for n, pcpu in topology.pcpus.items() if n != 1}
+    nodes = {0: replace(topology.nodes[0], cpus=CpuSet(left))}
+    world.host._topology = replace(topology, pcpus=left, nodes=nodes)
+    come(world)
+    assert granted(world) == {1: GIB}
+    assert [c["cpu"] for c in world.agent.host(aw.ROOT)["cpus"]] == [0, 1]
+    assert world.agent._observatory.topology.nodes[0].cpus == CpuSet([0, 1])
 
 
 def test_memory_that_goes_offline_by_hand_is_not_granted(world):
