@@ -126,9 +126,13 @@ class HostWatch:
                 log.warning("the host cannot be read: %s; a later look does it", error)
 
     def _find_unknown(self, topology: HostTopology) -> frozenset[int]:
-        """Nodes that came after libvirt started; only one without CPUs can have."""
-        late = frozenset(n for n, node in topology.nodes.items() if not node.cpus)
-        self._known &= topology.nodes.keys()  # one that went may be new to libvirt when it is back
+        """Nodes that came after libvirt started; only one without CPUs can have.
+
+        The kernel keeps a node in its list, without memory, when all of that went offline.
+        """
+        nodes = topology.nodes.items()
+        late = frozenset(n for n, node in nodes if node.memory_total and not node.cpus)
+        self._known &= late  # one that went may be new to libvirt when it is back
         if late - self._known:
             self._known = self._host.read_known_nodes()
         return late - self._known
@@ -191,12 +195,11 @@ class HostWatch:
 
 def _with_cpus_of(known: HostTopology, found: HostTopology) -> HostTopology:
     """Memory as found, pCPUs as known: guests are pinned by these, so a reload changes them."""
-    nodes = {
-        number: replace(
-            node, cpus=known.nodes[number].cpus if number in known.nodes else node.cpus & known.cpus
-        )
-        for number, node in found.nodes.items()
-    }
+    nodes = {}
+    for number, node in found.nodes.items():
+        before = known.nodes.get(number)
+        cpus = before.cpus if before else CpuSet(node.cpus & known.cpus)
+        nodes[number] = replace(node, cpus=cpus)
     return replace(found, nodes=nodes, pcpus=known.pcpus)
 
 

@@ -99,7 +99,6 @@ def plan_region_end(
     if window is None or not members or len(members) != len(region.members):
         detail = f"{region.name}: its window or its members are not known"
         return Refusal(Reason.UNKNOWN_ID, detail)
-    online = any(dax.state in (MemoryState.ONLINE, MemoryState.PARTLY) for dax in region.dax)
     offline = OnlineMemory(
         window=window.base, members=members, before=MemoryUse.MOVABLE, after=MemoryUse.OFFLINE
     )
@@ -108,7 +107,9 @@ def plan_region_end(
         granularity=region.granularity or _GRANULARITY,
         before=RegionPresence.PRESENT, after=RegionPresence.ABSENT,
     )  # fmt: skip
-    return Plan(request, snapshot.generation, (offline, destroy) if online else (destroy,))
+    return Plan(
+        request, snapshot.generation, (offline, destroy) if _is_online(region) else (destroy,)
+    )
 
 
 def _check_end(snapshot: HostSnapshot, memory: HostMemory, region: Region) -> Refusal | None:
@@ -125,10 +126,14 @@ def _check_end(snapshot: HostSnapshot, memory: HostMemory, region: Region) -> Re
             detail = f"{region.name}: a plan that runs gives a guest memory of node {number}"
             return Refusal(Reason.BUSY, detail)
         node = memory.nodes.get(number)
-        if node is not None and not node.offlinable:
+        if node is not None and _is_online(region) and not node.offlinable:
             detail = f"{region.name}: node {number} cannot go offline: {node.why_not_offlinable}"
             return Refusal(Reason.NO_MECHANISM, detail)
     return None
+
+
+def _is_online(region: Region) -> bool:
+    return any(dax.state in (MemoryState.ONLINE, MemoryState.PARTLY) for dax in region.dax)
 
 
 def users_of_node(snapshot: HostSnapshot, node: int) -> dict[str, int]:

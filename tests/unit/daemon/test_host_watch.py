@@ -10,8 +10,10 @@ import pytest
 
 from virtfabric.adapters.simulated.faults import Effect, Fault
 from virtfabric.adapters.simulated.machines import small_cxl
+from virtfabric.model.amounts import Tier
 from virtfabric.model.cxl import MemoryState, Serial
 from virtfabric.model.errors import ConfigError, HypervisorError
+from virtfabric.model.host import NumaNode
 from virtfabric.model.units import GIB, MIB, Bytes, CpuSet
 
 BOTH = ("dram", "cxl")
@@ -192,6 +194,16 @@ def test_a_node_that_comes_back_is_asked_for_again(world):
     world.host.learn_no_nodes()
     come(world)
     assert granted(world) == {1: 0}
+
+
+def test_a_node_without_memory_is_no_matter_for_libvirt(world):
+    world.host.learn_no_nodes()
+    topology = world.host._topology
+    empty = NumaNode(1, CpuSet(), Bytes(0), Bytes(0), tier=Tier.CXL)
+    world.host._topology = replace(topology, nodes={**topology.nodes, 1: empty})
+    world.agent._rounds.look_at_memory()
+    assert granted(world) == {1: 0}
+    assert not alerts(world, "does not know")
 
 
 def test_a_reload_does_not_let_it_slip(world):
