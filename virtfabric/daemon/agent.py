@@ -142,6 +142,7 @@ class Agent:
         self._world.events.start(self._on_event)
         self._connected = True
         done.wait()
+        self._hostwatch.follow()  # by now it is known which nodes guests name
         self._lifecycle.devices.start()
         self._memory.start(self._look_at_memory_soon)
         self._world.audit.append("agent.started", [], {"version": __version__})

@@ -13,7 +13,9 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from virtfabric.model.amounts import Tier
 from virtfabric.model.errors import VirtfabricError
+from virtfabric.model.host import NumaNode
 from virtfabric.model.units import Bytes, CpuSet
 
 if TYPE_CHECKING:
@@ -22,6 +24,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.notices import Notices
     from virtfabric.daemon.observatory import Observatory
+    from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.ports import AuditLog, HostReader, Restarter
 
@@ -98,7 +101,8 @@ class HostWatch:
             else:
                 self._notices.settle(_CAPACITY)
             self._tell_unknown(unknown)
-            self._take_over(topology, self.bound(capacity))
+            guests = self._observatory.guests.values()
+            self._take_over(_with_lost_nodes(topology, guests), self.bound(capacity))
 
     def bound(self, capacity: Capacity) -> Capacity:
         """A capacity without what is withheld, as far as is known from the last look."""
@@ -201,6 +205,24 @@ def _with_cpus_of(known: HostTopology, found: HostTopology) -> HostTopology:
         cpus = before.cpus if before else CpuSet(node.cpus & known.cpus)
         nodes[number] = replace(node, cpus=cpus)
     return replace(found, nodes=nodes, pcpus=known.pcpus)
+
+
+def _with_lost_nodes(topology: HostTopology, guests: Iterable[GuestState]) -> HostTopology:
+    """With nodes that are gone and that memory devices of running guests still name.
+
+    They are of tier CXL, without memory: such a device, empty as it is, must not be taken for one
+    that DRAM could be plugged into.
+    """
+    named = {n for g in guests if g.active for d in g.virtio_mem for n in d.host_nodes}
+    there = {n for n, node in topology.nodes.items() if node.memory_total or node.cpus}
+    nothing = Bytes(0)
+    lost = {
+        n: NumaNode(
+            n, CpuSet(), nothing, nothing, tier=Tier.CXL, why_not_offlinable="it is gone"
+        )
+        for n in sorted(named - there)
+    }  # fmt: skip
+    return replace(topology, nodes=topology.nodes | lost)
 
 
 def _structure(topology: HostTopology) -> HostTopology:

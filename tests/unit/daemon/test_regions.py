@@ -28,6 +28,7 @@ def world():
             aw.make_spec(50, "plain", 50),
         ),
         cxl=small_cxl(),
+        memory_mib=4000,
     ).start()
     yield made
     made.close()
@@ -78,7 +79,8 @@ def test_a_region_is_made_used_and_taken_down(world):
         "host: memory of CXL region of 0x100 in window 0x1000000000 movable -> offline",
         "host: destroy CXL region of 0x100 in window 0x1000000000, 1GiB",
     ]
-    assert (regions(world), granted(world)) == ({}, {})
+    # the device that the guest was attached names the node still
+    assert (regions(world), granted(world)) == ({}, {1: 0})
     assert world.agent.host(aw.ROOT)["withheld"] == {}
 
 
@@ -123,6 +125,29 @@ def test_explain_tells_who_made_it(world):
     lines = "\n".join(world.agent.explain(aw.ROOT, job["result"]["request"])["lines"])
     assert "CXL region of 0x100" in lines
     assert "host: create CXL region of 0x100 in window 0x1000000000, 1GiB" in lines
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_device_whose_node_is_gone_is_never_filled_with_dram(world, restarted):
+    create(world)
+    job = world.allocate("db", memory="+512M", tier="cxl")
+    world.finish(world.agent.release(aw.ROOT, job["result"]["grant"])["job"])
+    destroy(world)
+    assert [d.alias for d in world.live("db").virtio_mem] == ["ua-mem0", "ua-virtfabric-cxl1"]
+    if restarted:
+        world.kill_agent()
+        world.restart_agent()
+    world.settle()
+    job = world.allocate("db", memory="1536M")  # its own device has 1 GiB
+    assert job["state"] == "refused", job
+    job = world.allocate("db", memory="1280M")
+    assert job["state"] == "done", job
+    assert {d.alias: d.requested // MIB for d in world.live("db").virtio_mem} == {
+        "ua-mem0": 1024, "ua-virtfabric-cxl1": 0,
+    }  # fmt: skip
+    create(world)
+    assert world.allocate("db", memory="+256M", tier="cxl")["state"] == "done"
+    assert world.live("db").virtio_mem[1].requested == 256 * MIB
 
 
 # -- refused -------------------------------------------------------------------------------------
