@@ -23,7 +23,12 @@ from virtfabric.cli.devicechecks import (
 from virtfabric.cli.findings import Finding, Verdict
 from virtfabric.cli.hooks import read_status
 from virtfabric.cli.install import BUS_POLICY
-from virtfabric.cli.memorychecks import check_new_memory, check_nodes, check_tools
+from virtfabric.cli.memorychecks import (
+    check_known_nodes,
+    check_new_memory,
+    check_nodes,
+    check_tools,
+)
 from virtfabric.cli.screen import Table, print_json, print_lines, print_tables
 from virtfabric.cli.session import DONE, FAILED, ask
 from virtfabric.config import CONFIG_DIR, Config, load_config
@@ -78,6 +83,7 @@ def check_hypervisor(uri: str) -> Iterator[Finding]:
     try:
         yield check_version("libvirt", connection.getLibVersion(), LIBVIRT_FLOOR)
         yield check_version("qemu", connection.getVersion(), QEMU_FLOOR)
+        yield from check_known_nodes(connection.getCapabilities())
     except libvirt.libvirtError as error:
         yield Finding("qemu", Verdict.FAIL, str(error), "install qemu-system-x86")
     finally:

@@ -6,7 +6,11 @@ import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from virtfabric.adapters.sysfs import Sysfs
 from virtfabric.cli.findings import Finding, Verdict
+from virtfabric.domxml.parse import parse_xml
+from virtfabric.model.errors import VirtfabricError
+from virtfabric.model.units import CpuSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
@@ -66,14 +70,29 @@ def check_new_memory(root: Path = Path("/")) -> Iterator[Finding]:
         yield Finding(name, Verdict.WARN, detail, mend)
 
 
+def check_known_nodes(capabilities: str, root: Path = Path("/")) -> Iterator[Finding]:
+    """Whether libvirt knows each NUMA node with memory: of a later one it learns at a restart."""
+    name = "libvirt nodes"
+    try:
+        cells = parse_xml(capabilities, what="capabilities").findall("host/topology/cells/cell")
+        nodes = Sysfs(root / "sys", root / "proc").read_nodes().items()
+    except (OSError, VirtfabricError) as error:
+        yield Finding(name, Verdict.WARN, f"NUMA nodes cannot be read: {error}")
+        return
+    known = CpuSet(int(cell.get("id", "0")) for cell in cells)
+    unknown = CpuSet({n for n, node in nodes if node.memory_total and not node.cpus} - known)
+    if unknown:
+        detail = f"libvirt does not know node {unknown}, and refuses a guest that names it"
+        mend = "systemctl restart libvirtd (or virtqemud); guests run on"
+        yield Finding(name, Verdict.WARN, detail, mend)
+    else:
+        yield Finding(name, Verdict.OK, f"libvirt knows node {known}")
+
+
 def check_nodes(host: Json, capacity: CapacityConfig) -> Iterator[Finding]:
     """Each NUMA node of which nothing is granted, as the agent sees it, and why."""
     for number, why in host["withheld"].items():
-        mend = "systemctl restart libvirtd (or virtqemud); guests run on"
-        late = "libvirt" in why
-        yield Finding(
-            f"node {number}", Verdict.WARN, f"nothing of it is granted: {why}", mend if late else ""
-        )
+        yield Finding(f"node {number}", Verdict.WARN, f"nothing of it is granted: {why}")
     cxl = [str(node["node"]) for node in host["memory"] if node["tier"] == "cxl"]
     if cxl and capacity.memory is not None:
         detail = (

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.amounts import Tier
-from virtfabric.model.errors import VirtfabricError
+from virtfabric.model.errors import HypervisorError, VirtfabricError
 from virtfabric.model.host import NumaNode
 from virtfabric.model.units import Bytes, CpuSet
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 _CAPACITY: Final = "capacity"
 _UNKNOWN: Final = "unknown nodes"
+_RESTART: Final = "restart of libvirtd"
 _UNKNOWN_NODE: Final = "libvirt does not know it: restart libvirtd (guests run on)"
 
 
@@ -146,6 +147,7 @@ class HostWatch:
         self._restarted_for &= unknown
         if not unknown:
             self._notices.settle(_UNKNOWN)
+            self._notices.settle(_RESTART)
             return
         self._notices.alert(
             _UNKNOWN,
@@ -184,7 +186,10 @@ class HostWatch:
                 return
             self._restarted_for = self._unknown
             self._audit.append("libvirt.restarted", [], {"for_nodes": sorted(wanted)})
-            self._restarter.restart()
+            try:
+                self._restarter.restart()
+            except HypervisorError as error:
+                self._notices.alert(_RESTART, f"libvirtd could not be restarted: {error}")
 
     def _find_work(self) -> str:
         """What a restart of libvirtd would cut off: a plan of ours, a guest's job."""

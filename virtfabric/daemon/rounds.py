@@ -112,11 +112,11 @@ class Rounds:
         self._conductor.unfinished.finish()
         self._lifecycle.resync()
         self._lifecycle.devices.look_soon()
-        self.look_at_memory()
         residual = {r.guest for r in self._ledger.view().books.residues}
         for guest in residual - self._ledger.view().busy:
             self._lifecycle.converge([guest], "retry of a residue")
         self._drift.check()
+        self.look_at_memory()
 
     def look_at_memory(self) -> None:
         """Something of the host's memory may have changed: what can be granted first."""

@@ -79,7 +79,7 @@ def test_unreachable_libvirt_prints_nothing_itself(capfd):
 def test_libvirts_own_test_driver_is_reachable():
     pytest.importorskip("libvirt")
     findings = list(check_hypervisor("test:///default"))
-    assert [f.name for f in findings] == ["libvirt", "qemu"]
+    assert [f.name for f in findings] == ["libvirt", "qemu", "libvirt nodes"]
     assert findings[0].verdict is Verdict.OK
 
 

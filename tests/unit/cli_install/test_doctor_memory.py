@@ -1,9 +1,17 @@
 """What doctor says of CXL tools, new memory, and nodes of which nothing is granted."""
 
+from pathlib import Path
+
 import pytest
 
+from virtfabric.adapters.pci.record import lay_out
 from virtfabric.cli.findings import Verdict
-from virtfabric.cli.memorychecks import check_new_memory, check_nodes, check_tools
+from virtfabric.cli.memorychecks import (
+    check_known_nodes,
+    check_new_memory,
+    check_nodes,
+    check_tools,
+)
 from virtfabric.config import CapacityConfig
 from virtfabric.model.units import GIB, Bytes
 
@@ -55,6 +63,25 @@ def test_a_kernel_without_hotplug(cxl, tmp_path_factory):
     assert next(check_new_memory(tmp_path_factory.mktemp("plain"))).verdict is Verdict.OK
 
 
+@pytest.mark.parametrize(
+    ("cells", "verdict", "words"),
+    [("0", Verdict.WARN, "does not know node 1,3"), ("0123", Verdict.OK, "knows node 0-3")],
+)
+def test_nodes_that_libvirt_does_not_know(tmp_path, cells, verdict, words):
+    machine = Path(__file__).parents[2] / "data/machines/lab-cxl-states"
+    lay_out(machine, tmp_path)  # node 2 has no memory online
+    listed = "".join(f"<cell id='{n}'/>" for n in cells)
+    capabilities = f"<capabilities><host><topology><cells>{listed}</cells></topology></host>"
+    [finding] = check_known_nodes(f"{capabilities}</capabilities>", tmp_path)
+    assert (finding.verdict, words in finding.detail) == (verdict, True), finding
+    assert ("restart libvirtd" in finding.mend) == (verdict is Verdict.WARN)
+
+
+def test_nodes_that_cannot_be_read(tmp_path):
+    [finding] = check_known_nodes("<capabilities/>", tmp_path)
+    assert (finding.verdict, finding.mend) == (Verdict.WARN, "")
+
+
 def test_nodes_of_which_nothing_is_granted():
     host = {
         "withheld": {
@@ -65,8 +92,8 @@ def test_nodes_of_which_nothing_is_granted():
     }  # fmt: skip
     stale, absent = check_nodes(host, CapacityConfig())
     assert (stale.name, stale.verdict) == ("node 2", Verdict.WARN)
-    assert "systemctl restart libvirtd" in stale.mend
-    assert (absent.name, absent.mend) == ("node 7", "")
+    assert "libvirt does not know it" in stale.detail
+    assert (absent.name, "counts when it comes" in absent.detail) == ("node 7", True)
     *_, total = check_nodes(host | {"withheld": {}}, CapacityConfig(memory=Bytes(8 * GIB)))
     assert "nothing is granted of CXL node 2" in total.detail
     assert "node2 = ..." in total.mend

@@ -283,6 +283,11 @@ def test_a_restart_that_fails_is_not_tried_again_and_again(restarting):
     world.settle()
     assert restarter.count == 1
     assert alerts(world, "does not know NUMA node 1")
+    assert alerts(world, "could not be restarted: systemctl restart libvirtd: Job failed")
+    world.host.restart()
+    world.settle()
+    assert not alerts(world, "libvirt")
+    assert granted(world) == {1: GIB}
 
 
 def test_without_one_configured_nobody_restarts_anything(world):
