@@ -186,7 +186,7 @@ class Agent:
     def reconfigure(self, settings: Settings, topology: HostTopology, capacity: Capacity) -> None:
         """Take over a reloaded configuration (SIGHUP)."""
         self._settings = settings
-        self._hostwatch.configure(settings.capacity_of)
+        self._hostwatch.configure(settings.capacity_of, capacity)
         self._observatory.reconfigure(
             topology, self._hostwatch.bound(capacity), settings.pools,
             lend_ballooned=settings.lend_ballooned,

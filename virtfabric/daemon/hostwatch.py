@@ -59,16 +59,17 @@ class HostWatch:
         self._audit = audit
         self._restarter = restarter
         self._capacity_of = capacity_of
+        self._capacity = observatory.capacity
         self._lock = threading.Lock()
         self._known: frozenset[int] = frozenset()
         self._unknown: frozenset[int] = frozenset()
         self._restarted_for: frozenset[int] = frozenset()
         self._leaving: dict[int, str] = {}
 
-    def configure(self, capacity_of: CapacityOf) -> None:
-        """From now on this is what may be granted; a look has to follow."""
+    def configure(self, capacity_of: CapacityOf, capacity: Capacity) -> None:
+        """From now on this is what may be granted, and of the host as it is; a look must follow."""
         with self._lock:
-            self._capacity_of = capacity_of
+            self._capacity_of, self._capacity = capacity_of, capacity
 
     def look(self) -> None:
         """Follow, and restart libvirtd where that is configured, needed, and in nobody's way.
@@ -93,17 +94,21 @@ class HostWatch:
                 return
             unknown = self._find_unknown(topology)
             topology = _with_cpus_of(self._observatory.topology, topology)
-            try:
-                capacity = self._capacity_of(topology)
-            except VirtfabricError as error:
-                text = f"what may be granted stays as it was before the host changed: {error}"
-                self._notices.alert(_CAPACITY, text)
-                capacity = self._observatory.capacity
-            else:
-                self._notices.settle(_CAPACITY)
+            self._resolve(topology)
             self._tell_unknown(unknown)
             guests = self._observatory.guests.values()
-            self._take_over(_with_lost_nodes(topology, guests), self.bound(capacity))
+            self._take_over(_with_lost_nodes(topology, guests), self.bound(self._capacity))
+
+    def _resolve(self, topology: HostTopology) -> None:
+        try:
+            self._capacity = self._capacity_of(topology)
+        except VirtfabricError as error:
+            text = f"what may be granted stays as it was before the host changed: {error}"
+            self._notices.alert(_CAPACITY, text)
+            left = {n: most for n, most in self._capacity.cxl.items() if n in topology.cxl_nodes}
+            self._capacity = replace(self._capacity, cxl=left)
+        else:
+            self._notices.settle(_CAPACITY)
 
     def bound(self, capacity: Capacity) -> Capacity:
         """A capacity without what is withheld, as far as is known from the last look."""

@@ -127,13 +127,26 @@ def test_a_capacity_that_makes_no_sense_any_more_stays_as_it_was(build):
             raise ConfigError("capacity.memory.node0 = 9GiB is more than the node's 8GiB")
         return limit(topology)
 
-    world.agent._hostwatch.configure(capacity_of)
+    world.agent._hostwatch.configure(capacity_of, world.capacity)
     come(world)
     assert world.agent.host(aw.ROOT)["capacity"]["memory"] == 1600 * MIB
     assert granted(world) == {1: 0}
     assert alerts(world, "node0 = 9GiB is more than")
     go(world)
     assert not alerts(world, "node0 = 9GiB is more than")
+
+
+def test_what_is_gone_is_not_granted_whatever_the_configuration_says(world):
+    come(world)
+    assert granted(world) == {1: GIB}
+
+    def capacity_of(topology):
+        raise ConfigError("capacity.memory.node0 = 9GiB is more than the node's 8GiB")
+
+    world.agent._hostwatch.configure(capacity_of, world.agent._observatory.capacity)
+    go(world)
+    assert alerts(world, "stays as it was")
+    assert world.agent.host(aw.ROOT)["capacity"]["cxl"] == 0
 
 
 def test_pcpus_are_followed_by_a_reload_only(world):
