@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from virtfabric.ports import DeviceTree, GuestReader
 
 GLANCE_S: Final = 5.0
-"""How long somebody who asks waits for a fresh look at the functions; a client gives up after 25."""
+"""How long somebody who asks waits for a fresh look at functions; a client gives up after 25."""
 
 
 def _structure(guest: GuestState) -> GuestState:
