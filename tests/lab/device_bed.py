@@ -138,7 +138,13 @@ class DeviceBed:
 
     def boot(self, name: str) -> None:
         """Start it and wait for its userland."""
-        self.lab.run(f"rm -f {console(name)}; virsh -q start {name}", timeout_s=400)
+        start = f"virsh -q start {name} 2>&1"
+        self.lab.run(
+            f"rm -f {console(name)}; said=$({start}) && exit; "
+            # the agent was busy for longer than a hook may wait, and its hook says so
+            f'case $said in *retry*) {start};; *) echo "$said"; exit 1;; esac',
+            timeout_s=400,
+        )
         self.lab.wait(f"grep -aqs VFREADY {console(name)}", timeout_s=300)
 
     def stop(self, name: str) -> None:
