@@ -125,7 +125,7 @@ class DeviceBed:
         """A guest with four root ports, a policy, and `devices` in it."""
         policy = (
             "<metadata><v:policy xmlns:v='urn:virtfabric:policy:1' version='1' "
-            f"priority='{priority}'><v:cpu reservation='200m' limit='2'/>"
+            f"priority='{priority}'><v:cpu reservation='1500m' limit='2'/>"
             f"<v:memory reservation='192MiB' limit='192MiB'/>{devices}</v:policy></metadata>"
         )
         xml = self.lab.run("cat /opt/virtfabric/lab/guest.xml")
