@@ -13,9 +13,9 @@ What the guest prints on its serial console, one line each:
     VFDEV gone net eth0
 
 VFREADY comes once, when hot-plug is served; VFSTAT then about every second. VFDEV comes with a
-NIC that was plugged in (before or after VFREADY), which is up then and answers at the link-local IPv6 address of its MAC
-address; with an NVMe disk, whose first 256 KiB were written and read past every cache (MD5); and
-when either goes.
+NIC that was plugged in (before or after VFREADY), which is up then and answers at the link-local
+IPv6 address of its MAC address; with an NVMe disk, whose first 256 KiB were written and read past
+every cache (MD5); and when either goes.
 """
 
 from __future__ import annotations

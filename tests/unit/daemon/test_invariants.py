@@ -502,3 +502,18 @@ def test_a_victim_of_an_admission_is_capped_at_what_it_still_holds() -> None:
             life.nobody_is_wronged()
     finally:
         life.teardown()
+
+
+def test_what_was_bound_for_a_guest_that_is_gone_goes_home_though_its_first_undo_failed() -> None:
+    """A random life found it: the guest was gone, and with it the undo of the binding."""
+    life = Life()
+    try:
+        life.stop_or_start("web")
+        life.allocate("pinned", "4", "+512M", "no", lease=True)
+        life.allocate("batch", "2", "", "yes", lease=True)
+        life.allocate("batch", "", "+128M", "no", lease=False)
+        life.a_step_fails(Effect.VANISH, Phase.VERIFY, 2, undo_fails=True)
+        life.journal_and_audit_are_whole()
+        life.no_function_is_lost_leaked_or_shared()
+    finally:
+        life.teardown()
