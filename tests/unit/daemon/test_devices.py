@@ -437,9 +437,10 @@ def test_what_a_guest_keeps_is_in_quarantine_also_when_its_undo_is_finished_late
     assert allocate(world, "web", memory="+64M")["state"] == "failed"
     [address] = world.functions_of("web")
 
-    world.agent._rounds.look_over()
+    world.agent._conductor.unfinished.finish()
     world.settle()
     assert world.functions_of("web") == [address]
+    assert any(address in alert for alert in world.agent.status(aw.ROOT)["alerts"])
     assert "did not let go" in quarantine(world)[address]
     assert [r["what"] for r in world.guest("web")["residues"]] == ["device"]
 
