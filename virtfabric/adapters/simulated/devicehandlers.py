@@ -39,6 +39,7 @@ class _OfHost(SimulatedHandler[S], Generic[S]):
     """A change of the host's alone; libvirt tells nobody of it."""
 
     event = None
+    of_host = True
 
     @property
     def devices(self) -> SimulatedDevices:

@@ -18,6 +18,7 @@ from virtfabric.adapters.simulated.guest import (
     write_policy,
 )
 from virtfabric.model.errors import (
+    DeviceError,
     GuestGoneError,
     HypervisorError,
     InvalidValueError,
@@ -61,6 +62,8 @@ class SimulatedHandler(Generic[S]):
     event: EventKind | None = EventKind.TUNABLE
     """What libvirt tells of such a change; None for nothing."""
     event_detail = ""
+    of_host = False
+    """Whether it changes the host alone: neither guest nor libvirt is missed."""
 
     def __init__(self, host: SimulatedHost) -> None:
         self.host = host
@@ -157,10 +160,14 @@ class SimulatedHandler(Generic[S]):
             self.host.stop_guest(step.guest)
         if effect is Effect.DISCONNECT:
             self.host.disconnect()
-        self.host.running(step.guest)  # raises for the two above
+        if not self.of_host:
+            self.host.running(step.guest)  # raises for the two above
+        elif effect is not Effect.FAIL:
+            return
         if phase in (Phase.VERIFY, Phase.VERIFIED):
             raise VerificationError(f"{step.describe()}: the kernel shows something else")
-        raise HypervisorError(f"{step.describe()}: internal error: simulated")
+        failure = DeviceError if self.of_host else HypervisorError
+        raise failure(f"{step.describe()}: internal error: simulated")
 
     def _hold(self, fault: Fault, step: Step, context: StepContext | None) -> None:
         deadline = self.host.clock.monotonic() + getattr(step, "deadline_s", float("inf"))
