@@ -161,7 +161,10 @@ class LabHost:
         self.wait("! pgrep -f '[v]irtfabric.cli.agentd' > /dev/null", "the agent ends")
 
     def start_guest(self, guest: LabGuest) -> subprocess.CompletedProcess[str]:
-        """Define a guest and start it by virsh, so that libvirt's hook asks the agent."""
+        """Define a guest and start it by virsh, so that libvirt's hook asks the agent.
+
+        The hook waits 5 s for it; in a slow lab that may be too short, and it says "retry".
+        """
         # the shim imports what plain users of the other methods need not have installed
         from virtfabric.shim.lab.payload import format_sample_guest
 
@@ -169,7 +172,12 @@ class LabHost:
         self.write(place, format_sample_guest(guest.name, metadata_xml=guest.policy_xml))
         self.do(f"virsh -q define {place}")
         self.guests.append(guest)
-        return self.run(f"virsh start {guest.name}")
+        done = self.run(f"virsh start {guest.name}")
+        for _ in range(3):
+            if not done.returncode or "retry" not in done.stderr:
+                break
+            done = self.run(f"virsh start {guest.name}")
+        return done
 
     def wait_ready(self, guest: LabGuest) -> None:
         """Until the guest's userland takes hot-plug."""

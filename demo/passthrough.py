@@ -211,7 +211,7 @@ class Demo:
         )
         for words, reason in (
             ("batch --device net.vf", "no-capacity"),
-            ("database --device net.uplink", "device-in-use"),
+            ("batch --device net.uplink", "device-in-use"),
             ("database --device crypto.slice", "unknown-capability"),
         ):
             said = self.run(f"allocate {words}", _REFUSED)

@@ -87,6 +87,7 @@ class Conductor:
     def tell_moves(self, moved: Callable[[], None]) -> None:
         """Whom to tell when functions may have become free; it must not block."""
         self._settlement.tell_moves(moved)
+        self.unfinished.tell_moves(moved)
 
     def place_decision(self, deadline_s: float) -> Place:
         """A placer of decisions, with this deadline for each step that needs a guest."""

@@ -49,6 +49,11 @@ class Undone(NamedTuple):
     left: int = 0
     withheld: bool = False
 
+    @property
+    def complete(self) -> bool:
+        """Whether nothing is left of the step, so that nobody needs to undo it again."""
+        return not (self.left or self.withheld)
+
 
 def is_withheld(step: Step, undone: Iterable[Undone]) -> bool:
     """Whether a step must not be undone since its guest keeps a function that it was to lose.
@@ -57,9 +62,15 @@ def is_withheld(step: Step, undone: Iterable[Undone]) -> bool:
     driver, none of its group may go back to the host, and without its VLAN it would be in another
     network. All of these go to quarantine, with the way back.
     """
-    return isinstance(step, BindDriver | SetUpVf | LimitLink) and any(
-        one.left and isinstance(one.step, AttachFunction) and one.step.guest == step.guest
-        for one in undone
+    return any(one.left and is_prepared_for(step, one.step) for one in undone)
+
+
+def is_prepared_for(step: Step, attach: Step) -> bool:
+    """Whether a step prepared the host for a function that this one attached."""
+    return (
+        isinstance(step, BindDriver | SetUpVf | LimitLink)
+        and isinstance(attach, AttachFunction)
+        and attach.guest == step.guest
     )
 
 

@@ -46,8 +46,11 @@ class DeviceDesk:
         self._watch = watch
 
     def show(self) -> list[Json]:
-        """Every function, by address, with who has it and why it cannot be assigned."""
-        self._observatory.refresh_devices()
+        """Every function, by address, with who has it and why it cannot be assigned.
+
+        As last seen, where the kernel does not tell in time.
+        """
+        self._observatory.glance_at_devices()
         snapshot = self._observatory.snapshot()
         holders = holders_of(snapshot)
         return [

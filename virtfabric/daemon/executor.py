@@ -13,7 +13,7 @@ import threading
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from virtfabric.daemon.custody import Undone, is_withheld, residues_of
+from virtfabric.daemon.custody import Undone, is_prepared_for, is_withheld, residues_of
 from virtfabric.model.errors import (
     JournalError,
     ShortfallError,
@@ -25,7 +25,7 @@ from virtfabric.ports import StepState
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
-    from virtfabric.model.ids import TransactionId
+    from virtfabric.model.ids import GuestId, TransactionId
     from virtfabric.model.ledger import Residue
     from virtfabric.model.step import Step
     from virtfabric.ports import Clock, Handlers, Journal
@@ -125,13 +125,19 @@ class Execution:
         self._total = 0
         self.residues: list[Residue] = []
         self.skipped: list[tuple[Step, str]] = []
+        self._half_done: set[int] = set()
         self.undone: list[Undone] = []
         self.outside = outside
 
     @property
     def applied(self) -> tuple[Step, ...]:
-        """Steps that changed something, in order."""
-        return tuple(step for _, step in self._done)
+        """Steps that came about, in order."""
+        return tuple(step for index, step in self._done if index not in self._half_done)
+
+    @property
+    def touched(self) -> frozenset[GuestId]:
+        """Guests for whom something was changed, or may have been."""
+        return frozenset(step.guest for _, step in self._done)
 
     def extend(self, steps: Sequence[Step]) -> None:
         """Journal further steps; what was waiting before is dropped (it was planned anew).
@@ -183,10 +189,13 @@ class Execution:
         self._journal.mark(self._txn, index, StepState.VERIFIED)
 
     def _skip(self, index: int, step: Step, error: VirtfabricError) -> None:
-        """An optional step did not come about: what it leaves shows when the guest is read."""
+        """An optional step did not come about: what it leaves shows when the guest is read.
+
+        It may be half done: should the plan be undone after all, so is this.
+        """
         log.warning("%s: %s; the rest is a residue", step, error)
-        self._journal.mark(self._txn, index, StepState.SKIPPED)
-        self._done.pop()
+        self._journal.mark(self._txn, index, StepState.APPLIED)
+        self._half_done.add(index)
         self.skipped.append((step, str(error)))
 
     def rollback(self) -> list[str]:
@@ -196,35 +205,43 @@ class Execution:
             What could not be undone (text for the outcome); the journal entry of such a step
             stays as it is, so that the next start of the agent tries again.
         """
-        problems: list[str] = []
+        failed: list[tuple[Step, str]] = []
         self._progress.leave("undoing")
         while self._done:
             index, step = self._done.pop()
             self._progress.progress(0.0, f"undoing: {step.inverse()}")
-            if is_withheld(step, self.undone):
-                self._note(index, Undone(step, withheld=True))
+            waits_for = next((one for one, _ in failed if is_prepared_for(step, one)), None)
+            if waits_for is not None:
+                # the guest may have it still, and must not find itself in another network
+                failed.append((step, f"not before {waits_for.inverse()}"))
                 continue
             try:
-                left = self._handlers.for_step(step).undo(step)
+                undone = self._undo(step)
             except VirtfabricError as error:
                 why = f"{error}; {error.advice}" if error.advice else str(error)
                 log.error("cannot undo %s: %s", step, why)
-                problems.append(f"{step.inverse()}: {error}")
-                continue
+                failed.append((step, str(error)))
             except Exception as error:
                 # a defect in one handler must not keep the others from undoing theirs
                 why = f"internal error ({type(error).__name__}: {error})"
                 log.error("cannot undo %s: %s", step, why)
                 log.debug("cannot undo %s", step, exc_info=True)
-                problems.append(f"{step.inverse()}: {why}")
-                continue
-            self._note(index, Undone(step, left))
-        return problems
+                failed.append((step, why))
+            else:
+                self._note(index, undone)
+        return [f"{step.inverse()}: {why}" for step, why in failed]
+
+    def _undo(self, step: Step) -> Undone:
+        if is_withheld(step, self.undone):
+            return Undone(step, withheld=True)
+        return Undone(step, self._handlers.for_step(step).undo(step))
 
     def _note(self, index: int, undone: Undone) -> None:
         self.undone.append(undone)
         now = self._clock.now()
         self.residues += residues_of(undone.step, undone.left, now, "left by an undo")
+        if not undone.complete:
+            return  # should it be undone anew, later or after a crash, the books still need to know
         with contextlib.suppress(JournalError):
             # the disk may be full: the undo is what counts, and repeating it is safe
             self._journal.mark(self._txn, index, StepState.UNDONE)

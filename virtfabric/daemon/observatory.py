@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import threading
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from virtfabric.daemon.glance import Glance
 from virtfabric.model.device import DeviceInventory, Link
 from virtfabric.model.guest import RunState
 from virtfabric.model.ledger import HostSnapshot
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.ids import GuestId, TransactionId
     from virtfabric.ports import DeviceTree, GuestReader
+
+GLANCE_S: Final = 5.0
+"""How long somebody who asks waits for a fresh look at functions; a client gives up after 25."""
 
 
 def _structure(guest: GuestState) -> GuestState:
@@ -60,6 +64,7 @@ class Observatory:
         self._capacity = capacity
         self._devices = DeviceInventory(pools=pools)
         self._reading_devices = threading.Lock()
+        self._glance = Glance(self.refresh_devices)
         self._lend_ballooned = lend_ballooned
 
     @property
@@ -112,6 +117,10 @@ class Observatory:
         if _device_structure(known) != _device_structure(functions):
             self._ledger.touch()
         return frozenset(known.keys() - functions.keys())
+
+    def glance_at_devices(self) -> None:
+        """As `refresh_devices`, for a caller who rather has what was seen last than wait long."""
+        self._glance.within(GLANCE_S)
 
     @property
     def guests(self) -> dict[GuestId, GuestState]:

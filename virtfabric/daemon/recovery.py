@@ -19,7 +19,7 @@ from virtfabric.ports import StepState, TransactionState
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from virtfabric.model.ledger import Books, Residue
+    from virtfabric.model.ledger import Books
     from virtfabric.model.step import Step
     from virtfabric.ports import (
         AuditLog,
@@ -52,8 +52,7 @@ def recover(
         books = replace(books, generation=books.generation + 1)
         outcome = {"state": "undone", "why": "the agent was cut off", "recovered": True}
         journal.close(transaction.id, TransactionState.UNDONE, outcome, books)
-        touched = {one.step.guest for one in left}
-        _record(audit, transaction, [r for r in books.residues if r.guest in touched])
+        _record(audit, transaction, left, books)
     return books
 
 
@@ -87,11 +86,15 @@ def _undo(step: Step, handlers: Handlers) -> int:
         raise
 
 
-def _record(audit: AuditLog, transaction: JournalledTransaction, residues: list[Residue]) -> None:
+def _record(
+    audit: AuditLog, transaction: JournalledTransaction, left: Collection[Undone], books: Books
+) -> None:
+    touched = {one.step.guest for one in left}
+    residues = [r for r in books.residues if r.guest in touched]
     body = transaction.body
     subjects = [transaction.id, str(body.get("request", ""))]
     subjects += sorted({s.step.guest for s in transaction.steps})
-    undone = [str(s.step.inverse()) for s in reversed(transaction.steps) if s.state in TOUCHED]
+    undone = [str(one.step.inverse()) for one in left if not one.withheld]
     audit.append(
         "plan.recovered",
         [s for s in subjects if s],

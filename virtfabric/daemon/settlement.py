@@ -232,7 +232,7 @@ class Settlement:
         error: Exception,
     ) -> None:
         """Take back what was applied because of `error`; what cannot be is tried again later."""
-        touched = {s.guest for s in execution.applied}
+        touched = execution.touched
         problems = execution.rollback()
         body: dict[str, Any] = {
             "title": work.title, "request": work.request, "txn": txn, "why": str(error),
@@ -259,7 +259,7 @@ class Settlement:
             log.warning("cannot read back after an undo: %s", again)
 
     def _close_undone(
-        self, txn: TransactionId, execution: Execution, touched: set[GuestId], why: str
+        self, txn: TransactionId, execution: Execution, touched: frozenset[GuestId], why: str
     ) -> None:
         residues = tuple(execution.residues)
         outcome = {"state": "undone", "why": why, "residues": [r.to_json() for r in residues]}

@@ -11,10 +11,13 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.daemon.recovery import books_after, undo_transaction
+from virtfabric.model.devicesteps import AttachFunction
 from virtfabric.model.errors import VirtfabricError
 from virtfabric.ports import TransactionState
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.model.ids import TransactionId
     from virtfabric.ports import AuditLog, Clock, Handlers, Journal, JournalledTransaction
@@ -35,6 +38,11 @@ class Unfinished:
         self._clock = clock
         self._lock = threading.Lock()
         self._waiting: set[TransactionId] = set()
+        self._moved: Callable[[], None] = lambda: None
+
+    def tell_moves(self, moved: Callable[[], None]) -> None:
+        """Whom to tell when functions may have become free, or doubtful; it must not block."""
+        self._moved = moved
 
     def __contains__(self, txn: object) -> bool:
         return txn in self._waiting
@@ -76,3 +84,5 @@ class Unfinished:
         subjects = [transaction.id, str(transaction.body.get("request", "")), *sorted(touched)]
         self._audit.append("plan.undone", [s for s in subjects if s], body)
         log.info("transaction %s is undone now", transaction.id)
+        if any(isinstance(one.step, AttachFunction) for one in left):
+            self._moved()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import argparse
+
 import pytest
 
+from virtfabric.cli import main
 from virtfabric.cli.arguments import join_signed, parse_since
 from virtfabric.cli.screen import Table, clean, format_plain
 from virtfabric.cli.session import exit_code
@@ -179,3 +182,12 @@ def test_remarks_name_the_tier():
     assert remarks == (
         "CXL memory 512MiB of 1GiB granted; still holds 4MiB CXL memory; still holds 1MiB memory"
     )
+
+
+@pytest.mark.parametrize("command", main.MODULE_OF)
+def test_a_command_that_is_loaded_alone_is_the_same_command(command: str) -> None:
+    def help_of(parser: main.CommandParser) -> str:
+        (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
+        return str(commands.choices[command].format_help())
+
+    assert help_of(main.build_parser(command)) == help_of(main.build_parser())

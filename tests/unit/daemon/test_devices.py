@@ -424,6 +424,94 @@ def test_an_attach_that_cannot_be_undone_is_a_residue_and_in_quarantine(world):
     assert world.frozen() == before
 
 
+def cut_undo_short(world, effect):
+    """For when web gets memory and a function: it keeps the one, the undo of the other fails."""
+    world.host.faults.keeps_functions.add(aw.uuid_of(50))
+    world.host.faults.add(Fault(Effect.FAIL, Phase.VERIFY, kind="attach-function"))
+    return world.host.faults.add(Fault(effect, Phase.UNDO, kind="resize-virtio-mem"))
+
+
+def test_what_a_guest_keeps_is_in_quarantine_also_when_its_undo_is_finished_later(world):
+    before = world.frozen()
+    cut_undo_short(world, Effect.FAIL)
+    assert allocate(world, "web", memory="+64M")["state"] == "failed"
+    [address] = world.functions_of("web")
+
+    world.agent._conductor.unfinished.finish()
+    world.settle()
+    assert world.functions_of("web") == [address]
+    assert any(address in alert for alert in world.agent.status(aw.ROOT)["alerts"])
+    assert "did not let go" in quarantine(world)[address]
+    assert [r["what"] for r in world.guest("web")["residues"]] == ["device"]
+
+    world.host.faults.clear()
+    world.agent._rounds.look_over()
+    world.settle()
+    assert quarantine(world) == {}
+    assert world.frozen() == before
+
+
+def test_what_a_guest_keeps_is_in_quarantine_also_after_sigkill_in_mid_undo(world):
+    before = world.frozen()
+    crash = cut_undo_short(world, Effect.CRASH)
+    world.agent.allocate(aw.ROOT, "web", {"device:net.vf": "+1", "memory": "+64M"})
+    assert crash.reached.wait(aw.DEADLINE_S)
+    world.kill_agent()
+    world.host.faults.keeps_functions.add(aw.uuid_of(50))
+    [address] = world.functions_of("web")
+
+    world.restart_agent()
+    assert "did not let go" in quarantine(world)[address]
+    world.host.faults.clear()
+    world.agent._rounds.look_over()
+    world.settle()
+    assert quarantine(world) == {}
+    assert world.frozen() == before
+
+
+def test_a_function_stays_set_up_for_a_guest_until_its_attach_is_undone(world):
+    before = world.frozen()
+    world.host.faults.add(Fault(Effect.FAIL, Phase.VERIFY, kind="attach-function"))
+    world.host.faults.add(Fault(Effect.FAIL, Phase.UNDO, kind="attach-function", times=-1))
+    assert allocate(world, "web")["state"] == "failed"
+    [address] = world.functions_of("web")
+    function = world.host.devices.read_functions()[PciAddress(address)]
+    assert (function.driver, function.settings.vlan) == (VFIO_PCI, 7)
+
+    world.host.faults.clear()
+    world.agent._rounds.look_over()
+    world.settle()
+    assert quarantine(world) == {}
+    assert world.frozen() == before
+
+
+def test_a_way_home_that_failed_half_way_is_undone_with_its_plan(world):
+    assert allocate(world, "web")["state"] == "done"
+    before = world.frozen()
+    # the driver is gone, and its check says that it is not; then the plan cannot be committed
+    world.host.faults.add(Fault(Effect.DISCONNECT, Phase.APPLIED, kind="bind-driver"))
+    world.host.faults.add(Fault(Effect.FAIL, Phase.VERIFY, kind="bind-driver"))
+    assert allocate(world, "web", want="-1")["state"] == "failed"
+    world.host.reconnect()
+    world.settle()
+    assert world.frozen() == before
+    assert len(held(world, "web")) == 1
+    assert world.journal.open_transactions() == ()
+
+
+def test_a_way_home_that_failed_half_way_is_undone_after_sigkill(world):
+    assert allocate(world, "web")["state"] == "done"
+    before = world.frozen()
+    world.host.faults.add(Fault(Effect.FAIL, Phase.VERIFY, kind="set-up-vf"))
+    crash = world.host.faults.add(Fault(Effect.CRASH, Phase.APPLY, kind="bind-driver"))
+    world.agent.allocate(aw.ROOT, "web", {"device:net.vf": "-1"})
+    assert crash.reached.wait(aw.DEADLINE_S)
+    world.kill_agent()
+    world.restart_agent()
+    world.settle()
+    assert world.frozen() == before
+
+
 # -- asked for in a policy ----------------------------------------------------------------------
 
 

@@ -316,15 +316,38 @@ class Life(RuleBasedStateMachine):
         if self.taken_out:
             self.world.host.devices.plug(self.taken_out.pop())
 
-    @rule(name=names)
-    def an_attach_fails_and_cannot_be_undone(self, name: str) -> None:
+    @rule(name=names, undo_fails=st.sampled_from(["", "attach-function", "resize-virtio-mem"]))
+    def an_attach_fails_and_cannot_be_undone(self, name: str, undo_fails: str) -> None:
         guest = aw.uuid_of(NAMES[name])
         self.world.host.faults.keeps_functions.add(guest)
         self.world.host.faults.add(Fault(Effect.FAIL, Phase.VERIFY, kind="attach-function"))
-        done = self.world.finish(self._ask_for(name, {"device:net.vf": "+1"}))
+        if undo_fails:
+            self.world.host.faults.add(Fault(Effect.FAIL, Phase.UNDO, kind=undo_fails))
+        done = self.world.finish(self._ask_for(name, {"device:net.vf": "+1", "memory": "+64M"}))
         assert done["state"] in ("refused", "failed"), done
+        self.world.agent._conductor.unfinished.finish()
         self.world.host.faults.clear()
         self.world.agent._lifecycle.enqueue(self.world.agent._rounds.look_over)
+
+    @rule(
+        name=names,
+        kind=st.sampled_from(["reset-function", "set-up-vf", "bind-driver"]),
+        phase=phases,
+        undone=st.booleans(),
+    )
+    def a_way_home_fails(self, name: str, kind: str, phase: Phase, undone: bool) -> None:
+        """A function cannot be restored; then perhaps libvirt goes away before all is committed."""
+        before = self._frozen()
+        self.world.host.faults.add(Fault(Effect.FAIL, phase, kind=kind))
+        if undone:
+            self.world.host.faults.add(Fault(Effect.DISCONNECT, Phase.APPLY, kind="bind-driver"))
+        job = self.world.finish(self._ask_for(name, {"device:net.vf": "-1"}))
+        assert job["state"] in ("done", "refused", "failed"), job
+        self.world.host.faults.clear()
+        self.world.host.reconnect()
+        self.world.settle()
+        if job["state"] != "done":
+            self._check_frozen(before, job)
 
     @rule(name=names, cpu=st.integers(0, CORES - 1))
     def pinned_by_hand(self, name: str, cpu: int) -> None:
@@ -500,5 +523,20 @@ def test_a_victim_of_an_admission_is_capped_at_what_it_still_holds() -> None:
         for name in ("database", "pinned", "database"):
             life.stop_or_start(name)
             life.nobody_is_wronged()
+    finally:
+        life.teardown()
+
+
+def test_what_was_bound_for_a_guest_that_is_gone_goes_home_though_its_first_undo_failed() -> None:
+    """A random life found it: the guest was gone, and with it the undo of the binding."""
+    life = Life()
+    try:
+        life.stop_or_start("web")
+        life.allocate("pinned", "4", "+512M", "no", lease=True)
+        life.allocate("batch", "2", "", "yes", lease=True)
+        life.allocate("batch", "", "+128M", "no", lease=False)
+        life.a_step_fails(Effect.VANISH, Phase.VERIFY, 2, undo_fails=True)
+        life.journal_and_audit_are_whole()
+        life.no_function_is_lost_leaked_or_shared()
     finally:
         life.teardown()

@@ -18,6 +18,7 @@ from virtfabric.adapters.simulated.guest import (
     write_policy,
 )
 from virtfabric.model.errors import (
+    DeviceError,
     GuestGoneError,
     HypervisorError,
     InvalidValueError,
@@ -25,7 +26,6 @@ from virtfabric.model.errors import (
     StepCancelledError,
     VerificationError,
 )
-from virtfabric.model.ids import HOST_ITSELF
 from virtfabric.model.mark import MARK_NAMESPACE
 from virtfabric.model.plan import (
     Definition,
@@ -63,7 +63,7 @@ class SimulatedHandler(Generic[S]):
     """What libvirt tells of such a change; None for nothing."""
     event_detail = ""
     of_host = False
-    """Whether the step changes the host alone: it can fail also when its guest is gone."""
+    """Whether it changes the host alone: neither guest nor libvirt is missed."""
 
     def __init__(self, host: SimulatedHost) -> None:
         self.host = host
@@ -160,12 +160,14 @@ class SimulatedHandler(Generic[S]):
             self.host.stop_guest(step.guest)
         if effect is Effect.DISCONNECT:
             self.host.disconnect()
-        fails_alone = self.of_host and effect is Effect.FAIL
-        if step.guest != HOST_ITSELF and not fails_alone:
+        if not self.of_host:
             self.host.running(step.guest)  # raises for the two above
+        elif effect is not Effect.FAIL:
+            return
         if phase in (Phase.VERIFY, Phase.VERIFIED):
             raise VerificationError(f"{step.describe()}: the kernel shows something else")
-        raise HypervisorError(f"{step.describe()}: internal error: simulated")
+        failure = DeviceError if self.of_host else HypervisorError
+        raise failure(f"{step.describe()}: internal error: simulated")
 
     def _hold(self, fault: Fault, step: Step, context: StepContext | None) -> None:
         deadline = self.host.clock.monotonic() + getattr(step, "deadline_s", float("inf"))
