@@ -192,7 +192,7 @@ def test_undo_of_a_step_of_the_host_fails_without_its_guest_as_well(world):
     world.host.stop_guest(DATABASE)
     world.host.faults.add(Fault(Effect.FAIL, Phase.UNDO, kind=BIND.kind))
     handler = world.handlers.for_step(BIND)
-    with pytest.raises(HypervisorError):
+    with pytest.raises(DeviceError):
         handler.undo(BIND)
     assert world.observe(BIND).shown.driver == BIND.after
     assert handler.undo(BIND) == 0
