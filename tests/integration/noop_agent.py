@@ -37,7 +37,7 @@ class IdleHandler:
 def main() -> int:
     """Runs the agent with idle handlers."""
     idle = tuple(IdleHandler(kind) for kind in STEP_TYPES)
-    for name, handlers in (("libvirt_handlers", idle), ("pci_handlers", ())):
+    for name, handlers in (("libvirt_handlers", idle), ("pci_handlers", ()), ("cxl_handlers", ())):
         if not hasattr(real, name):
             sys.exit(f"noop_agent: virtfabric.adapters.libvirt has no {name} now")
         setattr(real, name, lambda *_where, handlers=handlers: handlers)
