@@ -7,17 +7,10 @@ import re
 from datetime import datetime
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
-from virtfabric.daemon.intake import (
-    DEVICE,
-    parse_device,
-    parse_duration,
-    parse_policy_changes,
-    parse_tier,
-    parse_want,
-    parse_wish,
-)
+from virtfabric.daemon.intake import parse_policy_changes, parse_wish
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.units import Bytes, MilliCpu
+from virtfabric.model.want import DEVICE, parse_device, parse_duration, parse_tier, parse_want
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
