@@ -216,7 +216,7 @@ def parse_links(messages: bytes) -> Iterator[str]:
             length, what = _ATTRIBUTE.unpack_from(messages, attribute)
             if what == _NAME:
                 name = messages[attribute + _ATTRIBUTE.size : attribute + length]
-                yield name.rstrip(b"\0").decode(errors="replace")
+                yield name.partition(b"\0")[0].decode(errors="replace")
             attribute += max(_aligned(length), _ATTRIBUTE.size)
         at += max(_aligned(size), _HEADER.size)
 
