@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterable, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from virtfabric.model.cxl import Condition, HostMemory
-    from virtfabric.model.device import PciAddress, PciFunction
+    from virtfabric.model.device import DeviceNews, PciAddress, PciFunction
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import HostTopology
     from virtfabric.model.ids import GuestId, TransactionId
@@ -65,13 +65,24 @@ class Restarter(Protocol):
 class DeviceTree(Protocol):
     """The host's PCIe functions; repeating is safe."""
 
-    def read_functions(self) -> dict[PciAddress, PciFunction]:
+    def read_functions(
+        self,
+        only: Collection[PciAddress] | None = None,
+        settings: Collection[PciAddress] | None = None,
+    ) -> dict[PciAddress, PciFunction]:
         """All functions, bridges and ports included, with how the host uses them now.
 
         A function that vanishes while it is read is left out.
+
+        Args:
+            only: of functions other than these, the ones that decide whether they can be given
+                (IOMMU group, PF, ports above) and those that came or went, what was read last will
+                do. None: all are read.
+            settings: of VFs other than these, and of PFs other than theirs, the settings that were
+                read last will do. None: as `only`.
         """
 
-    def watch(self, changed: Callable[[], None]) -> None:
+    def watch(self, changed: Callable[[DeviceNews], None]) -> None:
         """Call `changed` from a thread of its own whenever a function comes, goes or is bound."""
 
     def close(self) -> None:

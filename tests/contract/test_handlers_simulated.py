@@ -502,7 +502,7 @@ def test_functions_that_a_definition_names(world):
 
 def test_tree_tells_of_changes(world):
     calls = []
-    world.host.devices.watch(lambda: calls.append(1))
+    world.host.devices.watch(calls.append)
     world.apply(BIND)
     world.host.remove_function(CRYPTO)
     assert len(calls) == 2

@@ -15,6 +15,7 @@ from virtfabric.adapters.sdnotify import ServiceNotifier
 from virtfabric.compose import Composition
 from virtfabric.config import load_config
 from virtfabric.dbus.service import Service
+from virtfabric.domxml.templates import load_templates
 from virtfabric.model.errors import VirtfabricError
 
 if TYPE_CHECKING:
@@ -87,6 +88,7 @@ async def _serve(args: argparse.Namespace, config: Config) -> None:
         manager.ready()
         log.info("ready: %s, state in %s", config.agent.uri, config.agent.state_dir)
         try:
+            await asyncio.to_thread(_warm_up)
             await _until_stopped(args, composition, manager, stop, reload)
         finally:
             log.info("stopping")
@@ -94,6 +96,14 @@ async def _serve(args: argparse.Namespace, config: Config) -> None:
             await service.close()
     finally:
         await asyncio.to_thread(composition.close)
+
+
+def _warm_up() -> None:
+    """After the start, which need not wait for it, and before the first guest wants a device."""
+    try:
+        load_templates()
+    except VirtfabricError as error:
+        log.error("no device can be given to a guest: %s", error)
 
 
 async def _until_stopped(

@@ -76,7 +76,7 @@ class Agent:
         self._ledger = Ledger(books)
         self._observatory = Observatory(
             world.guests, world.devices, self._ledger, topology, capacity, settings.pools,
-            lend_ballooned=settings.lend_ballooned,
+            clock=clock, lend_ballooned=settings.lend_ballooned,
         )  # fmt: skip
         self._authority = Authority(settings.group, settings.ceiling_for, settings.polkit)
         self._jobs = Jobs(self._notices)

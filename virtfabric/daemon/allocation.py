@@ -78,7 +78,7 @@ class Allocation:
         )
         self._check_ceiling(caller, request)
         if request.devices:
-            self._observatory.glance_at_devices()
+            self._observatory.glance_at_devices(request.devices)
         return request
 
     def _check_ceiling(self, caller: Caller, request: Request) -> None:

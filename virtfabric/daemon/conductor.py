@@ -211,7 +211,7 @@ class Conductor:
             confirmed = self._observatory.confirm(snapshot, touched - incoming)
             if plan.addresses:
                 # one that came, went or is used by the host now voids the generation
-                self._observatory.refresh_devices()
+                self._observatory.refresh_devices_of(plan)
         if not confirmed:
             return False
         free_part = _taken(decision, plan)

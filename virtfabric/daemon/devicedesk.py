@@ -77,7 +77,7 @@ class DeviceDesk:
             raise RefusedError(
                 Refusal(Reason.UNKNOWN_ID, f"{address} is not in quarantine (virtfabric devices)")
             )
-        self._observatory.refresh_devices()
+        self._observatory.refresh_devices([entry.address])
         self._observatory.refresh_all()
         problem = _insanity(self._observatory.snapshot(), entry)
         if problem is not None:

@@ -18,7 +18,7 @@ from virtfabric.daemon.custody import DEVICE, condemned, forfeited, quarantined
 from virtfabric.daemon.homeward import homeward, user_of
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.model.capability import device_key
-from virtfabric.model.device import VFIO_PCI, alias_of
+from virtfabric.model.device import VFIO_PCI, DeviceNews, PciAddress, alias_of
 from virtfabric.model.errors import Refusal, VirtfabricError
 from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.policy.arbiter import choose_allocation
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.observatory import Observatory
     from virtfabric.daemon.undertaking import Caps
     from virtfabric.model.decision import Decision
-    from virtfabric.model.device import Found, HeldFunction, PciAddress, Quarantine
+    from virtfabric.model.device import Found, HeldFunction, Quarantine
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import Books, HostSnapshot
@@ -78,6 +78,8 @@ class DeviceWatch:
         self._errands = errands
         self._await_plans = await_plans
         self._looking = threading.Event()
+        self._hearing = threading.Lock()
+        self._heard: list[DeviceNews] = []
         self._satisfying = threading.Event()
         self._quarantine: dict[PciAddress, Quarantine] = {}
         self._telling = threading.Lock()
@@ -87,8 +89,13 @@ class DeviceWatch:
 
     # -- being told -------------------------------------------------------------------------
 
-    def look_soon(self) -> None:
-        """Something about the host's functions may have changed; from any thread, never waits."""
+    def look_soon(self, news: DeviceNews | None = None) -> None:
+        """Something about the host's functions may have changed; from any thread, never waits.
+
+        None: nobody tells what.
+        """
+        with self._hearing:
+            self._heard.append(news or DeviceNews(None, self._clock.monotonic()))
         self._once(self._looking, self._look)
 
     def satisfy_soon(self) -> None:
@@ -111,11 +118,24 @@ class DeviceWatch:
 
     def start(self) -> None:
         """See what became of the functions in the books while nobody looked."""
-        self._look()
+        self._see(DeviceNews(None, self._clock.monotonic()))
 
     def _look(self) -> None:
-        """Read all functions anew: some are gone from their guests, some had a fatal error."""
-        self._observatory.refresh_devices()
+        """What was heard since the last time concerns all of it at once."""
+        with self._hearing:
+            heard, self._heard = self._heard, []
+        told = [news.functions for news in heard if news.functions is not None]
+        functions = frozenset[PciAddress]().union(*told)
+        if heard and (functions or len(told) < len(heard)):
+            about = functions if len(told) == len(heard) else None
+            self._see(DeviceNews(about, max(news.at for news in heard)))
+
+    def _see(self, news: DeviceNews) -> None:
+        """Read functions anew: some are gone from their guests, some had a fatal error.
+
+        What this agent did itself is news as well: mostly its plan has read it back by now.
+        """
+        self._observatory.refresh_devices(news.functions, settings=(), since=news.at)
         self._condemn()
         there = self._observatory.devices.functions
         for guest, holding in self._ledger.view().books.holdings.items():
@@ -135,7 +155,7 @@ class DeviceWatch:
 
     def _vanished(self, guest: GuestId, address: PciAddress) -> None:
         self._await_plans(guest)
-        self._observatory.refresh_devices()
+        self._observatory.refresh_devices([address], settings=())
         self._observatory.refresh([guest])
         if address not in self._observatory.devices.functions:
             self._lose(guest, address, "it is gone from the host", doubtful=False)

@@ -13,34 +13,34 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from virtfabric.ports import Clock
+
 log = logging.getLogger(__name__)
 
 
 class Glance:
     """Makes one look at a time, in a thread of its own. Thread-safe."""
 
-    def __init__(self, look: Callable[[], object]) -> None:
-        """`look` stores what it sees."""
-        self._look = look
-        self._lock = threading.Lock()
-        self._thread: threading.Thread | None = None
+    def __init__(self, clock: Clock) -> None:
+        self._clock = clock
+        self._looking = threading.Lock()
 
-    def within(self, seconds: float) -> bool:
-        """Look, or join the look that hangs; whether it ended in this time."""
-        with self._lock:
-            thread = self._thread
-            if thread is None or not thread.is_alive():
-                thread = threading.Thread(target=self._run, name="glance", daemon=True)
-                thread.start()
-                self._thread = thread
-        thread.join(seconds)
-        if thread.is_alive():
-            log.warning("the kernel does not tell of PCIe functions within %g s", seconds)
-            return False
-        return True
+    def within(self, seconds: float, look: Callable[[], object]) -> bool:
+        """Look, after the look that is being made; whether it ended in this time."""
+        until = self._clock.monotonic() + seconds
+        if self._looking.acquire(timeout=seconds):
+            thread = threading.Thread(target=self._run, args=(look,), name="glance", daemon=True)
+            thread.start()
+            thread.join(max(0.0, until - self._clock.monotonic()))
+            if not thread.is_alive():
+                return True
+        log.warning("the kernel does not tell of PCIe functions within %g s", seconds)
+        return False
 
-    def _run(self) -> None:
+    def _run(self, look: Callable[[], object]) -> None:
         try:
-            self._look()
+            look()
         except Exception:
             log.exception("looking at the PCIe functions failed")
+        finally:
+            self._looking.release()

@@ -9,13 +9,16 @@ Readers get immutable values and never wait for libvirt; `refresh*` reads, in th
 from __future__ import annotations
 
 import threading
-from dataclasses import replace
+from collections import deque
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.daemon.glance import Glance
 from virtfabric.model.device import DeviceInventory, Link
+from virtfabric.model.devicesteps import SetUpVf
 from virtfabric.model.guest import RunState
 from virtfabric.model.ledger import HostSnapshot
+from virtfabric.policy.pools import is_set_up, members
 
 if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
@@ -25,10 +28,42 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.ids import GuestId, TransactionId
-    from virtfabric.ports import DeviceTree, GuestReader
+    from virtfabric.model.plan import Plan
+    from virtfabric.ports import Clock, DeviceTree, GuestReader
 
 GLANCE_S: Final = 5.0
 """How long somebody who asks waits for a fresh look at functions; a client gives up after 25."""
+
+
+_LOOKS: Final = 8
+"""Looks at functions that are remembered; more than can have begun since anybody asked."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Look:
+    """What somebody saw of functions, or wants to see: None is all.
+
+    Attributes:
+        at: when it began, or was asked for.
+        functions: read anew.
+        settings: VFs whose settings were read anew.
+    """
+
+    at: float
+    functions: frozenset[PciAddress] | None
+    settings: frozenset[PciAddress] | None
+
+    def serves(self, asked: _Look) -> bool:
+        """Whether it saw all that was asked for, and later than it was."""
+        return (
+            self.at > asked.at
+            and _covers(self.functions, asked.functions)
+            and _covers(self.settings, asked.settings)
+        )
+
+
+def _covers(seen: frozenset[PciAddress] | None, asked: frozenset[PciAddress] | None) -> bool:
+    return seen is None or (asked is not None and asked <= seen)
 
 
 def _structure(guest: GuestState) -> GuestState:
@@ -53,6 +88,7 @@ class Observatory:
         capacity: Capacity,
         pools: tuple[DevicePool, ...],
         *,
+        clock: Clock,
         lend_ballooned: bool,
     ) -> None:
         self._reader = reader
@@ -64,7 +100,9 @@ class Observatory:
         self._capacity = capacity
         self._devices = DeviceInventory(pools=pools)
         self._reading_devices = threading.Lock()
-        self._glance = Glance(self.refresh_devices)
+        self._clock = clock
+        self._looks: deque[_Look] = deque(maxlen=_LOOKS)
+        self._glance = Glance(clock)
         self._lend_ballooned = lend_ballooned
 
     @property
@@ -104,23 +142,61 @@ class Observatory:
             self._topology, self._capacity = topology, capacity
         self._ledger.touch()
 
-    def refresh_devices(self) -> frozenset[PciAddress]:
-        """Read every PCIe function; what is answered are those that are gone since the last time.
+    def refresh_devices(
+        self,
+        only: Collection[PciAddress] | None = None,
+        settings: Collection[PciAddress] | None = None,
+        *,
+        since: float | None = None,
+    ) -> None:
+        """Read every PCIe function again, or `only` these and those that decide on them.
 
-        Who reads later stores later, so that an older look never replaces a newer one.
+        Who reads later stores later, so that an older look never replaces a newer one. A look that
+        somebody else made serves as well, if it began after this was asked for.
+
+        Args:
+            only: see `DeviceTree.read_functions`.
+            settings: VFs whose settings are read again; None for those of `only`.
+            since: monotonic seconds: a look that began later is new enough. None: this moment.
         """
+        functions = None if only is None else frozenset(only)
+        asked = _Look(
+            self._clock.monotonic() if since is None else since,
+            functions,
+            functions if settings is None else frozenset(settings),
+        )
         with self._reading_devices:
-            functions = self._tree.read_functions()
-            with self._lock:
-                known, pools = self._devices.functions, self._devices.pools
-                self._devices = DeviceInventory(functions, pools)
+            if not any(look.serves(asked) for look in self._looks):
+                self._look(replace(asked, at=self._clock.monotonic()))
+
+    def _look(self, look: _Look) -> None:
+        functions = self._tree.read_functions(look.functions, look.settings)
+        with self._lock:
+            known, pools = self._devices.functions, self._devices.pools
+            self._devices = DeviceInventory(functions, pools)
+        self._looks.append(look)
         if _device_structure(known) != _device_structure(functions):
             self._ledger.touch()
-        return frozenset(known.keys() - functions.keys())
 
-    def glance_at_devices(self) -> None:
-        """As `refresh_devices`, for a caller who rather has what was seen last than wait long."""
-        self._glance.within(GLANCE_S)
+    def glance_at_devices(self, capabilities: Collection[str] | None = None) -> None:
+        """As `refresh_devices`, for a caller who rather has what was seen last than wait long.
+
+        Args:
+            capabilities: settings of VFs with others will do as they were read last.
+        """
+        inventory, asked = self.devices, self._clock.monotonic()
+        vfs: list[PciAddress] | None = None
+        if capabilities is not None:
+            pooled = [one.address for c in capabilities for one in members(inventory, c)]
+            vfs = [address for address in pooled if is_set_up(inventory, address)]
+        self._glance.within(GLANCE_S, lambda: self.refresh_devices(settings=vfs, since=asked))
+
+    def refresh_devices_of(self, plan: Plan) -> None:
+        """As `refresh_devices`, of the functions that a plan works on."""
+        inventory = self.devices
+        pooled = {address for address in plan.addresses if is_set_up(inventory, address)}
+        steps = {step.address for step in plan.steps if isinstance(step, SetUpVf)}
+        self.refresh_devices(plan.addresses, pooled | steps)
 
     @property
     def guests(self) -> dict[GuestId, GuestState]:

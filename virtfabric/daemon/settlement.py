@@ -139,7 +139,7 @@ class Settlement:
         self._observatory.refresh(plan.guests - incoming)
         if plan.addresses:
             # a fatal error may be what made somebody give a function back
-            self._observatory.refresh_devices()
+            self._observatory.refresh_devices_of(plan)
 
     def _new_grant(self, work: Undertaking, decision: Decision | None, now: float) -> Grant | None:
         if decision is None:

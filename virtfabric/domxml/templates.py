@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 @cache
 def _environment() -> Environment:
-    # an eighth of the agent's start, and many a run of it writes no XML
+    # an eighth of the agent's start, and the client imports this as well
     from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
     return Environment(
@@ -24,6 +24,17 @@ def _environment() -> Environment:
         lstrip_blocks=True,
         auto_reload=False,
     )
+
+
+def load_templates() -> None:
+    """Read and compile all of them now, so that no request is the first to do so.
+
+    Raises:
+        InstallationError: as for `render`.
+    """
+    environment = _environment()
+    for name in environment.list_templates():
+        environment.get_template(name)
 
 
 def render(template: str, /, **values: object) -> str:

@@ -153,6 +153,19 @@ class PciFunction:
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceNews:
+    """That something about the host's functions or their uses has changed.
+
+    Attributes:
+        functions: it is about these only; None where it may be about any.
+        at: monotonic seconds: who reads later than this sees it.
+    """
+
+    functions: frozenset[PciAddress] | None
+    at: float
+
+
+@dataclass(frozen=True, slots=True)
 class VfSettings:
     """What a PF sets for one of its VFs; None leaves that setting alone.
 

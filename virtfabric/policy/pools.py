@@ -46,6 +46,12 @@ def pool_of(inventory: DeviceInventory, address: PciAddress) -> DevicePool | Non
     return next((pool for pool in inventory.pools if _matches(pool.match, function)), None)
 
 
+def is_set_up(inventory: DeviceInventory, address: PciAddress) -> bool:
+    """Whether its pool says what its PF is to keep for it."""
+    pool = pool_of(inventory, address)
+    return pool is not None and bool(pool.settings)
+
+
 def obstacles(inventory: DeviceInventory, address: PciAddress) -> tuple[str, ...]:
     """Why the host cannot give the function to any guest, one reason each; empty if it can."""
     function = inventory.functions.get(address)

@@ -10,8 +10,12 @@ import ctypes
 import json
 import threading
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from virtfabric.adapters.pci.inventory import SysfsDeviceTree
+
+if TYPE_CHECKING:
+    from virtfabric.model.device import DeviceNews
 
 PORT = "/devices/pci0000:00/0000:00:10.0"
 NIC = f"{PORT}/0000:01:00.0"
@@ -45,9 +49,11 @@ def main() -> None:
     bed.add(PORT, "pci", vendor="0x1b36", device="0x000c", **{"class": "0x060400"})
     tree, told = SysfsDeviceTree(), threading.Event()
     calls: list[str] = []
+    heard_of: list[list[str] | None] = []
 
-    def changed() -> None:
+    def changed(news: DeviceNews) -> None:
         calls.append(threading.current_thread().name)
+        heard_of.append(None if news.functions is None else sorted(news.functions))
         told.set()
 
     def heard(path: str, action: str) -> dict[str, object]:
@@ -72,11 +78,18 @@ def main() -> None:
     # umockdev tells no event of what is not there: the bus loses it first, as in the kernel
     (bed.sys / "bus/pci/devices/0000:01:00.0").unlink()
     seen["remove"] = heard(NIC, "remove")
+    about = dict(zip(seen, heard_of, strict=True))
+    bed.add("/devices/virtual/net/vnet0", "net", flags="0x1002")
+    heard("/devices/virtual/net/vnet0", "add")
+    about["vnet"] = heard_of[-1]
+    bed.add("/devices/virtual/block/dm-0", "block", dev="253:0")
+    heard("/devices/virtual/block/dm-0", "add")
+    about["dm"] = heard_of[-1]
     tree.close()
     count = len(calls)
     bed.tell(PORT, "change")
     alive = [thread.name for thread in threading.enumerate() if thread.name == "devices"]
-    print(json.dumps({"seen": seen, "threads": sorted(set(calls)), "alive": alive,
+    print(json.dumps({"seen": seen, "about": about, "threads": sorted(set(calls)), "alive": alive,
                       "after_close": len(calls) - count}))  # fmt: skip
 
 

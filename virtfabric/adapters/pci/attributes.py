@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import posixpath
 import re
+from functools import lru_cache
 from typing import TYPE_CHECKING, Final
 
-from virtfabric.model.device import Link, PciAddress
+from virtfabric.model.device import PciAddress
 from virtfabric.model.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -20,6 +21,7 @@ _SPEED: Final = re.compile(r"(\d+)(?:\.(\d))? GT/s( PCIe)?")
 _NO_WIDTH: Final = 255  # PCIE_LNK_WIDTH_UNKNOWN
 
 
+@lru_cache(maxsize=1 << 14)
 def parse_address(text: str) -> PciAddress | None:
     """The address that a name of sysfs is; None for any other name."""
     try:
@@ -54,6 +56,16 @@ class Attributes:
         """The configuration space as far as this process may read it."""
         return self._sys.data(f"{self.home}/config", limit) or b""
 
+    def capability(self, offset: int | None, size: int) -> bytes:
+        """A piece of the configuration space; empty for None, and where it cannot be read."""
+        if offset is None:
+            return b""
+        return self._sys.piece(f"{self.home}/config", offset, size) or b""
+
+    def among(self, names: re.Pattern[str]) -> frozenset[str]:
+        """Which files and directories of these names the function has."""
+        return frozenset(self._sys.inodes(self.home, names))
+
     def target(self, name: str) -> str | None:
         """The last part of where a link leads."""
         link = self._sys.link(f"{self.home}/{name}")
@@ -78,44 +90,12 @@ class Attributes:
         found = {int(name.removeprefix("virtfn")): self.function(name) for name in links}
         return {number: vf for number, vf in sorted(found.items()) if vf is not None}
 
-    def link(self) -> Link:
-        """The PCIe link above the function.
+    def speed(self, name: str) -> int:
+        """A file with the speed of a link, MT/s; 0 where it is not told.
 
         Raises:
             InvalidValueError: names the file.
         """
-        return Link(
-            speed=self._speed("current_link_speed"),
-            width=self._width("current_link_width"),
-            speed_max=self._speed("max_link_speed"),
-            width_max=self._width("max_link_width"),
-        )
-
-    def fatal_errors(self) -> int | None:
-        """Fatal errors counted by AER: its own, and at a root port those that reached it.
-
-        An endpoint cannot be asked after a fatal error of its own: then its root port alone
-        counts it (drivers/pci/pcie/aer.c: aer_get_device_error_info, pci_rootport_aer_stats_incr;
-        Documentation/ABI/testing/sysfs-bus-pci-devices-aer_stats).
-
-        Raises:
-            InvalidValueError: names the file.
-        """
-        own = dict(
-            line.rsplit(maxsplit=1)
-            for line in (self._sys.text(f"{self.home}/aer_dev_fatal") or "").splitlines()
-            if " " in line
-        )
-        total = own.get("TOTAL_ERR_FATAL")
-        mine = None if total is None else self._number("aer_dev_fatal", total, 10)
-        arrived = self.number("aer_rootport_total_err_fatal")
-        return None if mine is None and arrived is None else (mine or 0) + (arrived or 0)
-
-    def is_there(self) -> bool:
-        """Whether the function can still be read."""
-        return self._sys.text(f"{self.home}/vendor") is not None
-
-    def _speed(self, name: str) -> int:
         text = self._sys.text(f"{self.home}/{name}")
         if text is None or text.startswith("Unknown"):
             return 0
@@ -124,9 +104,30 @@ class Attributes:
             raise InvalidValueError(self._path(name), text, "is not a link speed")
         return int(match[1]) * 1000 + int(match[2] or 0) * 100
 
-    def _width(self, name: str) -> int:
+    def width(self, name: str) -> int:
+        """A file with the width of a link; 0 where it is not told.
+
+        Raises:
+            InvalidValueError: names the file.
+        """
         width = self.number(name) or 0
         return 0 if width == _NO_WIDTH else width
+
+    def fatal_errors(self) -> int | None:
+        """Fatal errors that it counted itself (AER); None where it counts none.
+
+        Source: Documentation/ABI/testing/sysfs-bus-pci-devices-aer_stats.
+
+        Raises:
+            InvalidValueError: names the file.
+        """
+        counted = dict(
+            line.rsplit(maxsplit=1)
+            for line in (self._sys.text(f"{self.home}/aer_dev_fatal") or "").splitlines()
+            if " " in line
+        )
+        total = counted.get("TOTAL_ERR_FATAL")
+        return None if total is None else self._number("aer_dev_fatal", total, 10)
 
     def _number(self, name: str, text: str, base: int) -> int:
         try:

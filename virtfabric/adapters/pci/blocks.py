@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import posixpath
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.device import HostUse, UseKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping, Sequence
+    from collections.abc import Callable, Iterator, Mapping, Sequence
 
     from virtfabric.adapters.pci.tree import SysTree
 
@@ -39,7 +39,7 @@ class Block:
     number: str
     label: str
     holders: list[str]
-    above: list[str] = field(default_factory=list)
+    above: list[str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,30 +51,38 @@ class _Users:
     btrfs: frozenset[str]
 
 
-def read_blocks(sys: SysTree) -> dict[str, Block]:
-    """Every block device by name."""
-    blocks = {}
-    for name in sys.names("class/block", _ANY):
-        home = sys.link(f"class/block/{name}")
-        if home is None:
-            continue
-        blocks[name] = Block(
-            name=name,
-            home=home,
-            number=sys.text(f"{home}/dev") or "",
-            label=sys.text(f"{home}/dm/name") or name,
-            holders=sys.names(f"{home}/holders", _ANY),
-        )
-    for block in blocks.values():
-        block.above += block.holders
-        disk = blocks.get(posixpath.basename(posixpath.dirname(block.home)))
-        if disk is not None:
-            disk.above.append(block.name)
-        # With multipath the namespace is a virtual device, and only its paths are below functions.
-        path = _PATH.fullmatch(block.name)
-        if path is not None:
-            block.above.append(f"nvme{path[1]}n{path[2]}")
+def read_blocks(sys: SysTree, asked: Callable[[str], bool]) -> dict[str, Block]:
+    """The block devices at places that are asked for and all that is made of them, by name."""
+    homes = {name: sys.link(f"class/block/{name}") for name in sys.names("class/block", _ANY)}
+    parts: dict[str, list[str]] = {}
+    for name, home in homes.items():
+        disk = posixpath.basename(posixpath.dirname(home or ""))
+        if disk in homes:
+            parts.setdefault(disk, []).append(name)
+    blocks: dict[str, Block] = {}
+    open_names = [name for name, home in homes.items() if home is not None and asked(home)]
+    while open_names:
+        name = open_names.pop()
+        home = homes.get(name)
+        if home is not None and name not in blocks:
+            blocks[name] = _read_block(sys, name, home, parts.get(name, []))
+            open_names += blocks[name].above
     return blocks
+
+
+def _read_block(sys: SysTree, name: str, home: str, parts: list[str]) -> Block:
+    holders = sys.names(f"{home}/holders", _ANY)
+    # With multipath the namespace is a virtual device, and only its paths are below functions.
+    path = _PATH.fullmatch(name)
+    heads = [] if path is None else [f"nvme{path[1]}n{path[2]}"]
+    return Block(
+        name=name,
+        home=home,
+        number=sys.text(f"{home}/dev") or "",
+        label=sys.text(f"{home}/dm/name") or name,
+        holders=holders,
+        above=[*holders, *parts, *heads],
+    )
 
 
 def read_block_users(sys: SysTree, proc: SysTree) -> _Users:

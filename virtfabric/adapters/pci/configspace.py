@@ -18,12 +18,12 @@ _HEADER_TYPE: Final = 0x0E
 _BRIDGE_HEADERS: Final = (1, 2)
 _EXTENDED: Final = 0x100
 _ACS: Final = 0x000D
-_ACS_BYTES: Final = 8
+ACS_BYTES: Final = 8
 _ACS_NEEDED: Final = 0x01 | 0x04 | 0x08 | 0x10
 """Source validation, request redirect, completion redirect, upstream forwarding."""
 _FIRST: Final = 0x34
 _EXPRESS: Final = 0x10
-_EXPRESS_BYTES: Final = 0x34
+EXPRESS_BYTES: Final = 0x34
 _LINK_CONTROL_2: Final = 0x30
 SPEEDS: Final = (2_500, 5_000, 8_000, 16_000, 32_000, 64_000)
 """MT/s of the generations 1 to 6."""
@@ -36,32 +36,51 @@ def parse_bridge(config: bytes) -> bool | None:
     return config[_HEADER_TYPE] & 0x7F in _BRIDGE_HEADERS
 
 
-def parse_acs(config: bytes) -> bool | None:
-    """Whether ACS isolates what is behind the function; None without such a capability to read.
+def is_silent(config: bytes) -> bool:
+    """Whether nothing answered: the space of a device that is off or in a reset is all ones."""
+    return not config[:_HEADER].strip(b"\xff")
+
+
+def find_acs(config: bytes) -> int | None:
+    """Where the ACS capability is; None without one to read."""
+    for offset, number in _extended_capabilities(config):
+        if number == _ACS and len(config) >= offset + ACS_BYTES:
+            return offset
+    return None
+
+
+def find_express(config: bytes) -> int | None:
+    """Where the PCI Express capability is; None without one to read."""
+    for offset, number in _capabilities(config):
+        if number == _EXPRESS and len(config) >= offset + EXPRESS_BYTES:
+            return offset
+    return None
+
+
+def parse_acs(capability: bytes) -> bool | None:
+    """Whether ACS isolates what is behind the function; None where this is no such capability.
 
     A control that the capability does not offer counts as hard-wired, as the kernel has it
     (drivers/pci/pci.c: pci_acs_flags_enabled).
     """
-    for offset, number in _extended_capabilities(config):
-        if number == _ACS and len(config) >= offset + _ACS_BYTES:
-            offered = int.from_bytes(config[offset + 4 : offset + 6], "little")
-            enabled = int.from_bytes(config[offset + 6 : offset + 8], "little")
-            needed = offered & _ACS_NEEDED
-            return enabled & needed == needed
-    return None
+    if len(capability) < ACS_BYTES or int.from_bytes(capability[:2], "little") != _ACS:
+        return None
+    offered = int.from_bytes(capability[4:6], "little")
+    enabled = int.from_bytes(capability[6:8], "little")
+    needed = offered & _ACS_NEEDED
+    return enabled & needed == needed
 
 
-def parse_target_speed(config: bytes) -> int | None:
+def parse_target_speed(capability: bytes) -> int | None:
     """MT/s that software lets the link below a port be trained to; None where that is not told.
 
     Link Control 2 is there from version 2 of the capability on, and may be hard-wired to 0.
     """
-    for offset, number in _capabilities(config):
-        if number == _EXPRESS and len(config) >= offset + _EXPRESS_BYTES:
-            target = config[offset + _LINK_CONTROL_2] & 0xF
-            version = config[offset + 2] & 0xF
-            return SPEEDS[target - 1] if version >= 2 and 0 < target <= len(SPEEDS) else None
-    return None
+    if len(capability) < EXPRESS_BYTES or capability[0] != _EXPRESS:
+        return None
+    target = capability[_LINK_CONTROL_2] & 0xF
+    version = capability[2] & 0xF
+    return SPEEDS[target - 1] if version >= 2 and 0 < target <= len(SPEEDS) else None
 
 
 def choose_recorded(config: bytes) -> dict[int, bytes]:
@@ -71,10 +90,10 @@ def choose_recorded(config: bytes) -> dict[int, bytes]:
     """
     pieces = {0: config[:_HEADER]}
     for offset, number in _capabilities(config):
-        size = _EXPRESS_BYTES if number == _EXPRESS else 2
+        size = EXPRESS_BYTES if number == _EXPRESS else 2
         pieces[offset] = config[offset : offset + size]
     for offset, number in _extended_capabilities(config):
-        size = _ACS_BYTES if number == _ACS else 4
+        size = ACS_BYTES if number == _ACS else 4
         pieces[offset] = config[offset : offset + size]
     return pieces
 

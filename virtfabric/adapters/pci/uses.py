@@ -16,11 +16,12 @@ from virtfabric.adapters.pci.blocks import find_reached, find_uses, read_block_u
 from virtfabric.model.device import HostUse, PciAddress, UseKind
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Mapping
+    from collections.abc import Collection, Iterable, Iterator, Mapping
 
     from virtfabric.adapters.pci.tree import SysTree
 
 _ANY: Final = re.compile(r".+")
+_TERMINAL: Final = re.compile(r"[\w-]+")
 _UP: Final = 1  # IFF_UP
 
 
@@ -55,20 +56,56 @@ class HostUses:
         self._interfaces.setdefault(address, set()).add(name)
 
 
-def read_uses(sys: SysTree, proc: SysTree, homes: Mapping[PciAddress, str]) -> HostUses:
-    """All uses of the functions at these places.
+def read_uses(
+    sys: SysTree,
+    proc: SysTree,
+    homes: Mapping[PciAddress, str],
+    asked: Collection[PciAddress],
+    displays: Collection[PciAddress],
+) -> HostUses:
+    """The uses of some of the functions at these places.
+
+    Args:
+        sys: the tree of devices.
+        proc: who has what mounted, and what is swap.
+        homes: all functions of the host: what is below one that is left out counts for its port.
+        asked: those of them whose uses are read.
+        displays: those of these that may be the boot display.
 
     Raises:
         InvalidValueError: a file does not have the form that the kernel documents.
     """
     above = {a: _owner(posixpath.dirname(home), homes) for a, home in homes.items()}
     uses = HostUses({address: parent for address, parent in above.items() if parent is not None})
+    places = _Places(sys, homes, asked)
     _add_bridges(uses)
-    _add_blocks(uses, sys, proc, homes)
-    _add_networks(uses, sys, homes)
-    _add_displays(uses, sys, homes)
-    _add_terminals(uses, sys, homes)
+    _add_blocks(uses, places, proc)
+    _add_networks(uses, places)
+    _add_displays(uses, places, displays)
+    _add_terminals(uses, places)
     return uses
+
+
+@dataclass(frozen=True, slots=True)
+class _Places:
+    """Where all functions are, and which of them are asked for."""
+
+    sys: SysTree
+    homes: Mapping[PciAddress, str]
+    asked: Collection[PciAddress]
+
+    def owner(self, path: str) -> PciAddress | None:
+        """Whose a device is; None where that function is not asked for."""
+        owner = _owner(path, self.homes)
+        return owner if owner in self.asked else None
+
+    def owned(self, directory: str, names: Iterable[str]) -> Iterator[tuple[str, str, PciAddress]]:
+        """Name, place and function of those devices of a class."""
+        for name in names:
+            home = self.sys.link(f"{directory}/{name}")
+            owner = None if home is None else self.owner(home)
+            if home is not None and owner is not None:
+                yield name, home, owner
 
 
 def _owner(path: str, homes: Mapping[PciAddress, str]) -> PciAddress | None:
@@ -83,17 +120,6 @@ def _owner(path: str, homes: Mapping[PciAddress, str]) -> PciAddress | None:
     return None
 
 
-def _owned(
-    sys: SysTree, directory: str, pattern: re.Pattern[str], homes: Mapping[PciAddress, str]
-) -> Iterator[tuple[str, str, PciAddress]]:
-    """Name, place and function of each device of a class that is below a function."""
-    for name in sys.names(directory, pattern):
-        home = sys.link(f"{directory}/{name}")
-        owner = _owner(home or "", homes)
-        if home is not None and owner is not None:
-            yield name, home, owner
-
-
 def _add_bridges(uses: HostUses) -> None:
     behind: dict[PciAddress, int] = {}
     for parent in uses.parents.values():
@@ -103,13 +129,12 @@ def _add_bridges(uses: HostUses) -> None:
         uses.add(address, HostUse(UseKind.BRIDGE, f"{what} directly behind it"))
 
 
-def _add_blocks(
-    uses: HostUses, sys: SysTree, proc: SysTree, homes: Mapping[PciAddress, str]
-) -> None:
-    blocks, users = read_blocks(sys), read_block_users(sys, proc)
+def _add_blocks(uses: HostUses, places: _Places, proc: SysTree) -> None:
+    blocks = read_blocks(places.sys, lambda home: places.owner(home) is not None)
+    users = read_block_users(places.sys, proc) if blocks else None
     for block in blocks.values():
-        owner = _owner(block.home, homes)
-        if owner is None:
+        owner = places.owner(block.home)
+        if owner is None or users is None:
             continue
         if not any(block.name in other.above for other in blocks.values()):
             heads = [name for name in block.above if name in blocks and _is_head(blocks[name].home)]
@@ -123,9 +148,10 @@ def _is_head(home: str) -> bool:
     return "/nvme-subsystem/" in home
 
 
-def _add_networks(uses: HostUses, sys: SysTree, homes: Mapping[PciAddress, str]) -> None:
-    for name, home, owner in _owned(sys, "class/net", _ANY, homes):
-        interface = Attributes(sys, home)
+def _add_networks(uses: HostUses, places: _Places) -> None:
+    names = places.sys.names("class/net", _ANY)
+    for name, home, owner in places.owned("class/net", names):
+        interface = Attributes(places.sys, home)
         uses.add_interface(owner, name)
         master = interface.target("master")
         if master is not None:
@@ -134,13 +160,14 @@ def _add_networks(uses: HostUses, sys: SysTree, homes: Mapping[PciAddress, str])
             uses.add(owner, HostUse(UseKind.NETWORK, f"{name} is up"))
 
 
-def _add_displays(uses: HostUses, sys: SysTree, homes: Mapping[PciAddress, str]) -> None:
-    for address, home in homes.items():
-        if Attributes(sys, home).word("boot_vga") == "1":
+def _add_displays(uses: HostUses, places: _Places, displays: Collection[PciAddress]) -> None:
+    for address in displays:
+        if Attributes(places.sys, places.homes[address]).word("boot_vga") == "1":
             uses.add(address, HostUse(UseKind.CONSOLE, "boot display"))
-    if not _has_framebuffer_console(sys):
+    frames = places.sys.names("class/graphics", re.compile(r"fb\d+"))
+    if not frames or not _has_framebuffer_console(places.sys):
         return
-    for name, _, owner in _owned(sys, "class/graphics", re.compile(r"fb\d+"), homes):
+    for name, _, owner in places.owned("class/graphics", frames):
         uses.add(owner, HostUse(UseKind.CONSOLE, f"console on {name}"))
 
 
@@ -152,10 +179,10 @@ def _has_framebuffer_console(sys: SysTree) -> bool:
     return False
 
 
-def _add_terminals(uses: HostUses, sys: SysTree, homes: Mapping[PciAddress, str]) -> None:
+def _add_terminals(uses: HostUses, places: _Places) -> None:
     """Serial ports that the kernel writes its messages to."""
-    home = sys.link("class/tty/console")
-    active = set(((home and sys.text(f"{home}/active")) or "").split())
-    pattern = re.compile("|".join(map(re.escape, sorted(active))) or "(?!)")
-    for name, _, owner in _owned(sys, "class/tty", pattern, homes):
+    home = places.sys.link("class/tty/console")
+    active = ((home and places.sys.text(f"{home}/active")) or "").split()
+    names = sorted({name for name in active if _TERMINAL.fullmatch(name)})
+    for name, _, owner in places.owned("class/tty", names):
         uses.add(owner, HostUse(UseKind.CONSOLE, f"kernel messages on {name}"))

@@ -3,8 +3,8 @@
 `UeventWatcher` hears of devices of some subsystems. `DeviceWatcher` hears of PCIe functions and
 their uses, from four sources, as none tells everything: uevents (functions, interfaces and disks
 come and go), route messages (an interface goes up or joins a bridge, which has no uevent), and the
-kernel's notes on /proc/self/mountinfo and /proc/swaps. They read no device and tell no detail:
-whoever listens reads the inventory anew.
+kernel's notes on /proc/self/mountinfo and /proc/swaps. They read no device. What they tell is which
+functions it may be about: whoever listens reads those anew.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ import logging
 import os
 import select
 import socket
+import struct
 import threading
 import time
 from contextlib import ExitStack, suppress
@@ -20,9 +21,15 @@ from typing import TYPE_CHECKING, Final
 
 import pyudev
 
+from virtfabric.adapters.pci.attributes import parse_address
+from virtfabric.adapters.pci.tree import SysTree
+from virtfabric.model.device import DeviceNews
+
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
     from pathlib import Path
+
+    from virtfabric.model.device import PciAddress
 
 LOG = logging.getLogger(__name__)
 SUBSYSTEMS: Final = ("pci", "net", "block")
@@ -31,6 +38,12 @@ QUIET_S: Final = 0.05
 LONGEST_S: Final = 0.5
 """A burst that does not end is told of this often."""
 _LINKS: Final = 1  # RTMGRP_LINK
+_NEW_LINK: Final = 16  # RTM_NEWLINK
+_NAME: Final = 3  # IFLA_IFNAME
+_HEADER: Final = struct.Struct("=IHHII")  # struct nlmsghdr
+_LINK_BYTES: Final = 16  # struct ifinfomsg
+_ATTRIBUTE: Final = struct.Struct("=HH")  # struct rtattr
+_VIRTUAL_LINKS: Final = "devices/virtual/net"
 _NOTED: Final = select.POLLPRI
 
 
@@ -86,8 +99,8 @@ class UeventWatcher:
         monitor.start()
 
         def drain() -> None:
-            while monitor.poll(0) is not None:
-                pass
+            while (device := monitor.poll(0)) is not None:
+                self._note(device.device_path)
 
         self._add(monitor.fileno(), select.POLLIN, drain)
 
@@ -109,10 +122,19 @@ class UeventWatcher:
         """Wait for an event; False when none came, or it is the end."""
         ready = self._poll.poll(None if timeout_s is None else timeout_s * 1000)
         for descriptor, _ in ready:
-            # EAGAIN ends a drain; ENOBUFS says that events were lost, which is an event as well.
-            with suppress(OSError):
+            try:
                 self._drains[descriptor]()
+            except BlockingIOError:  # the end of a drain
+                pass
+            except OSError:  # ENOBUFS: events were lost, which is an event as well
+                self._note_any()
         return bool(ready) and not self._ended
+
+    def _note(self, path: str) -> None:
+        """An event of the device at this path of sysfs."""
+
+    def _note_any(self) -> None:
+        """Something has happened to no device in particular."""
 
     def _note_end(self) -> None:
         # Only the thread itself sets this: until then it keeps open what `close` writes to.
@@ -128,10 +150,14 @@ class UeventWatcher:
 class DeviceWatcher(UeventWatcher):
     """Of PCIe functions and their uses."""
 
-    def __init__(self, changed: Callable[[], None], *, proc: Path) -> None:
-        """As for any; mounts and swap are those below `proc`."""
-        super().__init__(changed, SUBSYSTEMS, thread="devices")
-        self._proc = proc
+    def __init__(self, changed: Callable[[DeviceNews], None], *, sys: Path, proc: Path) -> None:
+        """As for any; interfaces are those of `sys`, mounts and swap those of `proc`."""
+        super().__init__(self._tell_news, SUBSYSTEMS, thread="devices")
+        self._told = changed
+        self._sys, self._proc = SysTree(sys), proc
+        self._about: set[PciAddress] = set()
+        self._about_any = False
+        self._at = 0.0
 
     def _listen(self, opening: ExitStack) -> None:
         super()._listen(opening)
@@ -146,12 +172,54 @@ class DeviceWatcher(UeventWatcher):
         route.bind((0, _LINKS))
 
         def drain() -> None:
-            while route.recv(1 << 16):
-                pass
+            while messages := route.recv(1 << 16):
+                for name in parse_links(messages):
+                    # A name that leads nowhere is an old one: another message has the new one.
+                    self._note(self._sys.link(f"class/net/{name}") or _VIRTUAL_LINKS)
 
         self._add(route.fileno(), select.POLLIN, drain)
 
     def _listen_to_file(self, path: Path, opening: ExitStack) -> None:
         with suppress(FileNotFoundError):  # a kernel without swap has no /proc/swaps
             file = opening.enter_context(path.open("rb"))
-            self._add(file.fileno(), _NOTED, lambda: None)
+            self._add(file.fileno(), _NOTED, self._note_any)
+
+    def _note(self, path: str) -> None:
+        found = [address for part in path.split("/") if (address := parse_address(part))]
+        if found:
+            self._about.add(found[-1])
+        elif _VIRTUAL_LINKS not in path:  # a guest's tap device, a bridge: no function has those
+            self._about_any = True
+        self._at = time.monotonic()
+
+    def _note_any(self) -> None:
+        self._about_any = True
+        self._at = time.monotonic()
+
+    def _tell_news(self) -> None:
+        about, self._about = self._about, set()
+        any_, self._about_any = self._about_any, False
+        self._told(DeviceNews(None if any_ else frozenset(about), self._at))
+
+
+def parse_links(messages: bytes) -> Iterator[str]:
+    """The interfaces that RTM_NEWLINK messages are about. Of one that goes a uevent tells.
+
+    Source: rtnetlink(7); linux/netlink.h, linux/rtnetlink.h, linux/if_link.h.
+    """
+    at = 0
+    while at + _HEADER.size <= len(messages):
+        size, kind, *_ = _HEADER.unpack_from(messages, at)
+        end = min(at + size, len(messages))
+        attribute = at + _HEADER.size + _LINK_BYTES
+        while kind == _NEW_LINK and attribute + _ATTRIBUTE.size <= end:
+            length, what = _ATTRIBUTE.unpack_from(messages, attribute)
+            if what == _NAME:
+                name = messages[attribute + _ATTRIBUTE.size : attribute + length]
+                yield name.partition(b"\0")[0].decode(errors="replace")
+            attribute += max(_aligned(length), _ATTRIBUTE.size)
+        at += max(_aligned(size), _HEADER.size)
+
+
+def _aligned(size: int) -> int:
+    return size + 3 & ~3

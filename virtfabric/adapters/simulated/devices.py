@@ -5,11 +5,13 @@ Its host locks. There is one truth: what sysfs shows is what is.
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.device import (
     VFIO_PCI,
+    DeviceNews,
     HostUse,
     Link,
     PciAddress,
@@ -21,7 +23,7 @@ from virtfabric.model.errors import DeviceError, DeviceGoneError, HypervisorErro
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable, Iterable
+    from collections.abc import Callable, Collection, Iterable
 
     from virtfabric.model.ids import GuestId
 
@@ -60,12 +62,16 @@ class SimulatedDevices:
     def __init__(self, lock: threading.RLock, functions: Iterable[SimulatedFunction] = ()) -> None:
         self._lock = lock
         self._functions = {one.shown.address: one for one in functions}
-        self._changed: Callable[[], None] | None = None
+        self._changed: Callable[[DeviceNews], None] | None = None
 
     # -- what the port asks ---------------------------------------------------------------------
 
-    def read_functions(self) -> dict[PciAddress, PciFunction]:
-        """All of them, by address."""
+    def read_functions(
+        self,
+        only: Collection[PciAddress] | None = None,
+        settings: Collection[PciAddress] | None = None,
+    ) -> dict[PciAddress, PciFunction]:
+        """All of them as they are now, by address."""
         with self._lock:
             found = {a: self._functions[a] for a in sorted(self._functions)}
             return {
@@ -73,7 +79,7 @@ class SimulatedDevices:
                 for a, one in found.items()
             }
 
-    def watch(self, changed: Callable[[], None]) -> None:
+    def watch(self, changed: Callable[[DeviceNews], None]) -> None:
         """Call `changed` at each change, in the thread that makes it."""
         self._changed = changed
 
@@ -114,20 +120,20 @@ class SimulatedDevices:
         """A function is there from now on."""
         with self._lock:
             self._functions[function.shown.address] = function
-        self._tell()
+        self._tell(function.shown.address)
 
     def remove(self, address: PciAddress) -> None:
         """A function is taken out without a word, whoever has it."""
         with self._lock:
             self._functions.pop(address, None)
-        self._tell()
+        self._tell(address)
 
     def change(self, address: PciAddress, **values: object) -> None:
         """The kernel shows something else of a function: `uses`, `driver`..."""
         with self._lock:
             found = self.find(address)
             found.shown = replace(found.shown, **values)  # type: ignore[arg-type]
-        self._tell()
+        self._tell(address)
 
     # -- for the handlers, under the host's lock ------------------------------------------------
 
@@ -197,9 +203,9 @@ class SimulatedDevices:
         self.open(address, guest)
         found.home = driver
 
-    def _tell(self) -> None:
+    def _tell(self, address: PciAddress) -> None:
         if self._changed is not None:
-            self._changed()
+            self._changed(DeviceNews(frozenset({address}), time.monotonic()))
 
 
 def small_devices() -> tuple[SimulatedFunction, ...]:
