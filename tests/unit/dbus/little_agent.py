@@ -252,6 +252,12 @@ class LittleAgent:
             raise RefusedError(Refusal(Reason.UNKNOWN_ID, f"{address} is not in quarantine"))
         return {"job": self.jobs_.start("release", lambda *_: {"steps": ["reset"]}).id}
 
+    def memory_release(self, caller, subject):
+        self._see(caller)
+        if subject != "0x100":
+            raise RefusedError(Refusal(Reason.UNKNOWN_ID, f"{subject} is not in quarantine"))
+        return {"job": self.jobs_.start("release", lambda *_: {"subject": subject}).id}
+
     def region_plan(self, caller, wants):
         self._see(caller)
         return PLAN_OF_REGION | {"wants": wants}

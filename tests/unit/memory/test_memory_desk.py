@@ -176,9 +176,10 @@ class Watched:
         self.memory: SimulatedMemory = small_host(clock).memory
         self.memory.cxl = machine.read()
         self.notices = Notices(clock)
+        self.judged: list[Mapping[Serial, Condition]] = []
         self.told: list[tuple[str, Mapping[str, Any]]] = []
         self.notices.subscribe(lambda notice: self.told.append((notice.kind, notice.body)))
-        self.desk = MemoryDesk(self.memory, self.notices)
+        self.desk = MemoryDesk(self.memory, self.notices, clock, self.judged.append)
         self.asked = threading.Event()
         self.ask = self.memory.read_conditions
 
