@@ -21,6 +21,7 @@ from virtfabric.policy.memoryfaults import (
     find_broken_pages,
     find_poison,
     find_removed,
+    guests_hit,
     in_force,
     nodes_of,
     remedy_for,
@@ -29,13 +30,14 @@ from virtfabric.policy.memoryfaults import (
 )
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection, Mapping
+    from collections.abc import Callable, Collection, Mapping, Sequence
 
     from virtfabric.daemon.jobs import Job, Jobs
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.notices import Notices
     from virtfabric.daemon.observatory import Observatory
     from virtfabric.model.cxl import Condition, HostMemory, Serial
+    from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import Books
     from virtfabric.model.memoryquarantine import MemoryQuarantine
     from virtfabric.ports import AuditLog, Clock, Journal, MemoryTree
@@ -155,7 +157,8 @@ class MemoryWatch:
             text = describe_fault(entry, snapshot, cxl)
             known = self._told.get(subject)
             if known is None or known.why != entry.why:
-                self._record("memory.quarantined", entry, {"text": text})
+                hit = guests_hit(entry, snapshot, cxl)
+                self._record("memory.quarantined", entry, hit, {"text": text})
             self._notices.alert(f"memory {subject}", text)
         for subject in self._told.keys() - entries.keys():
             self._notices.settle(f"memory {subject}")
@@ -170,10 +173,12 @@ class MemoryWatch:
             else:
                 self._notices.settle(topic)
 
-    def _record(self, kind: str, entry: MemoryQuarantine, more: Json) -> None:
+    def _record(
+        self, kind: str, entry: MemoryQuarantine, guests: Sequence[GuestId], more: Json
+    ) -> None:
         body = {"subject": entry.subject, "fault": entry.fault.value, "why": entry.why} | more
         try:
-            self._audit.append(kind, [entry.subject], body)
+            self._audit.append(kind, [entry.subject, *guests], body)
         except VirtfabricError as error:
             log.error("%s of %s cannot be recorded: %s", kind, entry.subject, error)
         self._notices.publish(kind, body)
@@ -216,7 +221,7 @@ class MemoryWatch:
                 )
                 if entry.subject in (e.subject for e in in_force(books.memory_quarantine)):
                     raise RefusedError(_worse(books.memory_quarantine[entry.subject]))
-                self._record("memory.released", entry, {"by": by})
+                self._record("memory.released", entry, (), {"by": by})
                 self._tell(memory.cxl)
             self._follow()
             return {"subject": entry.subject, "was": entry.why}

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from virtfabric.model.cxl import Condition, CxlInventory, HostMemory, Region, Serial
+    from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
 
     Quarantined = Mapping[str, MemoryQuarantine]
@@ -242,6 +243,12 @@ def _end(region: Region) -> str:
     if region.ours:
         return f"virtfabric memory region destroy {region.name}"
     return f"take down {region.name}, which was made by hand (daxctl offline-memory, cxl)"
+
+
+def guests_hit(entry: MemoryQuarantine, snapshot: HostSnapshot, cxl: CxlInventory) -> list[GuestId]:
+    """Guests that have memory which may lie there."""
+    names = {n for node in nodes_of(entry, cxl) for n in users_of_node(snapshot, node)}
+    return sorted(uuid for uuid, guest in snapshot.guests.items() if guest.name in names)
 
 
 def _users(snapshot: HostSnapshot, nodes: Iterable[int]) -> str:
