@@ -25,6 +25,7 @@ from virtfabric.policy.memoryfaults import (
     in_force,
     nodes_of,
     remedy_for,
+    remembered,
     with_faults,
     withheld_nodes,
 )
@@ -98,7 +99,8 @@ class MemoryWatch:
             if before is not None:
                 found += find_removed(before, memory, now)
             self._put(found, broken)
-            self._before = memory.cxl  # only now: what could not be stored is found again
+            # only now: what could not be stored is found again
+            self._before = remembered(before, memory)
             self._tell(memory.cxl)
             self._tell_dram(memory, broken)
 
@@ -221,12 +223,19 @@ class MemoryWatch:
                 )
                 if entry.subject in (e.subject for e in in_force(books.memory_quarantine)):
                     raise RefusedError(_worse(books.memory_quarantine[entry.subject]))
+                self._forget(entry)
                 self._record("memory.released", entry, (), {"by": by})
                 self._tell(memory.cxl)
             self._follow()
             return {"subject": entry.subject, "was": entry.why}
 
         return self._jobs.start(f"release of {entry.subject} from quarantine", run, uid=uid)
+
+    def _forget(self, entry: MemoryQuarantine) -> None:
+        """What is left of its region is known, and no news at the next look."""
+        if self._before is not None:
+            sound = [r for r in self._before.regions if entry.subject not in map(str, r.members)]
+            self._before = replace(self._before, regions=tuple(sound))
 
     def _find(self, subject: str) -> MemoryQuarantine:
         entry = self._ledger.view().books.memory_quarantine.get(subject)

@@ -74,6 +74,23 @@ def find_removed(before: CxlInventory, now: HostMemory, at: float) -> Iterator[M
                 )  # fmt: skip
 
 
+def remembered(before: CxlInventory | None, now: HostMemory) -> CxlInventory:
+    """What the next look is compared with: whole regions, also those of which a part is left.
+
+    The kernel takes a region apart piece by piece, and a look may come in between.
+    """
+    whole = [r for r in now.cxl.regions if r.nodes and None not in r.members]
+    places = {(r.window, r.base) for r in whole}
+    gone = [r for r in (before.regions if before else ()) if (r.window, r.base) not in places]
+    left = (
+        r
+        for r in gone
+        if any(is_orphan(now, n) for n in r.nodes)
+        or any(_is_rest_of(rest, r) for rest in now.cxl.regions)
+    )
+    return replace(now.cxl, regions=(*whole, *left))
+
+
 def _is_rest_of(now: Region, before: Region) -> bool:
     same_place = (now.window, now.base) == (before.window, before.base)
     return same_place and (None in now.members or now.members == before.members)

@@ -214,6 +214,23 @@ def test_a_pulled_memdev_after_a_restart_of_the_agent_and_of_the_host(world):
     assert (quarantined(world), withheld(world)) == ({}, set())
 
 
+def test_a_region_that_is_taken_apart_piece_by_piece(world):
+    """Looks come in between: the position is empty first, then the memdev is gone."""
+    (region,) = [r for r in world.host.memory.cxl.regions if FIRST in r.members]
+    world.host.memory.put_region(replace(region, members=(None,), committed=False))
+    world.settle()
+    assert quarantined(world) == {}
+    world.host.memory.put_region(replace(region, members=(None,), committed=False, dax=()))
+    world.settle()
+    world.host.memory.remove(FIRST)
+    world.settle()
+    assert quarantined(world)["0x100"]["fault"] == "removed"
+    assert quarantined(world)["0x100"]["nodes"] == [1]
+    assert release(world, "0x100")["state"] == "done"  # no memory is left that nothing answers for
+    look(world)
+    assert quarantined(world) == {}
+
+
 def test_a_memdev_that_leaves_in_good_order_is_none(world):
     (grant,) = world.agent.grants(aw.ROOT)
     world.finish(world.agent.release(aw.ROOT, grant["id"])["job"])
