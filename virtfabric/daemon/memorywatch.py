@@ -79,7 +79,8 @@ class MemoryWatch:
         self._follow = follow
         self._lock = threading.Lock()
         self._before: CxlInventory | None = None
-        self._told: dict[str, MemoryQuarantine] = {}
+        known = ledger.view().books.memory_quarantine
+        self._told = {entry.subject: entry for entry in in_force(known)}  # by an agent before
 
     # -- looking ----------------------------------------------------------------------------------
 

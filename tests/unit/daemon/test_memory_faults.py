@@ -172,6 +172,7 @@ def test_quarantine_outlives_the_agent(world):
     world.settle()
     assert (quarantined(world), withheld(world)) == (before, {"1"})
     assert "db 512MiB" in alert(world, "0x100 is poisoned")
+    assert [r.kind for r in world.audit.read(subject="0x100")] == ["memory.quarantined"]
 
 
 def test_a_memdev_without_a_region(world):
