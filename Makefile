@@ -4,7 +4,7 @@ VENV := .venv/bin
 # what fits CI of the lab tests; `make lab` runs all
 CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life cxl_lab passthrough_lab small_lab)
 
-.PHONY: help demo demo-passthrough test check lab lab-agent vagrant-box bench bench-passthrough clean setup setup-checks setup-lab setup-vagrant
+.PHONY: help demo demo-cxl demo-passthrough test check lab lab-agent vagrant-box bench bench-passthrough clean setup setup-checks setup-lab setup-vagrant
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -26,6 +26,9 @@ demo: setup  ## the main job on real guests, with a readable account of what hap
 
 demo-passthrough: setup-lab  ## PCIe functions of running guests, in a nested lab; some minutes
 	@$(VENV)/python demo/passthrough.py
+
+demo-cxl: setup-lab  ## CXL memory of a running guest, in a nested lab; some minutes
+	@$(VENV)/python demo/cxl.py
 
 check: setup-checks  ## lint, types, layers, unit and contract tests (under a minute)
 	$(VENV)/ruff format --check .

@@ -7,14 +7,16 @@ and `virsh` in the lab. It judges nothing.
 from __future__ import annotations
 
 import json
+import re
 import shlex
 import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from demo.devicechecker import Sight
+from demo.memorychecker import MemorySight
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMAND = (sys.executable, "-m", "virtfabric.cli.main", "lab")
@@ -43,11 +45,15 @@ class LabGuest:
 
     Attributes:
         devices: its policy's `<device>`: capability -> count, all reclaimable.
+        cpu: reservation and limit.
+        tiered: whether it may have CXL memory of node 1, see `format_tiered`.
     """
 
     name: str
     priority: int
     devices: tuple[tuple[str, int], ...] = ()
+    cpu: int = 2
+    tiered: bool = False
 
     @property
     def policy_xml(self) -> str:
@@ -56,11 +62,41 @@ class LabGuest:
             f'<device capability="{capability}" count="{count}" reclaimable="yes"/>'
             for capability, count in self.devices
         )
+        tiers = ' tiers="dram,cxl"' if self.tiered else ""
         return (
             '<virtfabric:policy xmlns:virtfabric="urn:virtfabric:policy:1" version="1"'
-            f' priority="{self.priority}"><cpu reservation="2" limit="2"/>'
-            f'<memory reservation="192MiB"/>{devices}</virtfabric:policy>'
+            f' priority="{self.priority}"><cpu reservation="{self.cpu}" limit="{self.cpu}"/>'
+            f'<memory reservation="192MiB"{tiers}/>{devices}</virtfabric:policy>'
         )
+
+
+def format_tiered(domain_xml: str) -> str:
+    """A domain of the lab, made ready for CXL memory: strict, all of it on node 0, room for more.
+
+    It may have memory on node 1: libvirt holds QEMU to the nodes that were named at its start.
+
+    Raises:
+        LabError: it is not of the form that the lab's guests have.
+    """
+    for found, better in _TIERED:
+        domain_xml, count = re.subn(found, better, domain_xml)
+        if count != 1:
+            raise LabError(f"the lab's guest has {count} of {found}")
+    return domain_xml
+
+
+_TIERED: Final = (
+    (r"<maxMemory [^>]*>\d+<", "<maxMemory slots='4' unit='MiB'>1024<"),
+    (
+        r"</vcpu>",
+        "</vcpu>\n  <numatune><memory mode='strict' nodeset='0-1'/>"
+        "<memnode cellid='0' mode='strict' nodeset='0'/></numatune>",
+    ),
+    (
+        r"<memory model='virtio-mem'>",
+        "<memory model='virtio-mem'>\n      <source><nodemask>0</nodemask></source>",
+    ),
+)
 
 
 class LabHost:
@@ -144,6 +180,10 @@ class LabHost:
         """Hook, bus policy, configuration; libvirtd again: it looks for hooks at its start."""
         self.do("virtfabric install > /dev/null && kill -HUP $(cat /run/dbus/pid)")
         self.write(CONFIG, INTERVALS + config)
+        self.restart_libvirtd()
+
+    def restart_libvirtd(self) -> None:
+        """Guests run on; it looks for hooks and NUMA nodes at its start."""
         self.do("kill $(pidof libvirtd)")
         self.wait("! pidof libvirtd > /dev/null", "libvirtd ends")
         self.do("libvirtd -d")
@@ -169,7 +209,8 @@ class LabHost:
         from virtfabric.shim.lab.payload import format_sample_guest
 
         place = f"/root/{guest.name}.xml"
-        self.write(place, format_sample_guest(guest.name, metadata_xml=guest.policy_xml))
+        xml = format_sample_guest(guest.name, metadata_xml=guest.policy_xml)
+        self.write(place, format_tiered(xml) if guest.tiered else xml)
         self.do(f"virsh -q define {place}")
         self.guests.append(guest)
         done = self.run(f"virsh start {guest.name}")
@@ -203,10 +244,19 @@ class LabHost:
             "functions": functions, "guests": [guest.name for guest in self.guests],
             "uplink": uplink,
         }  # fmt: skip
-        said = self.do(
-            f"python3 -I {CHECKOUT}/demo/devicesight.py {shlex.quote(json.dumps(asked))}"
+        return Sight.from_json(self._see("devicesight", asked))
+
+    def look_at_memory(self) -> MemorySight:
+        """What the lab's kernel, libvirt, `cxl`, `daxctl` and guests show of memory now."""
+        asked = {"guests": [guest.name for guest in self.guests]}
+        return MemorySight.from_json(self._see("memorysight", asked))
+
+    def _see(self, script: str, asked: dict[str, Any]) -> dict[str, Any]:
+        words = shlex.quote(json.dumps(asked))
+        seen: dict[str, Any] = json.loads(
+            self.do(f"python3 -I {CHECKOUT}/demo/{script}.py {words}")
         )
-        return Sight.from_json(json.loads(said))
+        return seen
 
     def cli_json(self, words: str) -> Any:
         """What `virtfabric WORDS --json` prints."""

@@ -7,20 +7,16 @@ check passed.
 
 from __future__ import annotations
 
-import argparse
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from demo import devicechecker as judge
-from demo.checker import Verdicts
-from demo.labhost import AGENT_LOG, INTERVALS, LabError, LabGuest, LabHost
-from demo.stage import Stage
+from demo.labhost import INTERVALS, LabError, LabGuest
+from demo.labplay import REFUSED, LabPlay, play
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -54,37 +50,12 @@ match = {{ address = "{UPLINK}" }}
 """
 BATCH = LabGuest(name="batch", priority=10, devices=(("net.vf", 1),))
 DATABASE = LabGuest(name="database", priority=90)
-_REFUSED = 3
 
 
-class Demo:
+class Demo(LabPlay):
     """The acts."""
 
-    def __init__(self, lab: LabHost, stage: Stage, *, patience_s: float) -> None:
-        """`patience_s`: how long kernel and guests may take to show what a command reported."""
-        self.lab = lab
-        self.stage = stage
-        self.verdicts = Verdicts()
-        self._patience_s = patience_s
-        self._drivers: dict[str, str] = {}
-        self._grants: list[str] = []
-
     # -- tools ------------------------------------------------------------------------------------
-
-    def run(self, words: str, code: int = 0) -> str:
-        """A `virtfabric` command in the lab, shown with its output; its exit code is a finding."""
-        done = self.lab.run(f"COLUMNS=150 virtfabric {words}")
-        self.stage.command(f"virtfabric {words}", done)
-        ok = done.returncode == code
-        found = "" if ok else f", found {done.returncode}"
-        self.note((ok, f"the command's exit code is {code}{found}"))
-        return done.stdout + done.stderr
-
-    def note(self, *findings: Finding) -> None:
-        """Takes findings down and shows them."""
-        for finding in findings:
-            self.verdicts.add(finding)
-        self.stage.findings(findings)
 
     def look(self) -> Sight:
         """The lab now."""
@@ -92,7 +63,7 @@ class Demo:
 
     def judge(self, expect: Callable[[Sight], list[Finding]]) -> Sight:
         """Looks until all is right or patience ends, and shows the pool."""
-        deadline = time.monotonic() + self._patience_s
+        deadline = time.monotonic() + self.patience_s
         seen = self.look()
         while not all(ok for ok, _ in expect(seen)) and time.monotonic() < deadline:
             seen = self.look()
@@ -106,11 +77,6 @@ class Demo:
         )
         self.note(*expect(seen))
         return seen
-
-    def _allocate(self, words: str) -> None:
-        self.run(f"allocate {words} --deadline 300")
-        grants = [grant["id"] for grant in self.lab.cli_json("grants")]
-        self._grants += [grant for grant in grants if grant not in self._grants]
 
     # -- acts -------------------------------------------------------------------------------------
 
@@ -171,7 +137,7 @@ class Demo:
         said = self.run("allocate database --device net.vf --dry-run")
         self.note(("shares the" in said, "the dry run names who shares something with it"))
         self.judge(lambda seen: [judge.expect_unchanged(seen, self.start)])
-        self._allocate("database --device net.vf --device storage.nvme")
+        self.allocate("database --device net.vf --device storage.nvme")
         self.judge(
             lambda seen: [
                 *judge.expect_holds(seen, "database", POOL, 2),
@@ -190,7 +156,7 @@ class Demo:
             "reset, and goes to the database.",
         )
         self.run("allocate database --device net.vf --dry-run")
-        self._allocate("database --device net.vf")
+        self.allocate("database --device net.vf")
         self.reclaimed = self.judge(
             lambda seen: [
                 *judge.expect_holds(seen, "database", POOL, 3),
@@ -214,14 +180,14 @@ class Demo:
             ("batch --device net.uplink", "device-in-use"),
             ("database --device crypto.slice", "unknown-capability"),
         ):
-            said = self.run(f"allocate {words}", _REFUSED)
+            said = self.run(f"allocate {words}", REFUSED)
             self.note((reason in said, f"it names the reason {reason}"))
         self.judge(lambda seen: [judge.expect_unchanged(seen, self.reclaimed)])
 
     def act_return(self) -> None:
         """The loan goes home."""
         self.stage.act("The database gives the second NIC back", "batch gets its NIC again.")
-        self.run(f"release {self._grants[-1]}")
+        self.run(f"release {self.grants[-1]}")
         self.judge(
             lambda seen: [
                 *judge.expect_holds(seen, "batch", VFS, 1),
@@ -235,7 +201,7 @@ class Demo:
     def act_story(self) -> None:
         """From the audit log alone."""
         self.stage.act("The story of the grant, from the audit log")
-        said = self.run(f"explain {self._grants[-1]}")
+        said = self.run(f"explain {self.grants[-1]}")
         told = all(name in said for name in ("database", "batch", "net.vf"))
         self.note((told, "the story names borrower, victim and what it was about"))
         self.run("audit --verify")
@@ -247,7 +213,7 @@ class Demo:
             "The database's grant ends and batch stops: every function goes back to the driver "
             "that it had.",
         )
-        self.run(f"release {self._grants[0]}")
+        self.run(f"release {self.grants[0]}")
         self.stage.command("virsh destroy batch", self.lab.run("virsh destroy batch"))
         self.judge(
             lambda seen: [
@@ -276,81 +242,18 @@ class Demo:
         self.put_back()
         self.note(judge.expect_host_as_found(self.look(), self.first))
 
-    def play(self, *, keep_going: bool = False) -> None:
-        """All acts; ends after the first act with a failed check, unless `keep_going`."""
-        acts = (
+    @property
+    def acts(self) -> tuple[Callable[[], None], ...]:
+        """In their order."""
+        return (
             self.set_up, self.act_pools, self.act_attach, self.act_reclaim, self.act_refuse,
             self.act_return, self.act_story, self.act_home, self.act_as_found,
         )  # fmt: skip
-        for act in acts:
-            act()
-            if self.verdicts.failed and not keep_going:
-                self.stage.say("A check failed: the demo ends here.")
-                return
-
-
-def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="demo/passthrough.py", description=__doc__.splitlines()[0]
-    )
-    parser.add_argument("--keep", action="store_true", help="leave the lab up, as the demo ended")
-    parser.add_argument("--quiet", action="store_true", help="headings and findings only")
-    parser.add_argument("--keep-going", action="store_true", help="go on after a failed check")
-    parser.add_argument(
-        "--lab", default="passthrough", metavar="NAME",
-        help="the lab's name; one that is up already is used, and left up (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--patience", type=float, default=60.0, metavar="S",
-        help="seconds that kernel and guests may take to show a change (default: %(default)g)",
-    )  # fmt: skip
-    return parser.parse_args(argv)
-
-
-def _stop(number: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Plays the demo; 0 only if every check passed."""
-    args = _parse(argv)
-    signal.signal(signal.SIGTERM, _stop)
-    # a shell that started us in the background has SIGINT ignored, and that is inherited
-    signal.signal(signal.SIGINT, signal.default_int_handler)
-    stage = Stage(quiet=args.quiet)
-    began = time.monotonic()
-    lab = LabHost(args.lab, "passthrough")
-    demo = Demo(lab, stage, patience_s=args.patience)
-    code = _play(demo, keep_going=args.keep_going, keep=args.keep)
-    if args.keep:
-        stage.say(f"the lab is up: virtfabric lab shell {args.lab}")
-    count, failed = len(demo.verdicts.findings), len(demo.verdicts.failed)
-    took = time.monotonic() - began
-    stage.end(f"{count - failed} of {count} checks passed, in {took:.0f} s", ok=not code)
-    return code
-
-
-def _play(demo: Demo, *, keep_going: bool, keep: bool) -> int:
-    try:
-        demo.stage.say(f"bringing up the lab {demo.lab.name} (half a minute, if it is built)")
-        demo.stage.output(demo.lab.start())
-        demo.play(keep_going=keep_going)
-        if demo.verdicts.failed:
-            _tell_log(demo)
-    except (LabError, subprocess.TimeoutExpired) as error:
-        demo.note((False, f"the demo broke off: {error}"))
-        _tell_log(demo)
-    except KeyboardInterrupt:
-        demo.note((False, "interrupted"))
-    finally:
-        if not keep:
-            demo.lab.stop()
-    return demo.verdicts.exit_code
-
-
-def _tell_log(demo: Demo) -> None:
-    demo.stage.end("the end of the agent's log:", ok=False)
-    demo.stage.output(demo.lab.run(f"tail -n 40 {AGENT_LOG}").stdout)
+    return play(Demo, argv, topology="passthrough", about=__doc__.splitlines()[0])
 
 
 if __name__ == "__main__":

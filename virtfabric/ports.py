@@ -106,6 +106,9 @@ class MemoryTree(Protocol):
             StepCancelledError: nobody waits for it any more.
         """
 
+    def read_broken_pages(self) -> Mapping[int, int]:
+        """Pages that the kernel took out of use since it booted (hwpoison), by node."""
+
     def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` from a thread of its own whenever CXL devices or memory come or go."""
 

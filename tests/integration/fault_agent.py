@@ -27,6 +27,8 @@ from virtfabric.cli import agentd
 from virtfabric.daemon.agent import Agent
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from virtfabric.model.step import Step
     from virtfabric.ports import StepContext, StepHandler
 
@@ -104,13 +106,15 @@ def main() -> int:
     if text == "recover-only":
         Agent.start = lambda _self: die()  # type: ignore[method-assign]
         return agentd.main(options)
-    fault, build = Fault.parse(text), real.libvirt_handlers
-
-    def build_faulty(host: Any) -> tuple[FaultyHandler, ...]:
-        return tuple(FaultyHandler(handler, fault) for handler in build(host))
-
-    real.libvirt_handlers = build_faulty  # type: ignore[assignment]
+    fault = Fault.parse(text)
+    for name in ("libvirt_handlers", "pci_handlers", "cxl_handlers"):
+        setattr(real, name, faulty(getattr(real, name), fault))
     return agentd.main(options)
+
+
+def faulty(build: Callable[..., Any], fault: Fault) -> Callable[..., tuple[FaultyHandler, ...]]:
+    """What builds handlers, with the fault in each."""
+    return lambda *args: tuple(FaultyHandler(handler, fault) for handler in build(*args))
 
 
 if __name__ == "__main__":

@@ -1,6 +1,8 @@
-"""Runs in a lab: has a function given to a guest and taken back, again and again, over D-Bus.
+"""Runs in a lab: has something given and taken back, again and again, over D-Bus.
 
-    cycle.py GUEST CAPABILITY ROUNDS
+    cycle.py GUEST CAPABILITY ROUNDS        a function
+    cycle.py GUEST memory@cxl:128M ROUNDS   CXL memory
+    cycle.py host region:WINDOW:SERIAL ROUNDS
 
 One process for all rounds: under TCG the start of a client alone takes seconds.
 """
@@ -23,11 +25,19 @@ def _job(client: AgentClient, method: str, *words: Any) -> dict[str, Any]:
     return done
 
 
-def _cycle(guest: str, capability: str, rounds: int) -> None:
+def _cycle(guest: str, what: str, rounds: int) -> None:
+    kind, _, rest = what.partition(":")
     with AgentClient.connected(None) as client:
-        wants = {f"device:{capability}": "+1", "deadline": "300"}
         for _ in range(rounds):
-            done = _job(client, "Allocate", guest, wants)
+            if kind == "region":
+                window, _, serial = rest.partition(":")
+                made = _job(client, "CreateRegion", {"window": window, "memdevs": serial})
+                _job(client, "DestroyRegion", made["result"]["region"])
+                continue
+            wants = {f"device:{what}": "+1"}
+            if kind == "memory@cxl":
+                wants = {"memory": f"+{rest}", "tier": "cxl"}
+            done = _job(client, "Allocate", guest, wants | {"deadline": "300"})
             _job(client, "Release", done["result"]["grant"])
 
 

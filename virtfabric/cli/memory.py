@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from virtfabric.cli import regions
 from virtfabric.cli.memorytables import memory_tables, memory_tree_lines, problem_lines
 from virtfabric.cli.screen import print_json, print_lines, print_tables
-from virtfabric.cli.session import DONE, ask
+from virtfabric.cli.session import DONE, ask, run_job
 
 if TYPE_CHECKING:
     import argparse
@@ -25,6 +25,15 @@ def _memory(args: argparse.Namespace) -> int:
     else:
         print_tables(memory_tables(memory))
     print_lines(problem_lines(memory))
+    return DONE
+
+
+def _release(args: argparse.Namespace) -> int:
+    job = run_job(args, "ReleaseMemory", args.subject)
+    if args.json:
+        print_json(job)
+    else:
+        print(f"{args.subject} is out of quarantine; it was there because {job['result']['was']}")
     return DONE
 
 
@@ -58,6 +67,18 @@ def add_parsers(subparsers: Any) -> None:
     memory.set_defaults(run=_memory)
     commands = memory.add_subparsers(dest="memory_command", metavar="COMMAND")
     regions.add_parsers(commands)
+    text = "let memory out of quarantine"
+    release = commands.add_parser(
+        "release",
+        help=text,
+        description=f"Ask the memdevs anew and {text}: it is granted again. It stays where a\n"
+        "memdev lists poison still, or a node has memory that nothing answers for.",
+        example="virtfabric memory release 0x100",
+    )
+    release.add_argument(
+        "subject", metavar="SERIAL|NODE", help="a memdev's serial, or node2; see virtfabric memory"
+    )
+    release.set_defaults(run=_release)
     record = commands.add_parser(
         "record",
         help="record this host's memory as test data",

@@ -25,7 +25,8 @@ def memory_tables(memory: Json) -> list[Table]:
 
 def problem_lines(memory: Json) -> list[str]:
     """What is wrong, in words."""
-    return [f"problem: {text}" for text in memory["problems"]]
+    held = [f"quarantine: {q['why']}; to do: {q['remedy']}" for q in memory["quarantine"]]
+    return held + [f"problem: {text}" for text in memory["problems"]]
 
 
 def _nodes(nodes: list[Json]) -> Table:

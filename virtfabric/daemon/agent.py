@@ -23,6 +23,7 @@ from virtfabric.daemon.leases import LeaseWatch
 from virtfabric.daemon.ledger import Ledger
 from virtfabric.daemon.lifecycle import Lifecycle
 from virtfabric.daemon.memorydesk import MemoryDesk
+from virtfabric.daemon.memorywatch import MemoryWatch
 from virtfabric.daemon.notices import Notices
 from virtfabric.daemon.observatory import Observatory
 from virtfabric.daemon.portdesk import PortDesk
@@ -44,6 +45,7 @@ if TYPE_CHECKING:
 
     from virtfabric.daemon.api import Caller, Notice
     from virtfabric.daemon.wiring import Settings, World
+    from virtfabric.model.cxl import Condition, Serial
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.ids import GrantId, JobId
@@ -103,11 +105,16 @@ class Agent:
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, audit=world.audit, watch=self._lifecycle.devices,
         )  # fmt: skip
-        self._memory = MemoryDesk(world.memory, self._notices)
+        self._memory = MemoryDesk(world.memory, self._notices, clock, self._judge_memory_soon)
+        self._memorywatch = MemoryWatch(
+            tree=world.memory, observatory=self._observatory, ledger=self._ledger,
+            journal=world.journal, audit=world.audit, notices=self._notices, jobs=self._jobs,
+            clock=clock, follow=lambda: self._hostwatch.follow(),
+        )  # fmt: skip
         self._hostwatch = HostWatch(
             host=world.host, observatory=self._observatory, ledger=self._ledger,
             notices=self._notices, audit=world.audit, restarter=world.restarter,
-            capacity_of=settings.capacity_of,
+            capacity_of=settings.capacity_of, quarantined=self._memorywatch.withheld,
         )  # fmt: skip
         self._regions = RegionDesk(
             tree=world.memory, observatory=self._observatory, conductor=self._conductor,
@@ -120,6 +127,7 @@ class Agent:
             settings=lambda: self._settings, world=world, observatory=self._observatory,
             ledger=self._ledger, conductor=self._conductor, lifecycle=self._lifecycle,
             drift=self._drift, notices=self._notices, host=self._hostwatch, memory=self._memory,
+            memorywatch=self._memorywatch,
         )  # fmt: skip
         self._drift.repair_with(self._rounds.repair)
         self._leases = LeaseWatch(self._ledger, clock, self._expire)
@@ -142,6 +150,7 @@ class Agent:
         self._world.events.start(self._on_event)
         self._connected = True
         done.wait()
+        self._memorywatch.look()
         self._hostwatch.follow()  # by now it is known which nodes guests name
         self._lifecycle.devices.start()
         self._memory.start(self._look_at_memory_soon)
@@ -152,6 +161,9 @@ class Agent:
 
     def _look_at_memory_soon(self) -> None:
         self._lifecycle.enqueue(self._rounds.look_at_memory)
+
+    def _judge_memory_soon(self, conditions: Mapping[Serial, Condition]) -> None:
+        self._lifecycle.enqueue(lambda: self._rounds.judge_memory(conditions))
 
     def _make_vfs(self) -> None:
         make_vfs(self._world.vfs, self._settings.pools, self._notices, self._world.audit)
@@ -290,7 +302,13 @@ class Agent:
     def memory(self, caller: Caller) -> Json:
         """See `AgentApi`."""
         self._require(caller, Action.READ)
-        return self._memory.show()
+        return self._memory.show(self._memorywatch.show())
+
+    def memory_release(self, caller: Caller, subject: str) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.MEMORY, subject=subject)
+        by = str(caller.principal)
+        return {"job": self._memorywatch.release(subject, uid=caller.uid, by=by).id}
 
     def region_plan(self, caller: Caller, wants: Mapping[str, str]) -> Json:
         """See `AgentApi`."""

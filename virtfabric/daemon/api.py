@@ -52,6 +52,7 @@ class Notice:
     Kinds: `job.progress` {job, fraction, text}, `job.done` {job, state, result},
     `guest.started|stopped|placed|changed`, `grant.made|ended`, `drift.found|repaired`,
     `device.lost|quarantined|freed`, `memory.changed` {came, went},
+    `memory.quarantined|released` {subject, fault, why},
     `host.changed` {nodes, withheld},
     `alert` {text}, `agent.connected|disconnected`.
     """
@@ -130,6 +131,9 @@ class AgentApi(Protocol):
 
     def memory(self, caller: Caller) -> Json:
         """NUMA nodes by tier, and CXL memory: windows, regions, memdevs, ports, problems."""
+
+    def memory_release(self, caller: Caller, subject: str) -> Json:
+        """Start a job that lets a memdev (`0x100`) or node (`node2`) out of quarantine."""
 
     def region_plan(self, caller: Caller, wants: Mapping[str, str]) -> Json:
         """`--dry-run` of `region_create`: `{"steps": [{"text", "data"}], "generation": n}`."""

@@ -19,7 +19,7 @@ from virtfabric.model.host import NumaNode
 from virtfabric.model.units import Bytes, CpuSet
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
+    from collections.abc import Callable, Iterable, Iterator, Mapping
 
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.notices import Notices
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from virtfabric.ports import AuditLog, HostReader, Restarter
 
     CapacityOf = Callable[[HostTopology], Capacity]
+    Quarantined = Callable[[], Mapping[int, str]]
+    """Why nothing may be granted of CXL nodes whose memory is not to be trusted."""
 
 log = logging.getLogger(__name__)
 _CAPACITY: Final = "capacity"
@@ -50,6 +52,7 @@ class HostWatch:
         audit: AuditLog,
         restarter: Restarter | None,
         capacity_of: CapacityOf,
+        quarantined: Quarantined,
     ) -> None:
         """Nothing is read before a look."""
         self._host = host
@@ -65,6 +68,8 @@ class HostWatch:
         self._unknown: frozenset[int] = frozenset()
         self._restarted_for: frozenset[int] = frozenset()
         self._leaving: dict[int, str] = {}
+        self._ask_quarantined = quarantined
+        self._quarantined: Mapping[int, str] = {}
 
     def configure(self, capacity_of: CapacityOf, capacity: Capacity) -> None:
         """From now on this is what may be granted, and of the host as it is; a look must follow."""
@@ -93,7 +98,9 @@ class HostWatch:
                 log.warning("the topology cannot be read: %s", error)
                 return
             unknown = self._find_unknown(topology)
+            self._quarantined = self._ask_quarantined()
             topology = _with_cpus_of(self._observatory.topology, topology)
+            topology = _with_orphans(topology, self._quarantined)
             self._resolve(topology)
             self._tell_unknown(unknown)
             guests = self._observatory.guests.values()
@@ -112,7 +119,8 @@ class HostWatch:
 
     def bound(self, capacity: Capacity) -> Capacity:
         """A capacity without what is withheld, as far as is known from the last look."""
-        return capacity.without(dict.fromkeys(self._unknown, _UNKNOWN_NODE) | self._leaving)
+        withheld = dict.fromkeys(self._unknown, _UNKNOWN_NODE) | self._leaving
+        return capacity.without({**withheld, **self._quarantined})
 
     @contextmanager
     def withhold(self, nodes: Iterable[int], why: str) -> Iterator[None]:
@@ -215,6 +223,17 @@ def _with_cpus_of(known: HostTopology, found: HostTopology) -> HostTopology:
         cpus = before.cpus if before else CpuSet(node.cpus & known.cpus)
         nodes[number] = replace(node, cpus=cpus)
     return replace(found, nodes=nodes, pcpus=known.pcpus)
+
+
+def _with_orphans(topology: HostTopology, quarantined: Mapping[int, str]) -> HostTopology:
+    """A CXL node in quarantine stays one when its region is gone: it must not pass for DRAM."""
+    why = "nothing answers for its memory any more"
+    orphans = {
+        n: replace(node, tier=Tier.CXL, offlinable=False, why_not_offlinable=why)
+        for n, node in topology.nodes.items()
+        if n in quarantined and node.tier is not Tier.CXL and not node.cpus
+    }
+    return replace(topology, nodes=topology.nodes | orphans) if orphans else topology
 
 
 def _with_lost_nodes(topology: HostTopology, guests: Iterable[GuestState]) -> HostTopology:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from virtfabric.model.cxl import (
         Condition,
@@ -18,11 +18,21 @@ if TYPE_CHECKING:
         HostMemory,
         Memdev,
         Region,
+        Serial,
         Window,
     )
     from virtfabric.model.host import NumaNode
 
     Json = dict[str, Any]
+
+
+def by_serial(
+    before: CxlInventory, told: Mapping[str, Condition], after: CxlInventory
+) -> dict[Serial, Condition]:
+    """What memdevs told, by serial: names are given anew when one is plugged meanwhile."""
+    names = {m.name: serial for serial, m in before.usable.items()}
+    same = {m.name for serial, m in after.usable.items() if names.get(m.name) == serial}
+    return {names[name]: condition for name, condition in told.items() if name in same}
 
 
 def with_conditions(found: CxlInventory, conditions: Mapping[str, Condition]) -> CxlInventory:
@@ -51,7 +61,9 @@ def _hit(found: CxlInventory, memdev: Memdev) -> str:
     return f", part of the memory of node {', '.join(map(str, nodes))}: take it offline"
 
 
-def memory_view(memory: HostMemory, notes: tuple[str, ...] = ()) -> Json:
+def memory_view(
+    memory: HostMemory, notes: tuple[str, ...] = (), quarantine: Sequence[Json] = ()
+) -> Json:
     """Everything; `notes` are problems beside those of the inventory."""
     cxl = memory.cxl
     regions = cxl.node_regions
@@ -63,6 +75,7 @@ def memory_view(memory: HostMemory, notes: tuple[str, ...] = ()) -> Json:
         "regions": [_region(region, cxl) for region in cxl.regions],
         "memdevs": [_memdev(memdev, cxl) for memdev in cxl.memdevs],
         "ports": [_port(port) for port in cxl.ports],
+        "quarantine": list(quarantine),
         "problems": [*cxl.problems, *notes],
     }
 

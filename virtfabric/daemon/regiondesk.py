@@ -12,6 +12,7 @@ from virtfabric.model.cxl import Serial
 from virtfabric.model.cxlsteps import MemoryUse
 from virtfabric.model.errors import InvalidValueError, Reason, Refusal, RefusedError
 from virtfabric.model.units import Bytes
+from virtfabric.policy.memoryfaults import check_members
 from virtfabric.policy.regionplans import RegionWish, plan_region, plan_region_end
 
 if TYPE_CHECKING:
@@ -87,7 +88,10 @@ class RegionDesk:
         request = new_request()
 
         def place(snapshot: HostSnapshot, _: Decision | None) -> Plan | Refusal:
-            return plan_region(self._tree.read_memory(), wish, request, snapshot.generation)
+            unfit = check_members(snapshot.books.memory_quarantine, wish.members)
+            return unfit or plan_region(
+                self._tree.read_memory(), wish, request, snapshot.generation
+            )
 
         members = [str(serial) for serial in wish.members]
         body = {"window": wish.window, "memdevs": members, "use": wish.use.value, "by": by}

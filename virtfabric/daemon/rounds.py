@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.lifecycle import Lifecycle
     from virtfabric.daemon.memorydesk import MemoryDesk
+    from virtfabric.daemon.memorywatch import MemoryWatch
     from virtfabric.daemon.notices import Notices
     from virtfabric.daemon.observatory import Observatory
     from virtfabric.daemon.wiring import Settings, World
+    from virtfabric.model.cxl import Condition, Serial
     from virtfabric.model.ids import GuestId
 
 log = logging.getLogger(__name__)
@@ -54,6 +56,7 @@ class Rounds:
         notices: Notices,
         host: HostWatch,
         memory: MemoryDesk,
+        memorywatch: MemoryWatch,
     ) -> None:
         """`settings` is asked before each wait: they may be reloaded."""
         self._settings = settings
@@ -66,6 +69,7 @@ class Rounds:
         self._notices = notices
         self._host = host
         self._memory = memory
+        self._memorywatch = memorywatch
         self._stop = threading.Event()
         self._ticker = threading.Thread(target=self._tick_forever, name="tick", daemon=True)
         self.telemetry: Mapping[str, float] = {}
@@ -119,9 +123,15 @@ class Rounds:
         self.look_at_memory()
 
     def look_at_memory(self) -> None:
-        """Something of the host's memory may have changed: what can be granted first."""
+        """Something of the host's memory may have changed: faults first, then what is granted."""
+        self._memorywatch.look()
         self._host.look()
         self._memory.look()
+
+    def judge_memory(self, conditions: Mapping[Serial, Condition]) -> None:
+        """Memdevs told how they do: nothing is granted any more of what is not sane."""
+        if self._memorywatch.judge(conditions):
+            self._host.follow()
 
     def repair(self, guest: GuestId) -> None:
         """Bring a guest to where it should be; never waits."""

@@ -111,6 +111,14 @@ def _device_released(body: Mapping[str, Any]) -> Iterable[str]:
     yield f"{body['by']} let {body['address']} out of quarantine"
 
 
+def _memory_quarantined(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body['subject']} went to quarantine: {body['text']}"
+
+
+def _memory_released(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body['by']} let {body['subject']} out of quarantine, where it was: {body['why']}"
+
+
 def _halted(body: Mapping[str, Any]) -> Iterable[str]:
     yield f"{body['name']} was stopped by an error while it had {body['functions']}"
 
@@ -126,6 +134,8 @@ _TELLERS = {
     "device.freed": _freed,
     "device.released": _device_released,
     "device.guest-halted": _halted,
+    "memory.quarantined": _memory_quarantined,
+    "memory.released": _memory_released,
 }
 
 

@@ -57,6 +57,7 @@ CALLS: Final[dict[str, Callable[..., Any]]] = {
     "Plan": lambda agent, who, guest, wants: agent.plan(who, guest, wants),
     "Release": lambda agent, who, grant: agent.release(who, grant),
     "Explain": lambda agent, who, subject: agent.explain(who, subject),
+    "ReleaseMemory": lambda agent, who, subject: agent.memory_release(who, subject),
     "CreateRegion": lambda agent, who, wants: agent.region_create(who, wants),
     "PlanRegion": lambda agent, who, wants: agent.region_plan(who, wants),
     "DestroyRegion": lambda agent, who, region: agent.region_destroy(who, region),

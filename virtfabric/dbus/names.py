@@ -112,6 +112,7 @@ MANAGER_INTERFACE: Final = Interface(
         Method("ListDevices", (), _JSON),
         Method("ReleaseDevice", (Argument("s", "address"),), _JOB),
         Method("GetMemory", (), _JSON),
+        Method("ReleaseMemory", (Argument("s", "subject"),), _JOB),
         Method("CreateRegion", (_WANTS,), _JOB),
         Method("PlanRegion", (_WANTS,), _JSON),
         Method("DestroyRegion", (_REGION,), _JOB),

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from virtfabric.model.device import PciAddress, Quarantine
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
+    from virtfabric.model.memoryquarantine import MemoryQuarantine
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,11 @@ class Residue:
 
 @dataclass(frozen=True, slots=True)
 class Books:
-    """The ledger's content at one generation; each by its id (holdings and guests by UUID)."""
+    """The ledger's content at one generation; each by its id (holdings and guests by UUID).
+
+    Attributes:
+        memory_quarantine: by `MemoryQuarantine.subject`.
+    """
 
     generation: int = 0
     holdings: dict[GuestId, Holding] = field(default_factory=dict)
@@ -159,6 +164,7 @@ class Books:
     loans: dict[LoanId, Loan] = field(default_factory=dict)
     residues: tuple[Residue, ...] = ()
     quarantine: dict[PciAddress, Quarantine] = field(default_factory=dict)
+    memory_quarantine: dict[str, MemoryQuarantine] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

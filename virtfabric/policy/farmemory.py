@@ -165,7 +165,7 @@ class _Deal:
     # -- less -----------------------------------------------------------------------------------
 
     def _shrink(self, state: GuestState, by: int) -> None:
-        """The farthest gives first: what stays is near."""
+        """What is withheld gives first, then the farthest: what stays is sound and near."""
         step = self._stepper(state)
         part = part_of(state, CXL_KEY, self.snapshot.topology.cxl_nodes)
         for device in sorted(part.devices, key=lambda d: self._turn(state, d), reverse=True):
@@ -176,9 +176,10 @@ class _Deal:
                 self._move(device_nodes(state, device), -gift)
                 self._add(step.resize(device, int(device.requested) - gift, Tier.CXL))
 
-    def _turn(self, state: GuestState, device: VirtioMem) -> tuple[int, int, str]:
+    def _turn(self, state: GuestState, device: VirtioMem) -> tuple[bool, int, int, str]:
         node = min(device_nodes(state, device))
-        return self._distance(state, node), -self.rooms.get(node, 0), device.alias
+        kept = node in self.snapshot.capacity.withheld
+        return kept, self._distance(state, node), -self.rooms.get(node, 0), device.alias
 
     # -- more -----------------------------------------------------------------------------------
 

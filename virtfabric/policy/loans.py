@@ -128,7 +128,7 @@ class _Draft:
     """Books in the making."""
 
     def __init__(self, books: Books) -> None:
-        self.generation = books.generation
+        self.books = books
         self.holdings = dict(books.holdings)
         self.grants = dict(books.grants)
         self.loans = dict(books.loans)
@@ -136,9 +136,10 @@ class _Draft:
         self.quarantine = dict(books.quarantine)
 
     def finish(self) -> Books:
-        return Books(
-            self.generation + 1, self.holdings, self.grants, self.loans, self.residues,
-            self.quarantine,
+        return replace(
+            self.books, generation=self.books.generation + 1, holdings=self.holdings,
+            grants=self.grants, loans=self.loans, residues=self.residues,
+            quarantine=self.quarantine,
         )  # fmt: skip
 
     def move(

@@ -16,7 +16,7 @@ from virtfabric.model.policy import GuestPolicy, Placement
 from virtfabric.model.units import MIB
 from virtfabric.policy.deviceterms import device_bounds
 from virtfabric.policy.stock import Stock, device_amounts
-from virtfabric.policy.tiers import Part, block_of, part_of
+from virtfabric.policy.tiers import Part, block_of, part_of, used_nodes
 from virtfabric.policy.tierterms import NEW_BLOCK, addable, may_have
 
 if TYPE_CHECKING:
@@ -297,11 +297,24 @@ def capacity_of(snapshot: HostSnapshot) -> Amounts:
     capacity = snapshot.capacity
     total = Amounts.of(cpu=len(capacity.cpus) * WHOLE_CPU, memory=int(capacity.grantable_memory))
     if snapshot.topology.cxl_nodes:
-        there = (capacity.cxl.get(n, 0) for n in snapshot.topology.cxl_nodes)
-        total = total.with_value(CXL_KEY, sum(there))
+        there = sum(capacity.cxl.get(n, 0) for n in snapshot.topology.cxl_nodes)
+        total = total.with_value(CXL_KEY, there + _stuck(snapshot))
     if not snapshot.devices.pools:
         return total
     return total + Amounts(Stock(snapshot).capacity())
+
+
+def _stuck(snapshot: HostSnapshot) -> int:
+    """CXL memory that guests have on nodes of which nothing more is granted (quarantine).
+
+    It counts as long as they have it: it is in use as well, and must take nothing from what other
+    nodes can give.
+    """
+    stuck = snapshot.topology.cxl_nodes & snapshot.capacity.withheld.keys()
+    if not stuck:
+        return 0
+    active = [guest for guest in snapshot.guests.values() if guest.active]
+    return sum(size for g in active for n, size in used_nodes(g).items() if n in stuck)
 
 
 class Tally(NamedTuple):

@@ -22,6 +22,7 @@ from virtfabric.model.device import HeldFunction, PciAddress, Quarantine
 from virtfabric.model.errors import JournalCorruptError, JournalError
 from virtfabric.model.ids import GrantId, GuestId, RequestId, TransactionId
 from virtfabric.model.ledger import Books, Grant, Holding
+from virtfabric.model.memoryquarantine import MemoryFault, MemoryQuarantine
 from virtfabric.model.plan import PinVcpu, SetQuota
 from virtfabric.model.units import CpuSet
 from virtfabric.ports import StepState, TransactionState
@@ -41,6 +42,14 @@ BOOKS = Books(
     {GUEST: Holding(GUEST, Amounts.of(cpu=2000))},
     {GrantId("g"): Grant(GrantId("g"), GUEST, Amounts.of(cpu=1000), RequestId("r"), 1.0)},
     quarantine={VF: Quarantine(VF, "reset failed", "power cycle", 1.0)},
+    memory_quarantine={
+        "0x100": MemoryQuarantine(
+            "0x100", MemoryFault.POISON, "poisoned", 1.0, "CXL region of 0x100", (1,)
+        ),
+        "node2": MemoryQuarantine(
+            "node2", MemoryFault.BROKEN_PAGES, "3 pages", 1.0, nodes=(2,), pages=3, lifted=True
+        ),
+    },
 )
 
 
@@ -182,6 +191,20 @@ def test_older_schema_is_upgraded(tmp_path):
     journal.close(TXN, TransactionState.UNDONE, {}, books)
     journal.shut()
     assert content(path) == ((), books)
+
+
+def test_schema_without_memory_in_quarantine_is_upgraded(tmp_path):
+    path = tmp_path / "journal.db"
+    older = replace(BOOKS, memory_quarantine={})
+    journal = SqliteJournal(path)
+    journal.store_books(older)
+    journal.shut()
+    edit(path, ("DROP TABLE memory_quarantine", ()), ("PRAGMA user_version = 2", ()))
+    assert content(path) == ((), older)
+    journal = SqliteJournal(path)
+    journal.store_books(BOOKS)
+    journal.shut()
+    assert content(path) == ((), BOOKS)
 
 
 def test_damaged_file_of_an_older_schema_is_left_alone(tmp_path):

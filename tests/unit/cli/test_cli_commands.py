@@ -45,7 +45,16 @@ def inside(served, capsys):
         (["jobs"], ["jobs"]),
         (["devices"], ["0000:3b:10.1", "quarantined", "it could not be reset; power cycle it"]),
         (["devices", "--tree"], ["0000:3b:10.1  Ethernet", "[net.vf]"]),
-        (["memory"], ["0x150000000", "8 x 2MiB, 3 free", "by hand", "problem: memdev 0x100"]),
+        (
+            ["memory"],
+            [
+                "0x150000000",
+                "8 x 2MiB, 3 free",
+                "by hand",
+                "problem: memdev 0x100",
+                "quarantine: memdev 0x100 is poisoned: 64B at 0x0; to do: when it is sane",
+            ],
+        ),
         (["memory", "--tree"], ["host bridge port1", "└─ 0x100  mem0", "1 poisoned"]),
     ],
 )
@@ -173,6 +182,13 @@ def test_a_function_leaves_quarantine(inside):
     assert code == 3
     assert "0000:3b:10.2 is not in quarantine" in err
     assert "'3b' is not a PCI address" in inside("devices", "release", "3b")[2]
+
+
+def test_memory_leaves_quarantine(inside):
+    code, out, _ = inside("memory", "release", "0x100")
+    assert (code, out) == (0, "0x100 is out of quarantine; it was there because poisoned\n")
+    code, _, err = inside("memory", "release", "node7")
+    assert (code, "node7 is not in quarantine" in err) == (3, True)
 
 
 def test_release_policy_and_repair_see_their_jobs_through(inside):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
+from functools import partial
 
 import agent_world as aw
 import pytest
 
-from virtfabric.adapters.simulated.faults import Effect, Fault, Phase
+from virtfabric.adapters.simulated.faults import Effect, Fault, Phase, SimulatedCrash
 from virtfabric.adapters.simulated.machines import small_cxl
 from virtfabric.model.cxl import MemoryState, Serial
 from virtfabric.model.errors import InvalidValueError, Reason, RefusedError
@@ -298,6 +300,87 @@ def test_a_kill_at_any_boundary_is_undone_at_the_next_start(world, kind, phase, 
     assert (regions(world), granted(world)) == before
     assert world.journal.open_transactions() == ()
     assert (create if making else destroy)(world)["state"] == "done"
+
+
+@pytest.mark.parametrize("kind", ["create-region", "online-memory"])
+@pytest.mark.parametrize("phase", [Phase.UNDO, Phase.UNDONE])
+@pytest.mark.parametrize("making", [True, False])
+def test_a_kill_in_the_middle_of_an_undo(world, kind, phase, making):
+    """The last step fails, and the agent dies while it undoes; so does the next one."""
+    if not making:
+        create(world)
+        world.settle()
+    before = regions(world), granted(world)
+    last = "online-memory" if making else "create-region"
+    world.host.faults.add(Fault(Effect.FAIL, Phase.VERIFIED, kind=last))
+    crash = world.host.faults.add(Fault(Effect.CRASH, phase, kind=kind))
+    if making:
+        world.agent.region_create(aw.ROOT, WANTS)
+    else:
+        world.agent.region_destroy(aw.ROOT, "region0")
+    assert crash.reached.wait(aw.DEADLINE_S)
+    world.kill_agent()
+    again = world.host.faults.add(Fault(Effect.CRASH, phase, kind=kind))
+    with pytest.raises(SimulatedCrash):
+        world.make_agent()
+    assert again.reached.is_set()
+    assert [t.state for t in world.journal.open_transactions()] == [TransactionState.OPEN]
+    world.restart_agent()
+    world.settle()
+    assert (regions(world), granted(world)) == before
+    assert world.journal.open_transactions() == ()
+
+
+@pytest.mark.parametrize("making", [True, False])
+def test_a_kill_beside_any_write_of_the_journal(world, making):
+    """All of it happened, where the last write came about, or nothing of it."""
+    if not making:
+        create(world)
+        world.settle()
+    before, number, closed = regions(world), 0, False
+    while not closed:
+        for late in (False, True):
+            crash = DyingJournal(world.journal, number, late=late)
+            call = world.agent.region_create if making else world.agent.region_destroy
+            call(aw.ROOT, WANTS if making else "region0")
+            assert crash.struck.wait(aw.DEADLINE_S), number
+            world.kill_agent()
+            crash.heal()
+            world.restart_agent()
+            world.settle()
+            closed = crash.method == "close" and late
+            if closed:
+                assert list(regions(world)) == (["region0"] if making else [])
+            else:
+                assert regions(world) == before, (number, crash.method, late)
+            assert world.journal.open_transactions() == ()
+        number += 1
+    assert number == 7  # begin, extend, two marks for each of two steps, close
+
+
+class DyingJournal:
+    """The agent dies before its `number`th write to the journal, or after it."""
+
+    def __init__(self, journal, number, *, late):
+        self.struck = threading.Event()
+        self.method = ""
+        self._left, self._late, self._journal = number, late, journal
+        for name in ("begin", "extend", "mark", "close"):
+            setattr(journal, name, partial(self._call, name, getattr(journal, name)))
+
+    def _call(self, name, write, *args):
+        here, self._left = self._left == 0, self._left - 1
+        if not here:
+            return write(*args)
+        self.method = name
+        if self._late:
+            write(*args)
+        self.struck.set()
+        raise SimulatedCrash
+
+    def heal(self):
+        for name in ("begin", "extend", "mark", "close"):
+            delattr(self._journal, name)
 
 
 def test_a_cancelled_job_leaves_nothing(world):

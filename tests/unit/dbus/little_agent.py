@@ -193,6 +193,13 @@ MEMORY = {
             "decoders": 4,
         }
     ],
+    "quarantine": [
+        {
+            "subject": "0x100", "fault": "poison", "why": "memdev 0x100 is poisoned: 64B at 0x0",
+            "since": 1.0, "region": "CXL region of 0x100 in window 0x150000000", "nodes": [1],
+            "remedy": "when it is sane: virtfabric memory release 0x100",
+        }
+    ],
     "problems": ["memdev 0x100 (mem0): poisoned 64B at 0x0 (internal)"],
 }  # fmt: skip
 
@@ -251,6 +258,16 @@ class LittleAgent:
         if address != DEVICE["address"]:
             raise RefusedError(Refusal(Reason.UNKNOWN_ID, f"{address} is not in quarantine"))
         return {"job": self.jobs_.start("release", lambda *_: {"steps": ["reset"]}).id}
+
+    def memory_release(self, caller, subject):
+        self._see(caller)
+        if subject != "0x100":
+            raise RefusedError(Refusal(Reason.UNKNOWN_ID, f"{subject} is not in quarantine"))
+        return {
+            "job": self.jobs_.start(
+                "release", lambda *_: {"subject": subject, "was": "poisoned"}
+            ).id
+        }
 
     def region_plan(self, caller, wants):
         self._see(caller)

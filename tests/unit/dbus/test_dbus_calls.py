@@ -30,6 +30,7 @@ ARGUMENTS = {
     "PlanRegion": (REGION,),
     "DestroyRegion": ("region0",),
     "PlanRegionEnd": ("region0",),
+    "ReleaseMemory": ("0x100",),
     "ReleaseDevice": ("0000:3b:10.1",),
     "ShowPolicy": ("db",),
     "SetPolicy": ("db", {"priority": "80"}),

@@ -54,6 +54,8 @@ class FakeNdctl:
         match words[:2]:
             case ["cxl", "create-region"]:
                 self._create(options, words[2:])
+            case ["cxl", "enable-region"]:
+                self._enable(self.machine.device(words[2]))
             case ["cxl", "disable-region"]:
                 self._disable(words[2])
             case ["cxl", "destroy-region"]:
@@ -85,10 +87,16 @@ class FakeNdctl:
         self._fail("create-region")
         for position, memdev in enumerate(memdevs):
             self._write(home, **{f"target{position}": self._decoder_of(memdev)})
+        self._enable(home)
+
+    def _enable(self, home: Path) -> None:
+        """The decoders are committed, and the driver makes memory of it."""
+        machine, number = self.machine, int(home.name.removeprefix("region"))
         self._write(home, commit="1")
+        size, base = (int((home / name).read_text(), 0) for name in ("size", "resource"))
         dax = home / f"dax_region{number}" / f"dax{number}.0"
         dax.mkdir(parents=True)
-        self._write(dax, size=options["size"], resource=hex(base), target_node=str(number + 1))
+        self._write(dax, size=str(size), resource=hex(base), target_node=str(number + 1))
         self._link("dax", dax)
         (dax / "driver").symlink_to(machine.sys / "bus/dax/drivers/kmem")
         self._online(dax.name, "Movable")  # the kernel does it by itself

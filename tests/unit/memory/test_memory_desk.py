@@ -15,7 +15,7 @@ from virtfabric.adapters.simulated.clock import SimulatedClock
 from virtfabric.adapters.simulated.machines import small_host
 from virtfabric.cli.memorytables import memory_tables, memory_tree_lines, problem_lines
 from virtfabric.cli.screen import format_plain
-from virtfabric.daemon.memorydesk import MemoryDesk
+from virtfabric.daemon.memorydesk import ASK_EVERY_S, MemoryDesk
 from virtfabric.daemon.memoryviews import memory_view, with_conditions
 from virtfabric.daemon.notices import Notices
 from virtfabric.model.cxl import Condition, HostMemory, PoisonRecord, Serial
@@ -172,13 +172,14 @@ class Watched:
     """A simulated host, its desk, and what was said."""
 
     def __init__(self, machine: Machine) -> None:
-        clock = SimulatedClock()
+        self.clock = clock = SimulatedClock()
         self.memory: SimulatedMemory = small_host(clock).memory
         self.memory.cxl = machine.read()
         self.notices = Notices(clock)
+        self.judged: list[Mapping[Serial, Condition]] = []
         self.told: list[tuple[str, Mapping[str, Any]]] = []
         self.notices.subscribe(lambda notice: self.told.append((notice.kind, notice.body)))
-        self.desk = MemoryDesk(self.memory, self.notices)
+        self.desk = MemoryDesk(self.memory, self.notices, clock, self.judged.append)
         self.asked = threading.Event()
         self.ask = self.memory.read_conditions
 
@@ -249,3 +250,52 @@ def test_a_problem_is_an_alert_until_it_is_gone(watched: Watched) -> None:
     watched.memory.cxl = sound
     watched.desk.look()
     assert watched.notices.alerts == []
+
+
+# -- how often memdevs are asked ----------------------------------------------------------------
+
+
+def test_memdevs_are_asked_after_a_change_and_every_so_often(watched: Watched) -> None:
+    def asked() -> bool:
+        found = watched.asked.wait(10)
+        watched.asked.clear()
+        return found
+
+    watched.desk.start()
+    assert asked()
+    for _ in range(5):  # memory went on- or offline somewhere: no reason to keep them busy
+        watched.desk.look()
+    assert not watched.desk._wanted.is_set()
+    assert not watched.asked.is_set()
+    watched.memory.remove(Serial(0x200))
+    assert asked()
+    watched.clock.advance(ASK_EVERY_S)
+    watched.desk.look()
+    assert asked()
+
+
+def test_what_memdevs_tell_is_passed_on_by_serial(watched: Watched) -> None:
+    """And nothing of one whose name is another's by then."""
+    memdevs = {str(m.serial): m for m in watched.memory.cxl.memdevs}
+    told = {memdevs["0x100"].name: POISON, memdevs["0x200"].name: POISON}
+
+    def ask(cancelled: threading.Event) -> Mapping[str, Condition]:
+        others = (m for m in watched.memory.cxl.memdevs if m.serial != Serial(0x200))
+        new = replace(memdevs["0x200"], serial=Serial(0x201))
+        watched.memory.cxl = replace(watched.memory.cxl, memdevs=(*others, new))
+        return told
+
+    watched.ask = ask  # type: ignore[assignment]
+    watched.desk.start()
+    assert watched.asked.wait(10)
+    watched.desk.close()
+    assert watched.judged == [{Serial(0x100): POISON}]
+
+
+def test_broken_pages_as_the_kernel_counts_them(busy: Machine) -> None:
+    nodes = busy.sys / "devices/system/node"
+    assert busy.memory().read_broken_pages() == {}  # before Linux 6.3
+    for number, total in ((0, "0"), (2, "7"), (3, "garbage")):
+        (nodes / f"node{number}/memory_failure").mkdir()
+        (nodes / f"node{number}/memory_failure/total").write_text(f"{total}\n")
+    assert busy.memory().read_broken_pages() == {0: 0, 2: 7}

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 import threading
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,7 +16,7 @@ from virtfabric.adapters.cxl.tools import run_tool
 from virtfabric.model.errors import CxlError, StepCancelledError
 
 if TYPE_CHECKING:
-    from pathlib import Path
+    from collections.abc import Callable
 
 
 def test_what_a_tool_prints() -> None:
@@ -49,3 +53,31 @@ def test_who_gives_up_ends_the_tool() -> None:
     with pytest.raises(StepCancelledError):
         run_tool(["sleep", "60"], deadline_s=60, cancelled=cancelled)
     assert time.monotonic() - began < 10
+
+
+def test_a_tool_dies_with_a_killed_agent(tmp_path: Path) -> None:
+    """Else it would go on making a region that the next agent has found undone."""
+    pid = tmp_path / "pid"
+    work = f"echo $$ > {pid}.new; mv {pid}.new {pid}; exec sleep 600"
+    program = (
+        "from virtfabric.adapters.cxl.tools import run_tool\n"
+        f"run_tool(['sh', '-c', {work!r}], deadline_s=600)"
+    )
+    agent = subprocess.Popen([sys.executable, "-c", program])
+    try:
+        wait_until(pid.exists)
+        tool = Path("/proc") / pid.read_text().strip()
+        assert tool.exists()
+        agent.send_signal(signal.SIGKILL)
+        # gone, or a zombie where nobody reaps orphans
+        wait_until(lambda: not tool.exists() or ") Z " in (tool / "stat").read_text())
+    finally:
+        agent.kill()
+        agent.wait()
+
+
+def wait_until(condition: Callable[[], bool]) -> None:
+    until = time.monotonic() + 20
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.02)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from virtfabric.model.errors import CxlError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
     from pathlib import Path
 
     from virtfabric.model.cxl import Serial
@@ -29,8 +29,8 @@ class RegionMarks:
         """Whether the region of these members in the window at `base` is ours."""
         return self._path(base, members).exists()
 
-    def put(self, base: int, members: Sequence[Serial | None]) -> None:
-        """It is ours from now on.
+    def put(self, base: int, members: Sequence[Serial | None], others: Iterable[str] = ()) -> None:
+        """It is ours from now on; `others` are the kernel's names of regions that are not.
 
         Raises:
             CxlError: the mark cannot be written.
@@ -40,7 +40,18 @@ class RegionMarks:
             descriptor = os.open(self._path(base, members), os.O_WRONLY | os.O_CREAT, 0o600)
         except OSError as error:
             raise CxlError(f"{self._directory}: {error.strerror}") from error
-        os.close(descriptor)
+        try:
+            os.ftruncate(descriptor, 0)
+            os.write(descriptor, " ".join(sorted(others)).encode())
+        finally:
+            os.close(descriptor)
+
+    def others(self, base: int, members: Sequence[Serial | None]) -> frozenset[str] | None:
+        """Regions that there were before this one was begun, by name; None without a mark."""
+        try:
+            return frozenset(self._path(base, members).read_text().split())
+        except OSError:
+            return None
 
     def remove(self, base: int, members: Sequence[Serial | None]) -> None:
         """There is no such region any more."""

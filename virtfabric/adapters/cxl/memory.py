@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
     from virtfabric.model.cxl import Condition, CxlInventory
 
 MARKS: Final = Path("/run/virtfabric/regions")
+_NODES: Final = "devices/system/node"
+_NODE: Final = re.compile(r"node\d+")
 SUBSYSTEMS: Final = ("cxl", "dax", "memory", "node")
 """Devices and regions come and go; blocks of memory go online and offline."""
 
@@ -71,6 +74,18 @@ class SysfsMemory:
             StepCancelledError: nobody waits for it any more.
         """
         return read_conditions(self._run, cancelled)
+
+    def read_broken_pages(self) -> dict[int, int]:
+        """Pages that the kernel took out of use since it booted, by node; of Linux 6.3 on.
+
+        Source: Documentation/ABI/stable/sysfs-devices-node, memory_failure/total.
+        """
+        found = {}
+        for name in self._tree.names(_NODES, _NODE):
+            text = self._tree.text(f"{_NODES}/{name}/memory_failure/total") or ""
+            if text.isdigit():
+                found[int(name.removeprefix("node"))] = int(text)
+        return found
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Call `changed` from a thread of its own when CXL devices or memory came or went."""

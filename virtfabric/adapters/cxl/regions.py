@@ -18,7 +18,7 @@ from virtfabric.policy.regions import check_region
 
 if TYPE_CHECKING:
     import threading
-    from collections.abc import Callable
+    from collections.abc import Callable, Set
 
     from virtfabric.adapters.cxl.marks import RegionMarks
     from virtfabric.adapters.cxl.tools import Tool
@@ -87,6 +87,7 @@ class CxlRegions:
             self._destroy(there, deadline)
             there = None
         if there is None:
+            self.clear_half_made(step)
             self._make(step, deadline)
         elif not there.dax:
             self._tool(deadline, "cxl", "enable-region", there.name)
@@ -105,7 +106,7 @@ class CxlRegions:
             raise CxlError(refusal.detail if refusal else f"{step.region}: no such window")
         names = [inventory.usable[serial].name for serial in step.members]
         before = {region.name for region in inventory.regions}
-        self._marks.put(step.window, step.members)
+        self._marks.put(step.window, step.members, before)
         try:
             self._tool(
                 deadline, "cxl", "create-region", "--memdevs", "--type=ram",
@@ -117,7 +118,14 @@ class CxlRegions:
             self._forget_if_gone(step)
             raise
 
-    def _clear_away(self, window: str, before: set[str]) -> None:
+    def clear_half_made(self, place: Place) -> None:
+        """What a killed agent left half made, as its mark tells; nothing where it was not begun."""
+        before = self._marks.others(place.window, place.members)
+        window = self._read().window_at(place.window)
+        if before is not None and window is not None and self.find(place) is None:
+            self._clear_away(window.name, before)
+
+    def _clear_away(self, window: str, before: Set[str]) -> None:
         """What an ended tool left half made: it has no members yet by which it could be known."""
         for region in self._read().regions:
             half_made = region.window == window and not region.committed
@@ -142,6 +150,8 @@ class CxlRegions:
                     advice="take it offline first",
                 )
             self._destroy(there, deadline)
+        else:
+            self.clear_half_made(place)
         self._forget_if_gone(place)
 
     def _destroy(self, region: Region, deadline: Deadline) -> None:

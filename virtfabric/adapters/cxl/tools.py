@@ -7,9 +7,11 @@ Reading goes by sysfs itself (`inventory`): no program has to be started for it.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shlex
+import shutil
 import signal
 import subprocess
 import time
@@ -54,11 +56,15 @@ def run_tool(
 
     It runs in a session of its own: a signal ends what it waits for in the kernel. Taking a block
     of memory offline retries for ever there, and looks at signals in between (mm/memory_hotplug.c).
+    It dies with the thread that waits for it: after a kill of the agent, the next one undoes what
+    is there, and nothing more must come of a program that nobody knows of.
     """
     try:
+        if shutil.which(command[0]) is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT))
         process = subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            text=True, errors="replace", start_new_session=True,
+            [*_mortally(), *command], stdin=subprocess.DEVNULL, text=True, errors="replace",
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
             env={**os.environ, "LC_ALL": "C"},
         )  # fmt: skip
     except OSError as error:
@@ -83,6 +89,12 @@ def run_tool(
             raise CxlError(f"{shlex.join(command)}: {text or f'exit code {process.returncode}'}")
         LOG.debug("%s: done", shlex.join(command))
         return said
+
+
+def _mortally() -> Sequence[str]:
+    """setpriv(1) of util-linux: code of ours between fork and exec may hang where threads run."""
+    setpriv = shutil.which("setpriv")
+    return (setpriv, "--pdeathsig", "KILL", "--") if setpriv else ()
 
 
 def _end(process: subprocess.Popen[str]) -> None:

@@ -31,6 +31,7 @@ class SimulatedMemory:
         cxl: the inventory; a test may replace it.
         conditions: what memdevs tell, by name.
         stuck: nodes whose memory does not go offline.
+        broken: pages that the kernel took out of use, by node.
     """
 
     def __init__(self, lock: threading.RLock, read_topology: Callable[[], HostTopology]) -> None:
@@ -40,6 +41,8 @@ class SimulatedMemory:
         self.cxl = CxlInventory()
         self.conditions: dict[str, Condition] = {}
         self.stuck: set[int] = set()
+        self.broken: dict[int, int] = {}
+        self._orphans: dict[int, NumaNode] = {}
 
     # -- what the port asks ---------------------------------------------------------------------
 
@@ -51,7 +54,7 @@ class SimulatedMemory:
     def nodes(self) -> dict[int, NumaNode]:
         """The nodes that regions became."""
         with self._lock:
-            return {
+            return self._orphans | {
                 dax.node: _node(dax.node, dax)
                 for region in self.cxl.regions
                 for dax in region.dax
@@ -62,6 +65,11 @@ class SimulatedMemory:
         """As they were set."""
         with self._lock:
             return dict(self.conditions)
+
+    def read_broken_pages(self) -> dict[int, int]:
+        """As they were set."""
+        with self._lock:
+            return dict(self.broken)
 
     def watch(self, changed: Callable[[], None]) -> None:
         """Told by the same thread that changes something."""
@@ -84,6 +92,30 @@ class SimulatedMemory:
         with self._lock:
             left = tuple(m for m in self.cxl.memdevs if m.serial != serial)
             self.cxl = replace(self.cxl, memdevs=left)
+        self._tell()
+
+    def pull(self, serial: Serial) -> None:
+        """A memdev is pulled while a region is made of it (device_del of one in use, Linux 6.12).
+
+        The region loses its place and its dax device; what of its memory was online stays, as
+        nobody could take it offline, and shows as a node without CPUs like any other.
+        """
+        with self._lock:
+            for region in self.cxl.regions:
+                if serial in region.members:
+                    left = (n for n in self.nodes().values() if n.number in region.nodes)
+                    self._orphans |= {n.number: replace(n, tier=Tier.DRAM) for n in left}
+                    rest = tuple(None if s == serial else s for s in region.members)
+                    broken = replace(region, members=rest, committed=False, dax=())
+                    others = tuple(r for r in self.cxl.regions if r is not region)
+                    self.cxl = replace(self.cxl, regions=(*others, broken))
+        self.remove(serial)
+
+    def reboot(self) -> None:
+        """Regions, memory that nobody answers for and the kernel's counters end with a boot."""
+        with self._lock:
+            self.cxl = replace(self.cxl, regions=())
+            self._orphans, self.broken = {}, {}
         self._tell()
 
     def put_region(self, region: Region) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 from virtfabric.adapters.sqlite.database import seal
 from virtfabric.model.device import Quarantine
 from virtfabric.model.ledger import Books, Grant, Holding, Loan, Residue
+from virtfabric.model.memoryquarantine import MemoryQuarantine
 
 if TYPE_CHECKING:
     import sqlite3
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 
     from virtfabric.adapters.sqlite.database import Database
 
-TABLES: Final = ("holding", "grant_", "loan", "residue", "quarantine")
+TABLES: Final = ("holding", "grant_", "loan", "residue", "quarantine", "memory_quarantine")
 
 
 def _create(table: str) -> str:
@@ -34,7 +35,7 @@ BOOKS_SCRIPT: Final = (
     + ";CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, seal TEXT NOT NULL)"
     " STRICT, WITHOUT ROWID"
 )
-UPGRADES: Final = {1: _create("quarantine")}
+UPGRADES: Final = {1: _create("quarantine"), 2: _create("memory_quarantine")}
 """A table without rows leaves the digest in the header as it was."""
 
 
@@ -82,6 +83,7 @@ def encode_books(books: Books, known: Rows) -> Rows:
         "loan": books.loans,
         "residue": {f"{n:06}": r for n, r in enumerate(books.residues)},
         "quarantine": books.quarantine,
+        "memory_quarantine": books.memory_quarantine,
     }
     return {t: _rows_of(t, values, known.get(t, {})) for t, values in by_table.items()}
 
@@ -118,6 +120,7 @@ def read_books(connection: sqlite3.Connection, database: Database) -> tuple[Book
     kinds: dict[str, Callable[[Mapping[str, Any]], _Jsonable]] = {
         "holding": Holding.from_json, "grant_": Grant.from_json, "loan": Loan.from_json,
         "residue": Residue.from_json, "quarantine": Quarantine.from_json,
+        "memory_quarantine": MemoryQuarantine.from_json,
     }  # fmt: skip
     for table, decode in kinds.items():
         rows[table] = {
@@ -127,7 +130,7 @@ def read_books(connection: sqlite3.Connection, database: Database) -> tuple[Book
             )
         }
     generation = _read_header(connection, database, rows)
-    holdings, grants, loans, residues, quarantine = (
+    holdings, grants, loans, residues, quarantine, memory = (
         [r.value for r in rows[t].values()] for t in TABLES
     )
     return Books(
@@ -137,6 +140,7 @@ def read_books(connection: sqlite3.Connection, database: Database) -> tuple[Book
         loans={x.id: x for x in loans if isinstance(x, Loan)},
         residues=tuple(r for r in residues if isinstance(r, Residue)),
         quarantine={q.address: q for q in quarantine if isinstance(q, Quarantine)},
+        memory_quarantine={m.subject: m for m in memory if isinstance(m, MemoryQuarantine)},
     ), rows
 
 
