@@ -24,8 +24,9 @@ LAB = os.environ.get("VIRTFABRIC_LAB", "passthrough")
 def measure() -> list[dict[str, Any]]:
     """Ratios of medians, in one run: until the guest's NIC is up, and until the command returned.
 
-    By hand the function is bound to vfio-pci beforehand; `allocate` binds it, sets it up, verifies
-    all that and journals it. Nothing of the agent runs while virsh is timed.
+    Both begin with a function that has no driver and end with a NIC that is up in the guest: virsh
+    by `managed='yes'`, and `allocate` decides, journals and verifies as well. Nothing of the agent
+    runs while virsh is timed.
     """
     guest = LabGuest(name="grower", priority=90)
     lab = LabHost(LAB, "passthrough")

@@ -15,8 +15,9 @@ from virtfabric.model.host import Capacity, HostTopology
 from virtfabric.model.ids import GuestId, RequestId
 from virtfabric.model.ledger import Books, Holding, HostSnapshot
 from virtfabric.model.policy import CpuPolicy, GuestPolicy, MemoryPolicy, Placement
-from virtfabric.model.request import Mode, Origin, Principal, Request, Want
+from virtfabric.model.request import Origin, Principal, Request
 from virtfabric.model.units import GIB, MIB, Bytes, CpuSet, MilliCpu
+from virtfabric.model.want import Mode, Want
 from virtfabric.policy.arbiter import choose_allocation
 from virtfabric.policy.placement import plan_decision
 

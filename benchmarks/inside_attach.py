@@ -1,7 +1,7 @@
 """Runs in the lab: times a command until it returns and until the guest has a NIC more.
 
     inside_attach.py allocate GUEST ROUNDS          `virtfabric allocate GUEST --device net.vf`
-    inside_attach.py raw GUEST ROUNDS ADDRESS       `virsh attach-device`, bound by hand before
+    inside_attach.py raw GUEST ROUNDS ADDRESS       `virsh attach-device`, managed='yes'
 
 The way back is not measured. The standard library alone, as its start is not measured either.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 _PATIENCE_S = 300.0
 _HOSTDEV = """\
-<hostdev mode='subsystem' type='pci' managed='no'><source>
+<hostdev mode='subsystem' type='pci' managed='yes'><source>
   <address domain='0x{0}' bus='0x{1}' slot='0x{2}' function='0x{3}'/>
 </source></hostdev>
 """
@@ -72,18 +72,14 @@ def _attach(guest: str, address: str) -> dict[str, float]:
     function = Path("/sys/bus/pci/devices") / address
     xml = Path("/tmp/hostdev.xml")
     xml.write_text(_HOSTDEV.format(*address.replace(".", ":").split(":")))
-    (function / "driver_override").write_text("vfio-pci")
-    Path("/sys/bus/pci/drivers_probe").write_text(address)
     gone = _said(guest, "VFDEV gone net")
     took, _ = _measure(guest, ["virsh", "-q", "attach-device", guest, str(xml), "--live"])
     _run("virsh", "-q", "detach-device", guest, str(xml), "--live")
     _await(guest, "VFDEV gone net", gone + 1)
     deadline = time.monotonic() + _PATIENCE_S
-    while "<hostdev" in _run("virsh", "-q", "dumpxml", guest):
+    while (function / "driver").exists():  # VFs are not probed in this lab: none is as it began
         if time.monotonic() > deadline:
             raise SystemExit(f"{guest} did not let go of {address}")
-    (function / "driver" / "unbind").write_text(address)
-    (function / "driver_override").write_text("\n")
     return took
 
 

@@ -11,13 +11,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.configvalues import WrongValueError, check_parsed, check_switch, check_text
-from virtfabric.model.device import (
-    DevicePool,
-    Match,
-    PciAddress,
-    VfSettings,
-    parse_capability,
-)
+from virtfabric.model.capability import parse_capability
+from virtfabric.model.device import DevicePool, Match, PciAddress, VfSettings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence

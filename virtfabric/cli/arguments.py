@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import argparse
 import re
-from datetime import datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, Final, NoReturn, TypeVar
 
-from virtfabric.daemon.intake import (
-    DEVICE,
-    parse_device,
-    parse_duration,
-    parse_policy_changes,
-    parse_tier,
-    parse_want,
-    parse_wish,
-)
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.units import Bytes, MilliCpu
+from virtfabric.model.want import DEVICE, parse_device, parse_duration, parse_tier, parse_want
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
 T = TypeVar("T")
 
+_HelpText: Final = argparse.RawDescriptionHelpFormatter
+_WIDTH: Final = 80
+"""Until help is asked for: argparse makes a formatter for each option that is added, and one that
+looks for the terminal's width loads shutil with all its compressors."""
 _SIGNED: Final = ("--cpu", "--memory")
 _NEGATIVE: Final = re.compile(r"-\.?[0-9].*")
-_NUMBER: Final = re.compile(r"[0-9]+(\.[0-9]+)?")
 
 
 class CommandParser(argparse.ArgumentParser):
@@ -34,7 +29,7 @@ class CommandParser(argparse.ArgumentParser):
 
     def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
         """As `ArgumentParser`; `example` ends the help text."""
-        kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        kwargs.setdefault("formatter_class", partial(_HelpText, width=_WIDTH))
         kwargs.setdefault("allow_abbrev", False)
         kwargs.setdefault("conflict_handler", "resolve")
         if example:
@@ -47,6 +42,11 @@ class CommandParser(argparse.ArgumentParser):
             "--bus", metavar="ADDRESS", default=argparse.SUPPRESS,
             help="D-Bus address of the agent's bus (default: the system bus)",
         )  # fmt: skip
+
+    def format_help(self) -> str:
+        """As wide as the terminal."""
+        self.formatter_class = _HelpText
+        return super().format_help()
 
     def error(self, message: str) -> NoReturn:
         """Usage errors end with code 2 and point to the help."""
@@ -64,7 +64,7 @@ def join_signed(argv: Sequence[str]) -> list[str]:
     return joined
 
 
-def _checked(check: Callable[[str], T]) -> Callable[[str], T]:
+def checked(check: Callable[[str], T]) -> Callable[[str], T]:
     """A `type` for argparse that keeps our message; argparse names the option itself."""
 
     def read(text: str) -> T:
@@ -101,54 +101,13 @@ def _device(text: str) -> tuple[str, str]:
     return key, want
 
 
-def _wish(text: str) -> tuple[str, str]:
-    """`net.vf`, `net.vf:2`, `net.vf:2:reclaimable`, `net.vf:0`: key and value of a change.
-
-    A capability alone asks for one.
-    """
-    capability, _, wish = text.partition(":")
-    key, value = f"{DEVICE}{capability}", wish if ":" in text else "1"
-    parse_wish(key, value, None)
-    return key, value
-
-
 def _duration(text: str) -> str:
     parse_duration(text, field="")
     return text
 
 
-def parse_since(text: str, now: float) -> float:
-    """`10m` (ago), UNIX seconds, or a date and time as ISO 8601 has it (local without a zone).
-
-    Raises:
-        InvalidValueError: none of these.
-    """
-    if _NUMBER.fullmatch(text):
-        return float(text)
-    try:
-        return datetime.fromisoformat(text).astimezone().timestamp()
-    except (ValueError, OverflowError):
-        pass
-    try:
-        return max(0.0, now - parse_duration(text, field="--since"))
-    except InvalidValueError:
-        raise InvalidValueError(
-            "--since", text, "is not a time", advice="like 10m, 2026-01-31T12:00 or UNIX seconds"
-        ) from None
-
-
-def check_policy(changes: dict[str, str]) -> None:
-    """Find what is malformed before anything is sent.
-
-    Raises:
-        InvalidValueError: names the field and the value.
-    """
-    parse_policy_changes(None, changes)
-
-
-CPU_WANT: Final = _checked(_cpu)
-MEMORY_WANT: Final = _checked(_memory)
-TIER: Final = _checked(_tier)
-DEVICE_WANT: Final = _checked(_device)
-DEVICE_WISH: Final = _checked(_wish)
-DURATION: Final = _checked(_duration)
+CPU_WANT: Final = checked(_cpu)
+MEMORY_WANT: Final = checked(_memory)
+TIER: Final = checked(_tier)
+DEVICE_WANT: Final = checked(_device)
+DURATION: Final = checked(_duration)

@@ -150,7 +150,10 @@ def _status(args: argparse.Namespace) -> int:
             f"carried by: {status.record.qemu}, {status.record.accel}, pid {status.pid}",
             f"ssh: 127.0.0.1 port {status.record.port}",
         ]
-    print_lines([*lines, "boot:", *(f"  {line}" for line in status.told)])
+    lines += ["boot:", *(f"  {line}" for line in status.told)]
+    if status.last_words:
+        lines += ["its QEMU said last:", *(f"  {line}" for line in status.last_words)]
+    print_lines(lines)
     return DONE
 
 
@@ -160,6 +163,7 @@ def _to_json(status: Status) -> dict[str, Any]:
         "name": status.name, "state": status.state, "pid": status.pid, "told": list(status.told),
         "topology": record.topology if record else None, "port": record.port if record else None,
         "qemu": record.qemu if record else None, "accel": record.accel if record else None,
+        "last_words": list(status.last_words),
     }  # fmt: skip
 
 

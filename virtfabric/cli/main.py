@@ -36,7 +36,7 @@ _EXIT_CODES: Final = (
 
 
 def build_parser(command: str = "") -> CommandParser:
-    """The whole command line, or as much of it as `command` needs, the first word given.
+    """The whole command line, or as much of it as `command` needs.
 
     A command's parser sets `run`: namespace -> exit code.
     """
@@ -56,8 +56,24 @@ def build_parser(command: str = "") -> CommandParser:
     return parser
 
 
+def command_in(argv: Sequence[str]) -> str:
+    """The command: the first word that is no option, nor the value of one; empty for none.
+
+    Empty also where help is asked for before it: that is about every command.
+    """
+    words = iter(argv)
+    for word in words:
+        if word in ("-h", "--help"):
+            return ""
+        if word == "--bus":
+            next(words, None)
+        elif not word.startswith("-"):
+            return word
+    return ""
+
+
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    args = build_parser(argv[0] if argv else "").parse_args(join_signed(argv))
+    args = build_parser(command_in(argv)).parse_args(join_signed(argv))
     args.json = getattr(args, "json", False) or args.json_first
     args.bus = getattr(args, "bus", None) or args.bus_first
     return args

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
-from virtfabric.cli.arguments import DEVICE_WISH, check_policy
+from virtfabric.cli.arguments import checked
 from virtfabric.cli.screen import print_json, print_lines
 from virtfabric.cli.session import DONE, ask, await_job
 from virtfabric.cli.tables import outcome_lines, plan_lines, policy_lines
+from virtfabric.daemon.intake import parse_policy_changes, parse_wish
 from virtfabric.model.policy import Admission, DriftAction, Placement, Smt
+from virtfabric.model.want import DEVICE
 
 if TYPE_CHECKING:
     import argparse
@@ -18,6 +20,20 @@ if TYPE_CHECKING:
 _FIELDS = (
     "priority", "cpu", "memory", "tiers", "shares", "placement", "smt", "admission", "drift",
 )  # fmt: skip
+
+
+def _wish(text: str) -> tuple[str, str]:
+    """`net.vf`, `net.vf:2`, `net.vf:2:reclaimable`, `net.vf:0`: key and value of a change.
+
+    A capability alone asks for one.
+    """
+    capability, _, wish = text.partition(":")
+    key, value = f"{DEVICE}{capability}", wish if ":" in text else "1"
+    parse_wish(key, value, None)
+    return key, value
+
+
+DEVICE_WISH: Final = checked(_wish)
 
 
 def _show(args: argparse.Namespace) -> int:
@@ -38,7 +54,7 @@ def _set(args: argparse.Namespace) -> int:
     if len(dict(wishes)) < len(wishes):
         args.parser.error("one --device for each capability: net.vf:2, not net.vf twice")
     changes |= dict(wishes)
-    check_policy(changes)
+    parse_policy_changes(None, changes)  # what is malformed is found before anything is sent
     if args.dry_run:
         return _tell_plan(args, ask(args, "PlanPolicy", args.guest, changes))
     return _finish(args, ask(args, "SetPolicy", args.guest, changes))

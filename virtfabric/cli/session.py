@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import os
 import signal
 from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.cli.screen import ProgressLine, note
-from virtfabric.dbus.client import AgentClient, with_agent
+from virtfabric.dbus.client import AgentClient
 from virtfabric.dbus.errors import refusal_of
 from virtfabric.model.errors import InvalidValueError, Reason, RefusedError, UnreachableError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Awaitable, Callable
+    from collections.abc import Callable
 
     Json = dict[str, Any]
 
@@ -48,11 +47,8 @@ def ask(args: argparse.Namespace, method: str, *values: Any) -> Any:
     Raises:
         RefusedError, VirtfabricError, UnreachableError
     """
-
-    async def work(client: AgentClient) -> Any:
-        return await client.call(method, *values)
-
-    return with_agent(args.bus, work)
+    with AgentClient.connected(args.bus) as client:
+        return client.call(method, *values)
 
 
 def run_job(args: argparse.Namespace, method: str, *values: Any) -> Json:
@@ -62,32 +58,19 @@ def run_job(args: argparse.Namespace, method: str, *values: Any) -> Json:
         RefusedError, VirtfabricError: the job was refused, failed or was cancelled.
         UnreachableError
     """
-
-    async def begin(client: AgentClient) -> str:
-        return str(await client.call(method, *values))
-
-    return _see_through(args, begin)
+    return _see_through(args, lambda client: str(client.call(method, *values)))
 
 
 def await_job(args: argparse.Namespace, job: str) -> Json:
     """See a job through that runs already; raises as `run_job`."""
-
-    async def begin(_client: AgentClient) -> str:
-        return job
-
-    return _see_through(args, begin)
+    return _see_through(args, lambda _client: job)
 
 
-def _see_through(args: argparse.Namespace, begin: Callable[[AgentClient], Awaitable[str]]) -> Json:
+def _see_through(args: argparse.Namespace, begin: Callable[[AgentClient], str]) -> Json:
     show = ProgressLine(quiet=args.json)
-
-    async def work(client: AgentClient) -> Json:
-        with _Interrupt() as interrupt:
-            job = await begin(client)
-            return await _follow(client, job, show, interrupt)
-
     try:
-        job = with_agent(args.bus, work)
+        with AgentClient.connected(args.bus) as client, Interrupt() as interrupt:
+            job = _follow(client, begin(client), show, interrupt)
     finally:
         show.end()
     if job["state"] != "done":
@@ -95,43 +78,47 @@ def _see_through(args: argparse.Namespace, begin: Callable[[AgentClient], Awaita
     return job
 
 
-class _Interrupt:
-    """Ctrl-C (or SIGTERM) sets `asked` once; a second one ends the command at once."""
+class Interrupt:
+    """Ctrl-C (or SIGTERM) wakes who waits for it; a second one ends the command at once."""
 
     def __init__(self) -> None:
-        self.asked = asyncio.Event()
+        self.awake = False
+        self._heard, self._say = os.pipe()
+        os.set_blocking(self._say, False)
+        self._before: dict[int, Any] = {}
+        self._told_before = -1
 
-    def __enter__(self) -> _Interrupt:
-        loop = asyncio.get_running_loop()
+    def __enter__(self) -> Interrupt:
+        # written to at once, in C: a signal just before a wait begins ends that wait too
+        self._told_before = signal.set_wakeup_fd(self._say)
         for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, self._ask)
+            self._before[number] = signal.signal(number, self._wake)
         return self
 
     def __exit__(self, *_exc: object) -> None:
         self._let_go()
+        signal.set_wakeup_fd(self._told_before)
+        for end in (self._heard, self._say):
+            os.close(end)
 
-    def _ask(self) -> None:
-        self.asked.set()
+    def fileno(self) -> int:
+        """Readable once it is awake."""
+        return self._heard
+
+    def _wake(self, *_signal: object) -> None:
         self._let_go()
+        self.awake = True
 
     def _let_go(self) -> None:
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
 
 
-async def _follow(client: AgentClient, job: str, show: ProgressLine, interrupt: _Interrupt) -> Json:
-    following = asyncio.create_task(client.follow(job, show))
-    asking = asyncio.create_task(interrupt.asked.wait())
-    try:
-        await asyncio.wait({following, asking}, return_when=asyncio.FIRST_COMPLETED)
-        if not following.done():
-            show.end()
-            note("cancelling; waiting for the undo (Ctrl-C again to leave it to the agent)")
-            await client.cancel(job)
-        return await following
-    finally:
-        for task in (following, asking):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, Exception):
-                await task
+def _follow(client: AgentClient, job: str, show: ProgressLine, interrupt: Interrupt) -> Json:
+    facts = client.follow(job, show, interrupt)
+    if facts["state"] != "running":
+        return facts
+    show.end()
+    note("cancelling; waiting for the undo (Ctrl-C again to leave it to the agent)")
+    client.cancel(job)
+    return client.follow(job, show)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+import time
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.cli.screen import Table
@@ -10,7 +10,7 @@ from virtfabric.model.amounts import Amounts, Key
 from virtfabric.model.units import Bytes, CpuSet, MilliCpu
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
+    from collections.abc import Iterable, Mapping
 
 Json = dict[str, Any]
 
@@ -19,10 +19,10 @@ def clock_text(at: float | None) -> str:
     """Local date and time; `-` for none."""
     if at is None:
         return "-"
-    return datetime.fromtimestamp(at, tz=UTC).astimezone().strftime("%Y-%m-%d %H:%M:%S")
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(at))
 
 
-def amounts_text(amounts: dict[str, int]) -> str:
+def amounts_text(amounts: Mapping[str, int]) -> str:
     """`cpu 1.5, memory 64MiB`."""
     return str(Amounts.from_json(amounts))
 

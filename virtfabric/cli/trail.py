@@ -3,19 +3,45 @@
 from __future__ import annotations
 
 import json
+import re
 import time
-from typing import TYPE_CHECKING, Any
+from datetime import datetime
+from typing import TYPE_CHECKING, Any, Final
 
-from virtfabric.cli.arguments import parse_since
 from virtfabric.cli.screen import clean, print_json, print_lines, print_tables
 from virtfabric.cli.session import DONE, FAILED, ask, run_job
 from virtfabric.cli.tables import audit_table, clock_text, drift_table, outcome_lines
-from virtfabric.dbus.client import with_agent
+from virtfabric.dbus.client import AgentClient
+from virtfabric.model.errors import InvalidValueError
+from virtfabric.model.want import parse_duration
 
 if TYPE_CHECKING:
     import argparse
 
-    from virtfabric.dbus.client import AgentClient, Heard
+    from virtfabric.dbus.client import Heard
+
+
+_NUMBER: Final = re.compile(r"[0-9]+(\.[0-9]+)?")
+
+
+def parse_since(text: str, now: float) -> float:
+    """`10m` (ago), UNIX seconds, or a date and time as ISO 8601 has it (local without a zone).
+
+    Raises:
+        InvalidValueError: none of these.
+    """
+    if _NUMBER.fullmatch(text):
+        return float(text)
+    try:
+        return datetime.fromisoformat(text).astimezone().timestamp()
+    except (ValueError, OverflowError):
+        pass
+    try:
+        return max(0.0, now - parse_duration(text, field="--since"))
+    except InvalidValueError:
+        raise InvalidValueError(
+            "--since", text, "is not a time", advice="like 10m, 2026-01-31T12:00 or UNIX seconds"
+        ) from None
 
 
 def _explain(args: argparse.Namespace) -> int:
@@ -96,18 +122,16 @@ def _happening_text(event: dict[str, Any]) -> str:
 
 
 def _watch(args: argparse.Namespace) -> int:
-    async def work(client: AgentClient) -> None:
-        async for heard in client.signals():
-            event = _happening(heard)
-            if event is not None:
-                # one line an event, also as JSON, and at once: somebody is reading along
-                print(json.dumps(event) if args.json else _happening_text(event), flush=True)
-
     try:
-        with_agent(args.bus, work)
+        with AgentClient.connected(args.bus) as client:
+            for heard in client.signals():
+                event = _happening(heard)
+                if event is not None:
+                    # one line an event, also as JSON, and at once: somebody is reading along
+                    print(json.dumps(event) if args.json else _happening_text(event), flush=True)
     except KeyboardInterrupt:
-        return DONE  # the way to end it
-    return FAILED
+        pass  # the way to end it
+    return DONE
 
 
 def add_parsers(subparsers: Any) -> None:

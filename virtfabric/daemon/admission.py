@@ -14,7 +14,7 @@ from virtfabric.daemon.api import JobState
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.model.amounts import Amounts
-from virtfabric.model.device import capability_of
+from virtfabric.model.capability import capability_of
 from virtfabric.model.devicesteps import AttachFunction, ResetFunction
 from virtfabric.model.errors import InvalidValueError, Reason, Refusal, RefusedError
 from virtfabric.model.guest import RunState

@@ -8,10 +8,10 @@ from virtfabric.daemon.intake import parse_request
 from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.daemon.views import plan_view
 from virtfabric.model.amounts import CPU_KEY
-from virtfabric.model.device import device_key
+from virtfabric.model.capability import device_key
 from virtfabric.model.errors import Reason, Refusal, RefusedError
 from virtfabric.model.ids import GrantId
-from virtfabric.model.request import Mode
+from virtfabric.model.want import Mode
 from virtfabric.policy.arbiter import choose_allocation, choose_release
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from virtfabric.daemon.executor import Execution, Progress, Shortfall, Stopwatch
 from virtfabric.daemon.settlement import Settlement, refusal_body, subjects_of
 from virtfabric.daemon.unfinished import Unfinished
 from virtfabric.model.amounts import CPU_KEY, MEMORY_KEYS, Amounts, Tier
-from virtfabric.model.device import device_key
+from virtfabric.model.capability import device_key
 from virtfabric.model.devicesteps import AttachFunction, Presence
 from virtfabric.model.errors import (
     Reason,
@@ -317,7 +317,7 @@ class Conductor:
             self._observatory.refresh([short.step.guest])
             answer = self.consider(work, without=txn, caps=caps)
             if isinstance(answer, Refusal):
-                raise RefusedError(replace(_uncooperative(short), considered=answer.considered))
+                raise RefusedError(_uncooperative(short)._replace(considered=answer.considered))
             snapshot, decision, plan = answer
             touched = _guests_of(work, decision, plan) | {short.step.guest}
             free_part = _taken(decision, plan)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 
 from virtfabric.daemon.undertaking import new_request
 from virtfabric.model.amounts import MEMORY_KEYS, Amounts, Tier
+from virtfabric.model.capability import device_key
 from virtfabric.model.decision import Decision
-from virtfabric.model.device import Found, Quarantine, device_key
+from virtfabric.model.device import Found, Quarantine
 from virtfabric.model.devicesteps import (
     AttachFunction,
     BindDriver,

@@ -17,7 +17,8 @@ from virtfabric.daemon.api import JobState
 from virtfabric.daemon.custody import DEVICE, condemned, forfeited, quarantined
 from virtfabric.daemon.homeward import homeward, user_of
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
-from virtfabric.model.device import VFIO_PCI, DeviceNews, PciAddress, alias_of, device_key
+from virtfabric.model.capability import device_key
+from virtfabric.model.device import VFIO_PCI, DeviceNews, PciAddress, alias_of
 from virtfabric.model.errors import Refusal, VirtfabricError
 from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.policy.arbiter import choose_allocation
@@ -39,7 +40,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import Books, HostSnapshot
-    from virtfabric.model.request import Want
+    from virtfabric.model.want import Want
     from virtfabric.ports import AuditLog, Clock, Journal
 
 log = logging.getLogger(__name__)

@@ -16,12 +16,13 @@ from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.daemon.views import plan_view
 from virtfabric.domxml.policy import format_bare_policy, format_policy
 from virtfabric.model.amounts import CPU_KEY, MEMORY_KEY, Amounts
+from virtfabric.model.capability import device_key
 from virtfabric.model.decision import Decision
-from virtfabric.model.device import device_key
 from virtfabric.model.errors import Reason, Refusal, RefusedError
 from virtfabric.model.plan import Definition, SetPolicy
 from virtfabric.model.policy import Placement
-from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
+from virtfabric.model.request import AGENT, Origin, Request
+from virtfabric.model.want import Mode, Want
 from virtfabric.policy.arbiter import choose_admission, choose_allocation
 from virtfabric.policy.loans import depart
 from virtfabric.policy.placement import plan_convergence, plan_decision, plan_lift

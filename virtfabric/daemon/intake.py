@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import replace
-from enum import StrEnum
 from typing import TYPE_CHECKING, Final, TypeVar
 
 from virtfabric.model.amounts import Tier
-from virtfabric.model.device import parse_capability
+from virtfabric.model.capability import parse_capability
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.policy import (
     Admission,
@@ -20,8 +18,17 @@ from virtfabric.model.policy import (
     Placement,
     Smt,
 )
-from virtfabric.model.request import Mode, Origin, Principal, Request, Want
+from virtfabric.model.request import Origin, Principal, Request
 from virtfabric.model.units import Bytes, MilliCpu
+from virtfabric.model.want import (
+    DEVICE,
+    parse_choice,
+    parse_device,
+    parse_duration,
+    parse_number,
+    parse_tier,
+    parse_want,
+)
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -29,68 +36,14 @@ if TYPE_CHECKING:
     from virtfabric.model.ids import GuestId, RequestId
 
 WANTS: Final = frozenset({"cpu", "memory", "for", "partial", "deadline", "key", "tier"})
-DEVICE: Final = "device:"
-"""Before the capability, in a key of what is wanted."""
 CHANGES: Final = frozenset(
     {"priority", "cpu", "memory", "shares", "placement", "smt", "admission", "drift", "tiers"}
 )
-_DURATION: Final = re.compile(r"([0-9]{1,9})(?:\.[0-9]+)?([smhd]?)")
-_SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
 MAX_DEADLINE_S: Final = 600.0
 MAX_WISH: Final = 64
 """Functions of one capability that a policy can ask for."""
 _RECLAIMABLE: Final = {"reclaimable": True, "kept": False}
 _T = TypeVar("_T")
-_E = TypeVar("_E", bound=StrEnum)
-
-
-def parse_duration(text: str, *, field: str) -> float:
-    """`90`, `90s`, `10m`, `2h`, `1d` in seconds.
-
-    Raises:
-        InvalidValueError: malformed, zero, or above ten years.
-    """
-    match = _DURATION.fullmatch(text.strip())
-    if match is None:
-        raise InvalidValueError(field, text, "is not a duration", advice="like 90s, 10m or 2h")
-    seconds = float(text.strip().rstrip("smhd")) * _SECONDS[match[2]]
-    if not 0 < seconds <= 10 * 365 * 86400:
-        raise InvalidValueError(field, text, "must be above 0 and at most ten years")
-    return seconds
-
-
-def parse_want(text: str, parse: Callable[..., int], *, field: str) -> Want:
-    """`2` (to), `+1` or `-1` (by).
-
-    Raises:
-        InvalidValueError: names the field.
-    """
-    text = text.strip()
-    if text[:1] in ("+", "-"):
-        amount = int(parse(text[1:], field=field))
-        if amount == 0:
-            raise InvalidValueError(field, text, "changes nothing")
-        return Want(Mode.BY, amount if text[0] == "+" else -amount)
-    return Want(Mode.TO, int(parse(text, field=field)))
-
-
-def parse_count(text: str, *, field: str) -> int:
-    """A number of functions.
-
-    Raises:
-        InvalidValueError: not a whole number from 0 to 256.
-    """
-    return _number(text.strip(), 0, 256, field=field)
-
-
-def parse_device(key: str, text: str) -> tuple[str, Want]:
-    """`device:net.vf` and `2`, `+1` or `-1`.
-
-    Raises:
-        InvalidValueError: names the field.
-    """
-    capability = parse_capability(key.removeprefix(DEVICE), field="device")
-    return capability, parse_want(text, parse_count, field=key)
 
 
 def _check_keys(given: Mapping[str, str], known: frozenset[str], what: str) -> None:
@@ -108,15 +61,6 @@ def parse_flag(text: str, *, field: str) -> bool:
     if text not in ("yes", "no"):
         raise InvalidValueError(field, text, "must be yes or no")
     return text == "yes"
-
-
-def parse_tier(text: str, *, field: str) -> Tier:
-    """`dram` or `cxl`.
-
-    Raises:
-        InvalidValueError: anything else.
-    """
-    return _choice(Tier, text, field=field)
 
 
 def parse_tiers(text: str, *, field: str) -> tuple[str, ...]:
@@ -178,20 +122,6 @@ def _range(text: str, parse: Callable[..., _T], *, field: str) -> tuple[_T, _T |
     return reservation, limit
 
 
-def _choice(kind: type[_E], text: str, *, field: str) -> _E:
-    try:
-        return kind(text)
-    except ValueError:
-        known = ", ".join(k.value for k in kind)
-        raise InvalidValueError(field, text, f"must be one of {known}") from None
-
-
-def _number(text: str, low: int, high: int, *, field: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,9}", text) or not low <= int(text) <= high:
-        raise InvalidValueError(field, text, f"must be a whole number from {low} to {high}")
-    return int(text)
-
-
 def parse_wish(key: str, text: str, old: DevicePolicy | None) -> DevicePolicy | None:
     """`device:net.vf` and `2`, `2:reclaimable`, `reclaimable` or `kept`; what is absent stays.
 
@@ -206,7 +136,7 @@ def parse_wish(key: str, text: str, old: DevicePolicy | None) -> DevicePolicy | 
     first, *rest = text.split(":")
     words = rest if first.isdecimal() else [first, *rest]
     if first.isdecimal():
-        count = _number(first, 0, MAX_WISH, field=key)
+        count = parse_number(first, 0, MAX_WISH, field=key)
         if not count and not rest:
             return None
         wish = replace(wish, count=count)
@@ -249,22 +179,26 @@ def parse_policy_changes(old: GuestPolicy | None, changes: Mapping[str, str]) ->
     for field, (low, high) in (("cpu", cpu_range), ("memory", memory_range)):
         if high is not None and high < low:
             raise InvalidValueError(f"{field}.limit", str(high), f"is below the reservation {low}")
-    shares = _number(changes["shares"], 1, 10_000, field="shares") if "shares" in changes else 0
+    shares = (
+        parse_number(changes["shares"], 1, 10_000, field="shares") if "shares" in changes else 0
+    )
     placement = changes.get("placement", cpu.placement.value)
     tiers = memory.tiers
     if "tiers" in changes:
         tiers = parse_tiers(changes["tiers"], field="tiers")
     return GuestPolicy(
-        priority=_number(changes.get("priority", str(base.priority)), 0, 100, field="priority"),
-        admission=_choice(
+        priority=parse_number(
+            changes.get("priority", str(base.priority)), 0, 100, field="priority"
+        ),
+        admission=parse_choice(
             Admission, changes.get("admission", base.admission.value), field="admission"
         ),
-        drift=_choice(DriftAction, changes.get("drift", base.drift.value), field="drift"),
+        drift=parse_choice(DriftAction, changes.get("drift", base.drift.value), field="drift"),
         cpu=CpuPolicy(
             *cpu_range,
             shares=shares or cpu.shares,
-            placement=_choice(Placement, placement, field="placement"),
-            smt=_choice(Smt, changes.get("smt", cpu.smt.value), field="smt"),
+            placement=parse_choice(Placement, placement, field="placement"),
+            smt=parse_choice(Smt, changes.get("smt", cpu.smt.value), field="smt"),
         ),
         memory=MemoryPolicy(*memory_range, shares=shares or memory.shares, tiers=tiers),
         devices=_parse_wishes(base.devices, wishes),

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import logging
-from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from virtfabric.dbus.names import DBUS_ERRORS, ERRORS
 from virtfabric.model.errors import (
@@ -16,8 +14,6 @@ from virtfabric.model.errors import (
     UnreachableError,
     VirtfabricError,
 )
-
-log = logging.getLogger(__name__)
 
 FAILED: Final = "failed"
 INTERNAL: Final = "internal"
@@ -42,8 +38,7 @@ class ProtocolError(VirtfabricError):
         self.name = name
 
 
-@dataclass(frozen=True, slots=True)
-class WireError:
+class WireError(NamedTuple):
     """An error as it travels."""
 
     name: str
@@ -67,7 +62,7 @@ def document_of(reason: str, detail: str, *, advice: str = "") -> dict[str, Any]
 
 
 def wire_error(error: BaseException) -> WireError:
-    """What a caller is told about any exception. A defect of ours goes to the log, not to it."""
+    """What a caller is told about any exception; of a defect of ours nothing, it is for the log."""
     match error:
         case RefusedError():
             no = error.refusal
@@ -84,7 +79,6 @@ def wire_error(error: BaseException) -> WireError:
         case VirtfabricError():
             document = document_of(FAILED, str(error), advice=error.advice)
         case _:
-            log.error("a call broke", exc_info=error)
             document = document_of(INTERNAL, "internal error; see the agent's log")
     return WireError(error_name(document["reason"]), document["detail"], document)
 

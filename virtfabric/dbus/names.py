@@ -1,16 +1,17 @@
 """Every name and signature of the D-Bus API, once; docs/dbus-api.md says what they mean.
 
-Knows nothing of dbus-next: service, client and introspection are all made of these tables.
+Knows no D-Bus library: service, client and introspection are all made of these tables.
 """
 
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final, NamedTuple, cast
 
 from virtfabric.model.errors import InvalidValueError
-from virtfabric.model.ids import JobId
+
+if TYPE_CHECKING:
+    from virtfabric.model.ids import JobId
 
 BUS_NAME: Final = "org.virtfabric1"
 ROOT: Final = "/org/virtfabric1"
@@ -27,16 +28,14 @@ INTROSPECTABLE: Final = "org.freedesktop.DBus.Introspectable"
 PEER: Final = "org.freedesktop.DBus.Peer"
 
 
-@dataclass(frozen=True, slots=True)
-class Argument:
+class Argument(NamedTuple):
     """One argument: a complete D-Bus type and a name for introspection."""
 
     signature: str
     name: str
 
 
-@dataclass(frozen=True, slots=True)
-class Method:
+class Method(NamedTuple):
     """A method; `gives` None for no answer, "o" for the path of a job, "s" for JSON."""
 
     name: str
@@ -54,8 +53,7 @@ class Method:
         return self.gives.signature if self.gives else ""
 
 
-@dataclass(frozen=True, slots=True)
-class Signal:
+class Signal(NamedTuple):
     """A signal."""
 
     name: str
@@ -67,8 +65,7 @@ class Signal:
         return "".join(a.signature for a in self.carries)
 
 
-@dataclass(frozen=True, slots=True)
-class Property:
+class Property(NamedTuple):
     """A read-only property; `emits` as in the EmitsChangedSignal annotation."""
 
     name: str
@@ -76,8 +73,7 @@ class Property:
     emits: str = "false"
 
 
-@dataclass(frozen=True, slots=True)
-class Interface:
+class Interface(NamedTuple):
     """Everything on one interface."""
 
     name: str
@@ -216,4 +212,4 @@ def job_path(job: str) -> str:
 def job_of_path(path: str) -> JobId | None:
     """The job whose object path this is; None for any other path."""
     parent, _, last = path.rpartition("/")
-    return JobId(last) if parent == JOBS and _JOB_ID.fullmatch(last) else None
+    return cast("JobId", last) if parent == JOBS and _JOB_ID.fullmatch(last) else None

@@ -160,7 +160,10 @@ class Service:
             with self._counted(caller.uid):
                 signature, body = await self._dispatcher.answer(message, caller)
             return Message.new_method_return(message, signature, body)
-        except Exception as error:  # noqa: BLE001 - the skin's one guard: mapped, logged, answered
+        except VirtfabricError as error:
+            return _error(message, wire_error(error))
+        except Exception as error:  # the skin's one guard: logged, mapped, answered
+            log.exception("a call broke")
             return _error(message, wire_error(error))
 
     @contextlib.contextmanager

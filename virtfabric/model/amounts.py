@@ -7,9 +7,8 @@ core, so nothing here or in the arbiter knows a closed list of them.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, NewType, Self
+from typing import Final, NamedTuple, NewType, Self
 
 from virtfabric.model.units import Bytes, MilliCpu
 
@@ -38,8 +37,7 @@ def node_locality(node: int) -> Locality:
     return Locality(f"node:{node}")
 
 
-@dataclass(frozen=True, slots=True, order=True)
-class Key:
+class Key(NamedTuple):
     """One coordinate of the vector."""
 
     resource: ResourceClass

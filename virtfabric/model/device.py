@@ -13,7 +13,6 @@ from enum import StrEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from virtfabric.model.amounts import Key, ResourceClass
 from virtfabric.model.errors import InvalidValueError
 
 if TYPE_CHECKING:
@@ -23,8 +22,6 @@ VFIO_PCI: Final = "vfio-pci"
 _ADDRESS: Final = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{1,2}):([01]?[0-9a-f])\.([0-7])", re.IGNORECASE
 )
-_CAPABILITY: Final = re.compile(r"[a-z][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)*")
-_RESOURCE: Final = "device:"
 
 
 class PciAddress(str):
@@ -53,27 +50,6 @@ class PciAddress(str):
         domain, bus, rest = self.split(":")
         slot, _, function = rest.partition(".")
         return int(domain, 16), int(bus, 16), int(slot, 16), int(function, 16)
-
-
-def parse_capability(text: str, *, field: str = "capability") -> str:
-    """A dotted capability such as `net.vf`.
-
-    Raises:
-        InvalidValueError: not in that form.
-    """
-    if not _CAPABILITY.fullmatch(text):
-        raise InvalidValueError(field, text, "is not a capability", advice="write it like net.vf")
-    return text
-
-
-def device_key(capability: str) -> Key:
-    """The coordinate of amounts that counts functions with this capability."""
-    return Key(ResourceClass(f"{_RESOURCE}{capability}"))
-
-
-def capability_of(key: Key) -> str | None:
-    """The capability that a coordinate counts; None for any other coordinate."""
-    return key.resource[len(_RESOURCE) :] if key.resource.startswith(_RESOURCE) else None
 
 
 @dataclass(frozen=True, slots=True)

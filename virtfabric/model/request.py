@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
     from virtfabric.model.amounts import Amounts, Key
     from virtfabric.model.ids import GuestId, RequestId
+    from virtfabric.model.want import Want
 
 
 class Origin(StrEnum):
@@ -24,13 +25,6 @@ class Origin(StrEnum):
     AGENT = "agent"
     CARD = "card"
     FABRIC = "fabric"
-
-
-class Mode(StrEnum):
-    """How an amount is meant."""
-
-    TO = "to"
-    BY = "by"
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,14 +39,6 @@ class Principal:
 
 
 AGENT = Principal("virtfabricd")
-
-
-@dataclass(frozen=True, slots=True)
-class Want:
-    """One resource of a request: grow or shrink `BY`, or bring `TO` (milli-CPU or bytes)."""
-
-    mode: Mode
-    value: int
 
 
 @dataclass(frozen=True, slots=True)

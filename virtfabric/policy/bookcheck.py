@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from typing import TYPE_CHECKING
 
-from virtfabric.model.device import device_key
+from virtfabric.model.capability import device_key
 from virtfabric.policy.stock import device_amounts
 
 if TYPE_CHECKING:

@@ -9,10 +9,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, NamedTuple
 
 from virtfabric.model.amounts import CPU_KEY, CXL_KEY, MEMORY, MEMORY_KEY, Key, Tier, format_amount
-from virtfabric.model.device import capability_of, device_key
+from virtfabric.model.capability import capability_of, device_key
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import MemoryMechanism
-from virtfabric.model.request import Mode
+from virtfabric.model.want import Mode
 from virtfabric.policy.deviceterms import check_taker, spare_ports, wish_of
 from virtfabric.policy.standing import Line, line_of
 from virtfabric.policy.tierterms import check_far_taker, may_have
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
-    from virtfabric.model.request import Request, Want
+    from virtfabric.model.request import Request
+    from virtfabric.model.want import Want
     from virtfabric.policy.victims import Market
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from virtfabric.model.device import device_key
+from virtfabric.model.capability import device_key
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import MemoryMechanism, RunState
 from virtfabric.policy.stock import functions_of

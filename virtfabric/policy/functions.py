@@ -10,7 +10,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final, NamedTuple
 
-from virtfabric.model.device import Found, HeldFunction, VfSettings, capability_of, device_key
+from virtfabric.model.capability import capability_of, device_key
+from virtfabric.model.device import Found, HeldFunction, VfSettings
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.policy.faults import count_fatal
 from virtfabric.policy.functionoffers import Asker, make_function_offers

@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from virtfabric.model.amounts import Amounts
+from virtfabric.model.capability import capability_of
 from virtfabric.model.decision import Return
-from virtfabric.model.device import capability_of
 from virtfabric.policy.deviceterms import check_taker, spare_ports
 from virtfabric.policy.loans import total_of
 from virtfabric.policy.standing import line_of

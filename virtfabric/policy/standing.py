@@ -10,7 +10,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from virtfabric.model.amounts import CPU, CPU_KEY, CXL_KEY, MEMORY, MEMORY_KEY, Amounts, Key, Tier
-from virtfabric.model.device import device_key
+from virtfabric.model.capability import device_key
 from virtfabric.model.guest import MemoryMechanism, RunState
 from virtfabric.model.policy import GuestPolicy, Placement
 from virtfabric.model.units import MIB

@@ -11,7 +11,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from virtfabric.model.amounts import CPU_KEY, CXL_KEY, MEMORY_KEY, Amounts
-from virtfabric.model.device import device_key
+from virtfabric.model.capability import device_key
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.policy.standing import WHOLE_CPU, Line, held_of, line_of
 from virtfabric.policy.stock import device_amounts

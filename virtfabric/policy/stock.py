@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING
 
-from virtfabric.model.device import capability_of, device_key
+from virtfabric.model.capability import capability_of, device_key
 from virtfabric.policy.faults import find_faults
 from virtfabric.policy.nearness import remoteness
 from virtfabric.policy.pools import members, obstacles, pool_of

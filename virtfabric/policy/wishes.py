@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from virtfabric.model.device import device_key
+from virtfabric.model.capability import device_key
 from virtfabric.model.errors import Refusal
 from virtfabric.model.guest import RunState
-from virtfabric.model.request import Mode, Want
+from virtfabric.model.want import Mode, Want
 from virtfabric.policy.changes import check_subject
 from virtfabric.policy.deviceterms import check_taker, spare_ports
 from virtfabric.policy.standing import held_of, tally

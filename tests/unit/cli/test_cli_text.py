@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import os
+import select
+import signal
 
 import pytest
 
 from virtfabric.cli import main
-from virtfabric.cli.arguments import join_signed, parse_since
+from virtfabric.cli.arguments import join_signed
 from virtfabric.cli.screen import Table, clean, format_plain
-from virtfabric.cli.session import exit_code
+from virtfabric.cli.session import Interrupt, exit_code
 from virtfabric.cli.tables import (
     capacity_lines,
     guest_table,
@@ -17,6 +20,7 @@ from virtfabric.cli.tables import (
     memory_table,
     outcome_lines,
 )
+from virtfabric.cli.trail import parse_since
 from virtfabric.model.errors import (
     InvalidValueError,
     Reason,
@@ -78,6 +82,19 @@ def test_plain_tables_align_and_say_when_empty():
 )
 def test_exit_codes(error, code):
     assert exit_code(error) == code
+
+
+def test_a_second_interrupt_ends_the_command_at_once():
+    before = signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)
+    with Interrupt() as interrupt:
+        assert select.select([interrupt], [], [], 0)[0] == []
+        os.kill(os.getpid(), signal.SIGINT)
+        assert select.select([interrupt], [], [], 0)[0] == [interrupt]
+        assert interrupt.awake
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert (signal.getsignal(signal.SIGINT), signal.getsignal(signal.SIGTERM)) == before
+    assert signal.set_wakeup_fd(-1) == -1
 
 
 def test_results_may_lack_what_does_not_apply():

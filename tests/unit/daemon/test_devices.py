@@ -11,15 +11,8 @@ from virtfabric.adapters.simulated.devices import SimulatedFunction, small_devic
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase
 from virtfabric.adapters.simulated.records import MemoryJournal
 from virtfabric.model.amounts import Amounts
-from virtfabric.model.device import (
-    VFIO_PCI,
-    DevicePool,
-    Match,
-    PciAddress,
-    PciFunction,
-    VfSettings,
-    device_key,
-)
+from virtfabric.model.capability import device_key
+from virtfabric.model.device import VFIO_PCI, DevicePool, Match, PciAddress, PciFunction, VfSettings
 from virtfabric.model.errors import InvalidValueError, JournalError, Reason, RefusedError
 from virtfabric.model.policy import DevicePolicy
 from virtfabric.model.request import Offerable

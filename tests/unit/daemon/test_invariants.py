@@ -19,15 +19,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from virtfabric.adapters.simulated.devices import SimulatedFunction, small_devices
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase
-from virtfabric.model.device import (
-    VFIO_PCI,
-    DevicePool,
-    Match,
-    PciAddress,
-    PciFunction,
-    VfSettings,
-    device_key,
-)
+from virtfabric.model.capability import device_key
+from virtfabric.model.device import VFIO_PCI, DevicePool, Match, PciAddress, PciFunction, VfSettings
 from virtfabric.model.errors import InvalidValueError, RefusedError
 from virtfabric.model.ids import JobId
 from virtfabric.model.plan import PinVcpu

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 
 from dbus_next.message import Message
 
@@ -25,23 +26,48 @@ def run(work):
     return asyncio.run(limited())
 
 
-@contextlib.asynccontextmanager
-async def serving(agent, bus):
-    service = Service(agent, bus.address)
-    await service.start()
-    try:
-        yield service
-    finally:
-        await service.close()
+class Serving:
+    """A service on the bus, in a thread of its own: the clients of these tests block."""
+
+    def __init__(self, agent, bus):
+        self._loop = asyncio.new_event_loop()
+        self._service = Service(agent, bus.address)
+        self._thread = threading.Thread(target=self._loop.run_forever)
+
+    def _do(self, work):
+        async def limited():
+            async with asyncio.timeout(DEADLINE_S):
+                return await work
+
+        return asyncio.run_coroutine_threadsafe(limited(), self._loop).result()
+
+    def __enter__(self):
+        self._thread.start()
+        try:
+            self._do(self._service.start())
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def leave(self):
+        """Go off the bus; safe to repeat."""
+        self._do(self._service.close())
+
+    def __exit__(self, *_exc):
+        self.leave()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
 
 
-@contextlib.asynccontextmanager
-async def both(agent, bus):
-    async with serving(agent, bus), AgentClient.connected(bus.address) as client:
+@contextlib.contextmanager
+def both(agent, bus):
+    with Serving(agent, bus), AgentClient.connected(bus.address) as client:
         yield client
 
 
-async def raw(bus, path, interface, member, signature="", body=()):
+async def _raw(bus, path, interface, member, signature, body):
     link = await Link.connect(bus.address, lambda _m: None)
     try:
         return await link.call(
@@ -54,14 +80,19 @@ async def raw(bus, path, interface, member, signature="", body=()):
         await link.close()
 
 
+def raw(bus, path, interface, member, signature="", body=()):
+    """The reply to a call that our own client would not make."""
+    return run(_raw(bus, path, interface, member, signature, body))
+
+
 def ignore(_fraction, _text):
     pass
 
 
-async def heard_until(client, wanted):
+def heard_until(signals, wanted):
     """Signals until one of each wanted name came."""
     found = []
-    async for heard in client.signals():
+    for heard in signals:
         found.append(heard)
         if wanted <= {h.member for h in found}:
             return found

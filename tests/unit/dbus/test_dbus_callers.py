@@ -8,10 +8,10 @@ import os
 import pwd
 
 import pytest
-from bus_talk import both, run, serving
+from bus_talk import Serving, both, run
 from dbus_next.message import Message
 
-from virtfabric.dbus.client import with_agent
+from virtfabric.dbus.client import AgentClient
 from virtfabric.dbus.link import Link
 from virtfabric.dbus.names import (
     BUS_NAME,
@@ -79,7 +79,8 @@ as_root = pytest.mark.skipif(os.getuid() != 0, reason="becomes another user")
 
 def _release(address):
     try:
-        with_agent(address, lambda client: client.call("Release", "g1"))
+        with AgentClient.connected(address) as client:
+            client.call("Release", "g1")
     except VirtfabricError as error:
         return f"{type(error).__name__} {error}"
     return "released"
@@ -87,14 +88,9 @@ def _release(address):
 
 @as_root
 def test_another_user_is_seen_as_that_user(agent, bus):
-    with somebody(lambda: _release(bus.address)) as nobody:
-
-        async def work():
-            async with serving(agent, bus):
-                nobody.go()
-                return await asyncio.to_thread(nobody.said)
-
-        said = run(work())
+    with somebody(lambda: _release(bus.address)) as nobody, Serving(agent, bus):
+        nobody.go()
+        said = nobody.said()
     uid = nobody.user.pw_uid
     assert said.startswith(f"RefusedError not-allowed: nobody (uid {uid}, gids [")
     [caller] = agent.callers
@@ -106,7 +102,7 @@ def test_two_clients_at_once_are_not_mixed_up(agent, bus):
     """Senders travel with their call, however the calls interleave."""
 
     async def work():
-        async with serving(agent, bus):
+        with Serving(agent, bus):
             links = [await Link.connect(bus.address, lambda _m: None) for _ in range(3)]
             call = {"destination": BUS_NAME, "path": ROOT, "interface": MANAGER}
             replies = await asyncio.gather(
@@ -146,18 +142,13 @@ def _ask_too_much(address):
 @as_root
 def test_an_unprivileged_user_cannot_keep_root_out(agent, bus):
     assert CALLS_EACH * 2 <= WORKERS
-    with somebody(lambda: _ask_too_much(bus.address)) as nobody:
-
-        async def work():
-            async with both(agent, bus) as client:
-                nobody.go()
-                for _ in range(CALLS_EACH):
-                    assert await asyncio.to_thread(agent.hanging.acquire, timeout=5)
-                health = await client.call("Health")  # answered while nobody's calls hang
-                agent.let_go.set()
-                return health, await asyncio.to_thread(nobody.said)
-
-        health, said = run(work())
+    with somebody(lambda: _ask_too_much(bus.address)) as nobody, both(agent, bus) as client:
+        nobody.go()
+        for _ in range(CALLS_EACH):
+            assert agent.hanging.acquire(timeout=5)
+        health = client.call("Health")  # answered while nobody's calls hang
+        agent.let_go.set()
+        said = nobody.said()
     assert health["version"] == "0.1.0"
     refused = said.count("org.freedesktop.DBus.Error.LimitsExceeded")
     assert (refused, said.count("None")) == (4, CALLS_EACH)

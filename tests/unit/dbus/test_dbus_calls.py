@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 
 import pytest
-from bus_talk import both, raw, run, serving
+from bus_talk import Serving, both, raw
 from dbus_next import Variant
 from dbus_next.constants import MessageType
 
@@ -47,15 +47,11 @@ ARGUMENTS = {
 
 
 def test_every_method_is_reachable_and_answers_what_the_agent_says(agent, bus, little):
-    async def work():
-        async with both(agent, bus) as client:
-            answers = {}
-            for method in MANAGER_INTERFACE.methods:
-                args = ARGUMENTS.get(method.name, ())
-                answers[method.name] = await client.call(method.name, *args)
-            return answers
-
-    answers = run(work())
+    with both(agent, bus) as client:
+        answers = {
+            method.name: client.call(method.name, *ARGUMENTS.get(method.name, ()))
+            for method in MANAGER_INTERFACE.methods
+        }
     assert answers["GetHost"] == little.HOST
     assert answers["ListGuests"] == little.GUESTS
     assert answers["Plan"] == little.PLAN
@@ -76,13 +72,9 @@ def test_every_method_is_reachable_and_answers_what_the_agent_says(agent, bus, l
 
 
 def test_properties_of_the_manager(agent, bus):
-    async def work():
-        async with serving(agent, bus):
-            every = await raw(bus, ROOT, PROPERTIES, "GetAll", "s", [MANAGER])
-            one = await raw(bus, ROOT, PROPERTIES, "Get", "ss", [MANAGER, "Generation"])
-            return every.body[0], one.body[0]
-
-    every, one = run(work())
+    with Serving(agent, bus):
+        every = raw(bus, ROOT, PROPERTIES, "GetAll", "s", [MANAGER]).body[0]
+        one = raw(bus, ROOT, PROPERTIES, "Get", "ss", [MANAGER, "Generation"]).body[0]
     assert {n: v.value for n, v in every.items()} == {
         "Version": "0.1.0", "Generation": 17, "Connected": True,
     }  # fmt: skip
@@ -90,14 +82,11 @@ def test_properties_of_the_manager(agent, bus):
 
 
 def test_introspection_shows_the_whole_api(agent, bus):
-    async def work():
-        async with serving(agent, bus):
-            return [
-                (await raw(bus, path, INTROSPECTABLE, "Introspect")).body[0]
-                for path in ("/", "/org", ROOT, f"{ROOT}/job")
-            ]
-
-    top, org, root, jobs = run(work())
+    with Serving(agent, bus):
+        top, org, root, jobs = (
+            raw(bus, path, INTROSPECTABLE, "Introspect").body[0]
+            for path in ("/", "/org", ROOT, f"{ROOT}/job")
+        )
     assert '<node name="org"' in top
     assert '<node name="virtfabric1"' in org
     for method in MANAGER_INTERFACE.methods:
@@ -116,12 +105,8 @@ def test_introspection_shows_the_whole_api(agent, bus):
     ],
 )
 def test_a_no_comes_back_whole(agent, bus, member, args, reason, words):
-    async def work():
-        async with both(agent, bus) as client:
-            await client.call(member, *args)
-
-    with pytest.raises(RefusedError, match=words) as caught:
-        run(work())
+    with both(agent, bus) as client, pytest.raises(RefusedError, match=words) as caught:
+        client.call(member, *args)
     assert caught.value.refusal.reason is reason
     if reason is Reason.NO_CAPACITY:
         assert caught.value.refusal.would_fit == {"cpu": 1000}
@@ -129,13 +114,9 @@ def test_a_no_comes_back_whole(agent, bus, member, args, reason, words):
 
 
 def test_error_names_and_text_are_the_published_ones(agent, bus):
-    async def work():
-        async with serving(agent, bus):
-            return await raw(
-                bus, ROOT, MANAGER, "Allocate", "sa{ss}", ["db", {"cpu": "+64"}]
-            ), await raw(bus, ROOT, MANAGER, "Explain", "s", ["defect"])
-
-    no, defect = run(work())
+    with Serving(agent, bus):
+        no = raw(bus, ROOT, MANAGER, "Allocate", "sa{ss}", ["db", {"cpu": "+64"}])
+        defect = raw(bus, ROOT, MANAGER, "Explain", "s", ["defect"])
     assert no.message_type is MessageType.ERROR
     assert no.error_name == "org.virtfabric1.Error.NoCapacity"
     assert no.body[0] == "64 more CPUs are not to be had"
@@ -168,11 +149,8 @@ def test_error_names_and_text_are_the_published_ones(agent, bus):
 def test_what_does_not_fit_is_refused_without_a_traceback(
     agent, bus, path, interface, member, signature, body, error
 ):
-    async def work():
-        async with serving(agent, bus):
-            return await raw(bus, path, interface, member, signature, body)
-
-    reply = run(work())
+    with Serving(agent, bus):
+        reply = raw(bus, path, interface, member, signature, body)
     assert reply.error_name == f"org.freedesktop.DBus.Error.{error}"
     assert "Traceback" not in "".join(reply.body)
     assert ".py" not in "".join(reply.body)
@@ -180,20 +158,14 @@ def test_what_does_not_fit_is_refused_without_a_traceback(
 
 
 def test_an_unknown_job_is_an_unknown_id(agent, bus):
-    async def work():
-        async with serving(agent, bus):
-            return [
-                (await raw(bus, job_path("gone"), *call)).error_name
-                for call in ((JOB, "Cancel"), (PROPERTIES, "GetAll", "s", [JOB]))
-            ]
-
-    assert run(work()) == ["org.virtfabric1.Error.UnknownId"] * 2
+    with Serving(agent, bus):
+        names = [
+            raw(bus, job_path("gone"), *call).error_name
+            for call in ((JOB, "Cancel"), (PROPERTIES, "GetAll", "s", [JOB]))
+        ]
+    assert names == ["org.virtfabric1.Error.UnknownId"] * 2
 
 
 def test_the_client_knows_only_the_api(agent, bus):
-    async def work():
-        async with both(agent, bus) as client:
-            await client.call("Explode")
-
-    with pytest.raises(VirtfabricError, match="not in the API"):
-        run(work())
+    with both(agent, bus) as client, pytest.raises(VirtfabricError, match="not in the API"):
+        client.call("Explode")

@@ -20,17 +20,13 @@ from virtfabric.dbus.names import (
 
 
 def test_signals_of_a_job_and_of_notices(agent, bus):
-    async def work():
-        async with both(agent, bus) as client:
-            wanted = {"Done", "JobDone", "GrantMade", "Notice", "DriftFound", "Alert"}
-            hearing = asyncio.create_task(heard_until(client, wanted))
-            await asyncio.sleep(0)
-            job = await client.call("Allocate", "db", {"cpu": "+1"})
-            agent.notices.publish("drift.found", {"guest": "x", "what": "pin"})
-            agent.notices.alert("topic", "look at this")
-            return job, await hearing
-
-    job, found = run(work())
+    with both(agent, bus) as client:
+        signals = client.signals()
+        job = client.call("Allocate", "db", {"cpu": "+1"})
+        agent.notices.publish("drift.found", {"guest": "x", "what": "pin"})
+        agent.notices.alert("topic", "look at this")
+        wanted = {"Done", "JobDone", "GrantMade", "Notice", "DriftFound", "Alert"}
+        found = heard_until(signals, wanted)
     by_member = {h.member: h for h in found}
     assert by_member["Done"].path == job_path(job)
     assert by_member["Done"].body[0] == "done"
@@ -43,27 +39,17 @@ def test_signals_of_a_job_and_of_notices(agent, bus):
 
 
 def test_a_burst_of_notices_does_not_break_the_bus(agent, bus):
-    async def work():
-        async with both(agent, bus) as client:
-            numbers = []
-
-            async def hear():
-                async for heard in client.signals():
-                    body = json.loads(heard.body[1]) if heard.member == "Notice" else {}
-                    if "n" in body:
-                        numbers.append(body["n"])
-                        if body["n"] == 999:
-                            return
-
-            hearing = asyncio.create_task(hear())
-            await asyncio.sleep(0)
-            for n in range(1000):
-                agent.notices.publish("burst.test", {"n": n, "filler": "x" * 500})
-            health = await client.call("Health")
-            await hearing
-            return numbers, health
-
-    numbers, health = run(work())
+    numbers = []
+    with both(agent, bus) as client:
+        signals = client.signals()
+        for n in range(1000):
+            agent.notices.publish("burst.test", {"n": n, "filler": "x" * 500})
+        health = client.call("Health")
+        for heard in signals:
+            body = json.loads(heard.body[1]) if heard.member == "Notice" else {}
+            numbers += [body["n"]] if "n" in body else []
+            if numbers[-1:] == [999]:
+                break
     assert numbers == list(range(1000))
     assert health["version"] == "0.1.0"
 
@@ -103,33 +89,28 @@ def test_only_the_newest_progress_waits():
 
 
 def test_a_malformed_notice_silences_nothing(agent, bus):
-    async def work():
-        async with both(agent, bus) as client:
-            hearing = asyncio.create_task(heard_until(client, {"Alert"}))
-            await asyncio.sleep(0)
-            agent.notices.publish("job.done", {"nothing": "right"})
-            agent.notices.publish("job.progress", {"job": "../x", "fraction": 1, "text": ""})
-            agent.notices.alert("topic", "still here")
-            return await hearing
+    with both(agent, bus) as client:
+        signals = client.signals()
+        agent.notices.publish("job.done", {"nothing": "right"})
+        agent.notices.publish("job.progress", {"job": "../x", "fraction": 1, "text": ""})
+        agent.notices.alert("topic", "still here")
+        assert heard_until(signals, {"Alert"})[-1].body == ("still here",)
 
-    assert run(work())[-1].body == ("still here",)
+
+async def _lie_to(bus, name):
+    liar = await Link.connect(bus.address, lambda _m: None)
+    lie = Message.new_signal(ROOT, MANAGER, "Alert", "s", ["a lie"])
+    lie.destination = name
+    await liar.send(lie)
+    await liar.call_bus("GetId", "")  # the bus has passed the lie on by now
+    await liar.close()
 
 
 def test_signals_of_others_are_not_believed(agent, bus):
     """Anybody may send a signal straight to our connection."""
-
-    async def work():
-        async with both(agent, bus) as client:
-            hearing = asyncio.create_task(heard_until(client, {"Alert"}))
-            await asyncio.sleep(0)
-            liar = await Link.connect(bus.address, lambda _m: None)
-            lie = Message.new_signal(ROOT, MANAGER, "Alert", "s", ["a lie"])
-            lie.destination = client._link.unique_name
-            await liar.send(lie)
-            await liar.call_bus("GetId", "")  # the bus has passed the lie on by now
-            agent.notices.alert("topic", "the truth")
-            found = await hearing
-            await liar.close()
-            return [h.body for h in found if h.member == "Alert"]
-
-    assert run(work()) == [("the truth",)]
+    with both(agent, bus) as client:
+        signals = client.signals()
+        run(_lie_to(bus, client._channel.name))
+        agent.notices.alert("topic", "the truth")
+        found = heard_until(signals, {"Alert"})
+    assert [h.body for h in found if h.member == "Alert"] == [("the truth",)]

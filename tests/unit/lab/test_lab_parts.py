@@ -13,7 +13,7 @@ from virtfabric.shim.guestimage import GuestImage
 from virtfabric.shim.lab import faults, recipe
 from virtfabric.shim.lab.boot import is_ready, read_told
 from virtfabric.shim.lab.image import LabImage
-from virtfabric.shim.lab.lab import choose_accel
+from virtfabric.shim.lab.lab import State, choose_accel, read_status
 from virtfabric.shim.lab.machine import format_arguments
 from virtfabric.shim.lab.outer import OuterQemu, choose_outer
 from virtfabric.shim.lab.payload import choose_files
@@ -133,6 +133,15 @@ def test_what_a_console_tells(place: Place) -> None:
     assert not is_ready(place)
     place.console_log.write_bytes(b"VFLAB 22.10 ready\r\n\xff\x1b[?2004hroot@one:~# ")
     assert is_ready(place)
+
+
+def test_a_dead_lab_has_its_last_words(place: Place) -> None:
+    assert read_status(place).last_words == ()
+    place.qemu_log.write_bytes(b"first\n" * 50 + b"Bail out! \xff igb.c:1: assertion failed\n")
+    status = read_status(place)
+    assert status.state is State.DEAD
+    assert len(status.last_words) == 25
+    assert status.last_words[-1].startswith("Bail out!")
 
 
 def test_the_recipes_key_follows_what_goes_in(monkeypatch: pytest.MonkeyPatch) -> None:

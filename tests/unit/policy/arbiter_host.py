@@ -15,8 +15,9 @@ from virtfabric.model.host import Capacity
 from virtfabric.model.ids import GrantId, GuestId, LoanId, RequestId
 from virtfabric.model.ledger import Books, Grant, Holding, HostSnapshot
 from virtfabric.model.policy import CpuPolicy, GuestPolicy, MemoryPolicy
-from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
+from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.model.units import MIB, Bytes, CpuSet
+from virtfabric.model.want import Mode, Want
 from virtfabric.policy.arbiter import (
     choose_allocation,
 )

@@ -6,6 +6,7 @@ It shares nothing with `virtfabric.policy` but, to carry a decision out, `settle
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from arbiter_strategies import (
     Bounds,
@@ -21,9 +22,12 @@ from virtfabric.model.errors import Reason
 from virtfabric.model.guest import GuestState, MemoryMechanism, RunState
 from virtfabric.model.ids import GrantId, GuestId, LoanId
 from virtfabric.model.ledger import Grant, HostSnapshot
-from virtfabric.model.request import Mode, Request
+from virtfabric.model.want import Mode
 from virtfabric.policy.arbiter import choose_allocation
 from virtfabric.policy.loans import settle
+
+if TYPE_CHECKING:
+    from virtfabric.model.request import Request
 
 KEYS = (Key(CPU), Key(MEMORY))
 CROWDS = settings(

@@ -18,8 +18,9 @@ from virtfabric.model.host import Capacity
 from virtfabric.model.ids import GuestId, RequestId
 from virtfabric.model.ledger import Books, Holding, HostSnapshot
 from virtfabric.model.policy import CpuPolicy, GuestPolicy, MemoryPolicy, Placement
-from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
+from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.model.units import MIB, Bytes, CpuSet, MilliCpu
+from virtfabric.model.want import Mode, Want
 
 PRIORITIES = (0, 10, 10, 50, 50, 90, 100)
 OVERHEAD = 32 * MIB

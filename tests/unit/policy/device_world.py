@@ -42,8 +42,9 @@ from virtfabric.model.plan import (
     SetUpVf,
 )
 from virtfabric.model.policy import DevicePolicy
-from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
+from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.model.units import CpuSet
+from virtfabric.model.want import Mode, Want
 from virtfabric.policy.loans import depart, settle
 from virtfabric.policy.placement import plan_decision
 from virtfabric.policy.pools import members

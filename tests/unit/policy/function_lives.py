@@ -24,15 +24,16 @@ from device_world import (
     nic,
 )
 
+from virtfabric.model.capability import capability_of, device_key
 from virtfabric.model.decision import Decision
-from virtfabric.model.device import Quarantine, capability_of, device_key
+from virtfabric.model.device import Quarantine
 from virtfabric.model.errors import Refusal
 from virtfabric.model.guest import NumaMode, RunState
 from virtfabric.model.ids import RequestId
 from virtfabric.model.plan import Plan, SetNodeset
 from virtfabric.model.policy import DevicePolicy
-from virtfabric.model.request import Mode
 from virtfabric.model.units import CpuSet
+from virtfabric.model.want import Mode
 from virtfabric.policy.arbiter import (
     choose_admission,
     choose_allocation,

@@ -24,8 +24,8 @@ from virtfabric.model.decision import Verdict
 from virtfabric.model.errors import Reason
 from virtfabric.model.guest import MemoryMechanism, RunState
 from virtfabric.model.policy import Placement
-from virtfabric.model.request import Mode
 from virtfabric.model.units import MIB, Bytes
+from virtfabric.model.want import Mode
 from virtfabric.policy.standing import free
 
 

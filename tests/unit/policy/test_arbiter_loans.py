@@ -13,8 +13,9 @@ from virtfabric.model.decision import Decision
 from virtfabric.model.guest import RunState
 from virtfabric.model.ids import GrantId, GuestId, LoanId, RequestId
 from virtfabric.model.ledger import Books, Grant, HostSnapshot
-from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
+from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.model.units import MIB
+from virtfabric.model.want import Mode, Want
 from virtfabric.policy.arbiter import choose_allocation, choose_departure, choose_release
 from virtfabric.policy.loans import depart, settle
 

@@ -31,14 +31,15 @@ from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
 from virtfabric.model.decision import Decision, Verdict
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import GuestState, MemoryMechanism, RunState, SchedulerState
-from virtfabric.model.request import Mode, Request, Want
 from virtfabric.model.units import MIB, Bytes, CpuSet
+from virtfabric.model.want import Mode, Want
 from virtfabric.policy.arbiter import choose_allocation
 
 if TYPE_CHECKING:
     from random import Random
 
     from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.request import Request
 
 
 @CROWDS

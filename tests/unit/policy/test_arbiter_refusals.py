@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from arbiter_host import (
@@ -18,7 +18,10 @@ from arbiter_host import (
 
 from virtfabric.model.errors import Reason
 from virtfabric.model.guest import MemoryMechanism, RunState
-from virtfabric.model.request import Mode, Request
+from virtfabric.model.want import Mode
+
+if TYPE_CHECKING:
+    from virtfabric.model.request import Request
 
 
 @pytest.mark.parametrize(

@@ -29,15 +29,9 @@ from device_world import (
 from host_data import load_host, make_guest
 
 from virtfabric.model.amounts import Amounts
+from virtfabric.model.capability import device_key
 from virtfabric.model.decision import Verdict
-from virtfabric.model.device import (
-    Found,
-    GuestDevice,
-    HeldFunction,
-    Quarantine,
-    VfSettings,
-    device_key,
-)
+from virtfabric.model.device import Found, GuestDevice, HeldFunction, Quarantine, VfSettings
 from virtfabric.model.errors import Reason
 from virtfabric.model.guest import MemoryMechanism, NumaMode, RunState
 from virtfabric.model.ids import RequestId
@@ -53,8 +47,8 @@ from virtfabric.model.plan import (
     SetUpVf,
 )
 from virtfabric.model.policy import DevicePolicy
-from virtfabric.model.request import Mode
 from virtfabric.model.units import MIB, Bytes, CpuSet
+from virtfabric.model.want import Mode
 from virtfabric.policy.arbiter import (
     choose_admission,
     choose_allocation,

@@ -24,8 +24,9 @@ from virtfabric.model.ids import RequestId
 from virtfabric.model.ledger import Books, Holding, HostSnapshot
 from virtfabric.model.memorysteps import AttachMemory
 from virtfabric.model.plan import Plan, ResizeVirtioMem, parse_step
-from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
+from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.model.units import GIB, MIB, Bytes, CpuSet
+from virtfabric.model.want import Mode, Want
 from virtfabric.policy.arbiter import choose_allocation
 from virtfabric.policy.placement import plan_convergence, plan_decision
 from virtfabric.policy.returnability import held_memory

@@ -21,8 +21,9 @@ from virtfabric.model.ids import GrantId, LoanId, RequestId
 from virtfabric.model.ledger import Books, Grant, HostSnapshot
 from virtfabric.model.memorysteps import AttachMemory
 from virtfabric.model.plan import Plan, ResizeVirtioMem
-from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
+from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.model.units import Bytes, CpuSet
+from virtfabric.model.want import Mode, Want
 from virtfabric.policy.arbiter import (
     choose_admission,
     choose_allocation,

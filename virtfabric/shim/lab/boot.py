@@ -35,6 +35,13 @@ def read_told(place: Place) -> list[str]:
     return [f"{m[1].strip()} s: {m[2].strip()}" if m[1] else m[2].strip() for m in found if m]
 
 
+def read_last_words(place: Place) -> list[str]:
+    """The last lines of what its QEMU said: of a lab that is dead, why."""
+    if not place.qemu_log.exists():
+        return []
+    return place.qemu_log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+
+
 def is_ready(place: Place) -> bool:
     """Whether it has come up."""
     told = read_told(place)
@@ -50,8 +57,7 @@ def wait_for_qemu(place: Place, qemu: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _QEMU_S
     while place.read_pid() is None or not place.monitor_socket.exists():
         if qemu.poll() is not None or time.monotonic() > deadline:
-            said = place.qemu_log.read_text(errors="replace").splitlines()
-            raise LabError(f"QEMU did not start lab {place.name}", log=said[-_LAST_LINES:])
+            raise LabError(f"QEMU did not start lab {place.name}", log=read_last_words(place))
         time.sleep(_LOOK_S)
 
 

@@ -18,6 +18,7 @@ from virtfabric.shim.kvmprobe import probe_kvm
 from virtfabric.shim.lab.boot import (
     end_qemu,
     is_ready,
+    read_last_words,
     read_told,
     wait_for_qemu,
     wait_until_ready,
@@ -59,6 +60,7 @@ class Status:
 
     Attributes:
         told: what its PID 1 has said so far, with the seconds since the kernel's start.
+        last_words: of a dead lab, what its QEMU said last.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Status:
     pid: int | None
     record: Record | None
     told: tuple[str, ...]
+    last_words: tuple[str, ...] = ()
 
 
 def up(
@@ -133,7 +136,9 @@ def read_status(place: Place) -> Status:
     """What there is to say of one lab."""
     pid = place.read_pid()
     state = State.DEAD if pid is None else State.READY if is_ready(place) else State.STARTING
-    return Status(place.name, state, pid, place.read_record(), tuple(read_told(place)))
+    last_words = read_last_words(place) if state is State.DEAD else ()
+    told = tuple(read_told(place))
+    return Status(place.name, state, pid, place.read_record(), told, tuple(last_words))
 
 
 def read_labs() -> list[Status]:
