@@ -1,4 +1,4 @@
-"""A census reads only what may be another now, and sees what one that knows nothing yet sees."""
+"""A census reads only what may be another now, and sees what one sees that knows nothing yet."""
 
 from __future__ import annotations
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from lxml import etree
 
+from virtfabric.domxml import templates
 from virtfabric.domxml.hostdev import (
     format_function,
     format_mdev,
@@ -149,6 +150,21 @@ def test_the_policy_reads_back() -> None:
 def test_every_template_has_a_golden_case() -> None:
     covered = {name.split("-")[0].removesuffix(".xml") for name in CASES}
     assert {p.name.removesuffix(".xml.j2") for p in xml_template_dir().glob("*.j2")} == covered
+
+
+def test_loaded_templates_are_not_read_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither Jinja nor a template costs the first guest time that wants something."""
+    templates._environment.cache_clear()
+    templates.load_templates()
+    loader = templates._environment().loader
+    assert loader is not None
+
+    def refuse(*_: object) -> None:
+        raise AssertionError("a template is read again")
+
+    monkeypatch.setattr(loader, "get_source", refuse)
+    for name in CASES:
+        assert CASES[name]() == (GOLDEN / name).read_text()
 
 
 def test_text_cannot_break_out_of_its_element() -> None:

@@ -8,6 +8,7 @@ Source: Documentation/driver-api/vfio.rst.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
 from pathlib import Path
@@ -113,13 +114,15 @@ class VfioHolders:
         return [int(entry.name) for entry in self._proc.iterdir() if entry.name.isdecimal()]
 
     def _has_open(self, pid: int, nodes: frozenset[str]) -> bool:
+        # Of every process of the host, again and again: in strings, as in `tree`.
+        directory = f"{self._proc}/{pid}/fd"
         try:
-            descriptors = list((self._proc / str(pid) / "fd").iterdir())
+            descriptors = os.listdir(directory)  # noqa: PTH208
         except OSError:  # it ended
             return False
         for descriptor in descriptors:
             try:
-                if str(descriptor.readlink()) in nodes:
+                if os.readlink(f"{directory}/{descriptor}") in nodes:  # noqa: PTH115
                     return True
             except OSError:  # closed meanwhile
                 continue
