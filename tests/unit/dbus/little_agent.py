@@ -96,7 +96,10 @@ POLICY = {
         "reservation": 1000, "limit": 4000, "shares": 100, "placement": "dedicated",
         "smt": "prefer",
     },
-    "memory": {"reservation": GIB // 2, "limit": None, "shares": 100, "tiers": ["dram"], "escalate": "press"},
+    "memory": {
+        "reservation": GIB // 2, "limit": None, "shares": 100, "tiers": ["dram"],
+        "escalate": "press",
+    },
     "devices": [],
 }  # fmt: skip
 DEVICE = {

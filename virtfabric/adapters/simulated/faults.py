@@ -88,6 +88,7 @@ class Faults:
         takes: bytes that a guest will still accept when it grows.
         keeps_vcpus: guests whose vCPUs do not leave.
         keeps_functions: guests that ignore the request to let a PCI function go.
+        keeps_memory_devices: guests that ignore the request to let an empty memory device go.
     """
 
     def __init__(self) -> None:
@@ -97,6 +98,7 @@ class Faults:
         self.takes: dict[GuestId, int] = {}
         self.keeps_vcpus: set[GuestId] = set()
         self.keeps_functions: set[GuestId] = set()
+        self.keeps_memory_devices: set[GuestId] = set()
 
     def add(self, fault: Fault) -> Fault:
         """Let a fault wait; returns it."""
@@ -114,6 +116,7 @@ class Faults:
             self.takes.clear()
             self.keeps_vcpus.clear()
             self.keeps_functions.clear()
+            self.keeps_memory_devices.clear()
 
     def strike(self, phase: Phase, step: Step) -> Fault | None:
         """The fault that strikes here, counted; None for a quiet life."""
