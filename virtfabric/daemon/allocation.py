@@ -169,6 +169,7 @@ class Allocation:
                 for r in outcome.residues
             ],
             "considered": [str(c) for c in decision.considered] if decision else [],
+            "reclaimed": [one.to_json() for one in outcome.reclaimed],
             "steps": list(outcome.steps), "took_s": round(outcome.took_s, 4),
             "agent_s": round(outcome.agent_s, 4),
         }  # fmt: skip

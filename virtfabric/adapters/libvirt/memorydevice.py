@@ -196,8 +196,11 @@ class DetachMemoryHandler(_DeviceHandler[DetachMemory]):
             return
         if there:
             raise VerificationError(f"{step.name}: {step.alias} is still in the live XML")
-        parts = (*state.virtio_mem, *state.fixed_memory)
-        if any(step.node in (part.host_nodes or state.numa_nodes) for part in parts):
+        bound = [
+            *(d.host_nodes for d in state.virtio_mem),
+            *(p.host_nodes for p in state.fixed_memory),
+        ]
+        if any(step.node in (nodes or state.numa_nodes) for nodes in bound):
             return  # what is bound to the node may be that
         pid = self.find_pid(step)
         if is_bound(self.host.proc, pid, step.node):
