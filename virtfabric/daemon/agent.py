@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from virtfabric import __version__
-from virtfabric.daemon.allocation import Allocation
+from virtfabric.daemon.allocation import LEASE, Allocation
 from virtfabric.daemon.archive import Archive
 from virtfabric.daemon.authority import Action, Authority
 from virtfabric.daemon.conductor import Conductor
@@ -211,7 +211,7 @@ class Agent:
         running = {j.title for j in self._jobs.all() if not j.ended.is_set()}
         if f"release of {grant}" not in running:
             log.info("the lease of %s ended", grant)
-            self._allocation.release(grant, uid=0, by="lease")
+            self._allocation.release(grant, uid=0, by=LEASE)
 
     # -- authorisation ----------------------------------------------------------------------
 

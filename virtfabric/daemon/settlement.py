@@ -102,6 +102,7 @@ class Settlement:
             [LoanId(f"loan-{uuid.uuid4().hex[:10]}") for _ in decision.takes] if decision else []
         )
         took = self._clock.monotonic() - began
+        partly = work.ends is not None and any(g == work.ends.guest for g, _ in stopped)
         final: list[Books] = []
 
         def change(before: Books) -> Books:
@@ -109,7 +110,7 @@ class Settlement:
             if decision is not None:
                 books = settle(
                     books, decision, grant=work.ends, new_grant=grant, loan_ids=loans, at=now,
-                    orders=plan.orders,
+                    orders=plan.orders, partly=partly,
                 )  # fmt: skip
             elif plan.orders:
                 books = _with_orders(books, plan.orders)

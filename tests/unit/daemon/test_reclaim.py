@@ -189,6 +189,42 @@ def test_both_devices_stick_and_the_next_guest_pays_the_rest(build):
     assert sum(one["freed"] for one in job["result"]["reclaimed"]) == 256 * MIB
 
 
+def test_lease_that_is_over_takes_what_comes_and_goes_on_for_the_rest(build):
+    world = near(build)
+    job = world.allocate("db", **{"memory": "+640M", "for": "1h"})
+    assert paid(job) == {"batch": 384}
+    world.host.faults.gives[DB] = 400 * MIB
+    world.clock.leap(3601)
+    aw.eventually(
+        lambda: [g["amounts"] for g in world.agent.grants(aw.ROOT)] == [{"memory": 240 * MIB}],
+        "some came home",
+    )
+    assert sizes(world, "db") == {"ua-mem0": 240}
+    # the victim first: 384 MiB are its own
+    assert (sizes(world, "batch"), world.agent.loans(aw.ROOT)) == ({"ua-mem0": 512}, [])
+    (record,) = [r for r in world.audit.read() if r.body.get("reclaimed") and not r.body["grant"]]
+    assert [
+        (one["name"], one["asked"] // MIB, one["freed"] // MIB, one["out"] // MIB)
+        for one in record.body["reclaimed"]
+    ] == [("db", 640, 400, 240)]
+    world.host.faults.clear()
+    aw.eventually(lambda: not world.agent.grants(aw.ROOT), "the rest came home")
+    world.settle()
+    assert sizes(world, "db") == {"ua-mem0": 0}
+
+
+def test_release_by_a_person_is_all_or_nothing(build):
+    world = near(build)
+    grant = world.allocate("db", memory="+640M")["result"]["grant"]
+    world.host.faults.gives[DB] = 400 * MIB
+    job = world.finish(world.agent.release(aw.ROOT, grant)["job"])
+    assert (job["state"], job["error"]["reason"]) == ("refused", "guest-uncooperative")
+    assert [g["amounts"] for g in world.agent.grants(aw.ROOT)] == [{"memory": 640 * MIB}]
+    world.host.faults.clear()
+    world.settle()
+    assert sizes(world, "db") == {"ua-mem0": 640}
+
+
 # -- a node called home --------------------------------------------------------------------------
 
 

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 _LIVE: Final = libvirt.VIR_DOMAIN_AFFECT_LIVE
 _UNDO_WAIT_S: Final = 10.0
 """A guest's pciehp blinks for 5 s before it lets go of a device (see `hostdev`)."""
+_UNMAPPED_S: Final = 5.0
 _PENDING: Final = "in the process of unplug"
 """QEMU's words (qmp_device_del)."""
 
@@ -185,6 +186,11 @@ class DetachMemoryHandler(_DeviceHandler[DetachMemory]):
                 "after the guest was asked to let it go",
                 reached=0,
             )
+        # QEMU unmaps it in a thread of its own (by its source: qemu_ram_free, call_rcu)
+        self.host.pulse.wait_for(
+            lambda: self._lingers(step), lambda lingers: not lingers,
+            until=time.monotonic() + _UNMAPPED_S, cancelled=context.cancelled,
+        )  # fmt: skip
 
     def check(self, step: DetachMemory) -> None:
         """Gone from the live XML, and QEMU has no memory bound to its node on its account."""
@@ -196,18 +202,20 @@ class DetachMemoryHandler(_DeviceHandler[DetachMemory]):
             return
         if there:
             raise VerificationError(f"{step.name}: {step.alias} is still in the live XML")
-        bound = [
-            *(d.host_nodes for d in state.virtio_mem),
-            *(p.host_nodes for p in state.fixed_memory),
-        ]
-        if any(step.node in (nodes or state.numa_nodes) for nodes in bound):
-            return  # what is bound to the node may be that
-        pid = self.find_pid(step)
-        if is_bound(self.host.proc, pid, step.node):
+        if self._lingers(step):
             raise VerificationError(
-                f"{step.name}: {step.alias} has left the live XML, but QEMU (process {pid}) still "
-                f"has memory bound to node {step.node}"
+                f"{step.name}: {step.alias} has left the live XML, but QEMU still has memory bound "
+                f"to node {step.node}"
             )
+
+    def _lingers(self, step: DetachMemory) -> bool:
+        """Whether QEMU has memory on the node that nothing else of the guest is bound to."""
+        state = self._read(step)
+        bound = [device.host_nodes for device in state.virtio_mem]
+        bound += [part.host_nodes for part in state.fixed_memory]
+        if any(step.node in (nodes or state.numa_nodes) for nodes in bound):
+            return False
+        return is_bound(self.host.proc, self.find_pid(step), step.node)
 
     def give_back(self, step: DetachMemory) -> int:
         """Attach it again where it left, or detach it where it came; it is empty either way.
