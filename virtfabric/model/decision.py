@@ -25,6 +25,8 @@ class Verdict(StrEnum):
     BUSY = "busy"
     UNMANAGED = "unmanaged"
     NO_MECHANISM = "not-reclaimable"
+    GIVES_NO_MORE = "gives-no-more"
+    """It stopped short before, or tells that it can spare nothing."""
     REQUESTER = "requester"
 
 

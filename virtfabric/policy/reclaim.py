@@ -277,12 +277,17 @@ def memory_paid(decision: Decision) -> dict[Key, int]:
 def limits_of(
     decision: Decision, plans: Iterable[ReclaimPlan], caps: Mapping[GuestId, Amounts]
 ) -> dict[GuestId, Amounts]:
-    """The most that each victim is to pay, as `arbiter.choose_allocation` takes it."""
+    """The most that each victim is to pay, as `arbiter.choose_allocation` takes it.
+
+    Who comes after the last one that pays has no such bound, unless all is not enough.
+    """
     keys = {one.key for one in decision.considered} | {CPU_KEY, *MEMORY_KEYS.values()}
     limits = dict(caps)
     for plan in plans:
         key = plan.claim.key
-        for guest in payers_of(decision, key):
+        payers = [*payers_of(decision, key)]
+        last = max((n for n, guest in enumerate(payers) if plan.gift(guest)), default=-1)
+        for guest in payers if plan.short else payers[: last + 1]:
             old = limits.get(guest, Amounts(dict.fromkeys(keys, UNLIMITED)))
             limits[guest] = old.with_value(key, min(old[key], plan.gift(guest)))
     return limits

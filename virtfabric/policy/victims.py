@@ -145,7 +145,7 @@ def survey(
             verdict = _withheld(guest, lends=lends) if is_memory else None
             give = (held - floor) // granule * granule if verdict is None else 0
         if give > 0 and uuid in caps:
-            give, verdict = min(give, caps[uuid][key] // granule * granule), Verdict.NO_MECHANISM
+            give, verdict = min(give, caps[uuid][key] // granule * granule), Verdict.GIVES_NO_MORE
         if give > 0 and policy is not None:
             shares = (policy.memory if is_memory else policy.cpu).shares
             pressure = pressure_of(held - floor, shares)

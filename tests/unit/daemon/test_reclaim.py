@@ -9,7 +9,7 @@ import pytest
 
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase
 from virtfabric.adapters.simulated.guest import MemoryDevice
-from virtfabric.model.errors import InvalidValueError, Reason, RefusedError
+from virtfabric.model.errors import HypervisorError, InvalidValueError, Reason, RefusedError
 from virtfabric.model.policy import Escalation
 from virtfabric.model.reclaim import MemoryReport
 from virtfabric.model.units import GIB, MIB, Bytes, CpuSet
@@ -93,6 +93,18 @@ def test_nobody_is_asked_for_more_than_it_can_spare_while_another_can(build):
     assert "batch: 100MiB of 100MiB came home" in text
 
 
+def test_explain_tells_who_had_nothing_to_spare_and_who_was_not_needed(build):
+    world = near(build)
+    tell(world, BATCH, 0)
+    text = story(world, world.allocate("db", memory="+512M"))
+    assert "considered batch for memory: gives-no-more" in text
+    assert "considered web for memory: pays" in text
+    world.host.stats.reports.clear()
+    text = story(world, world.allocate("db", memory="+64M"))
+    assert "considered batch for memory: pays" in text
+    assert "considered web for memory: not-needed" in text
+
+
 def test_who_allows_it_is_pressed_when_nobody_has_enough_to_spare(build):
     world = near(build)
     tell(world, BATCH, 100)
@@ -129,6 +141,31 @@ def test_policy_of_a_guest_is_set_by_word(build):
     with pytest.raises(InvalidValueError) as caught:
         world.agent.policy_set(aw.ROOT, "batch", {"escalate": "kill"})
     assert caught.value.field == "escalate"
+
+
+def test_balloon_gives_what_can_be_spared_before_it_is_pressed(build):
+    world = build(
+        spec(10, "batch", 10, balloon=True), spec(50, "web", 50, initial_mib=512),
+        spec(90, "db", 90), memory_mib=1024 + 256 * 2 + 512 + 3 * 16,
+        settings={"lend_ballooned": True},
+    )  # fmt: skip
+    tell(world, BATCH, 200)
+    job = world.allocate("db", memory="+256M")
+    assert paid(job) == {"batch": 200, "web": 56}
+    assert "asks batch: 200MiB by balloon within 5 s" in story(world, job)
+    tell(world, BATCH, 0)
+    tell(world, WEB, 0)
+    assert paid(world.allocate("db", memory="+100M")) == {"batch": 100}
+
+
+def test_guest_that_cannot_be_asked_tells_nothing(build):
+    world = near(build)
+
+    def broken(guest):
+        raise HypervisorError("internal error: no reply")
+
+    world.host.stats.read_report = broken
+    assert paid(world.allocate("db", memory="+640M")) == {"batch": 384}
 
 
 # -- who stops short -----------------------------------------------------------------------------
