@@ -89,6 +89,8 @@ def test_whole_blocks_only():
     assert asked(reclaim(3, victim(granule=2))) == [("a", "v0", 4, "spare")]
     odd = victim(ONE, 7, source(room=7, has=7))
     assert asked(reclaim(7, odd)) == [("a", "v0", 6, "spare")]
+    mixed = victim(ONE, 8, source("v1", 3, 2), source("v0", 7, 4), granule=4)
+    assert asked(reclaim(8, mixed)) == [("a", "v1", 2, "spare"), ("a", "v0", 4, "spare")]
 
 
 def test_next_device_when_the_first_has_no_more():
@@ -234,14 +236,14 @@ def test_devices_give_nothing_below_where_they_stuck(devices, wanted):
 # -- with the arbiter ---------------------------------------------------------------------------
 
 
-def small_host(*, escalate=Escalation.PRESS, **fields):
+def small_host(*, escalate=Escalation.PRESS, web=Escalation.PRESS, **fields):
     """`batch` (10) and `web` (50) have 512 MiB above their floors, `db` (90) wants."""
 
     def full(uuid, priority):
         device = VirtioMem("ua-v", 0, Bytes(512 * MIB), Bytes(2 * MIB), *[Bytes(512 * MIB)] * 2)
         return ah.guest(
             uuid, priority, virtio_mem=(device,), memory_current=Bytes(640 * MIB),
-            memory={"escalate": escalate if uuid == ah.BATCH else Escalation.PRESS},
+            memory={"escalate": escalate if uuid == ah.BATCH else web},
         )  # fmt: skip
 
     return ah.host(
@@ -255,10 +257,10 @@ def small_host(*, escalate=Escalation.PRESS, **fields):
     want=st.integers(1, 256).map(lambda n: 2 * n),
     batch=st.none() | st.integers(0, 700),
     web=st.none() | st.integers(0, 700),
-    escalate=st.sampled_from(Escalation),
+    escalate=st.tuples(*[st.sampled_from(Escalation)] * 2),
 )
 def test_victims_pay_exactly_what_the_planner_says(want, batch, web, escalate):
-    snapshot = small_host(escalate=escalate)
+    snapshot = small_host(escalate=escalate[0], web=escalate[1])
     request = ah.ask(ah.DB, memory=want)
     first = choose_allocation(snapshot, request)
     assert isinstance(first, Decision), first
