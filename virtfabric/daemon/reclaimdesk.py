@@ -26,7 +26,7 @@ from virtfabric.model.reclaim import Claim, Recall, Yield
 from virtfabric.model.request import AGENT, Mode, Origin, Request, Want
 from virtfabric.model.units import Bytes
 from virtfabric.policy.arbiter import choose_allocation
-from virtfabric.policy.homecall import plan_homecall, size_on
+from virtfabric.policy.homecall import plan_homecall, size_on, waiting_for
 from virtfabric.policy.standing import line_of
 
 if TYPE_CHECKING:
@@ -196,24 +196,33 @@ class ReclaimDesk:
         call.names[guest] = before.name
         aliases = {part.alias for part in home.plan.parts if part.guest == guest}
         call.tried |= {one for one in home.empty if one[0] == guest}
+        waiting = waiting_for(before, self._observatory.snapshot()) if gift else 0
         if gift:
             call.asked[guest] = call.freed.get(guest, 0) + gift
         try:
-            outcome = self._conductor.conduct(self._undertaking(call, guest, gift), progress)
+            outcome = self._conductor.conduct(
+                self._undertaking(call, guest, gift, waiting), progress
+            )
         except StepCancelledError:
             raise
         except VirtfabricError as error:
             call.why[guest] = str(error)
             call.given_up.add(guest)
             return
-        self._note(call, before, gift, aliases, outcome)
+        assert outcome.decision is not None
+        freed = max(0, -outcome.decision.delta[CXL_KEY] - waiting)
+        self._note(call, before, (gift, freed), aliases, outcome)
 
     def _note(
-        self, call: _Call, before: GuestState, gift: int, aliases: set[str], outcome: Outcome
+        self,
+        call: _Call,
+        before: GuestState,
+        came: tuple[int, int],
+        aliases: set[str],
+        outcome: Outcome,
     ) -> None:
-        assert outcome.decision is not None
-        guest = before.uuid
-        freed = -outcome.decision.delta[CXL_KEY]
+        """`came`: what it was asked for, and what it gave."""
+        guest, (gift, freed) = before.uuid, came
         call.freed[guest] = call.freed.get(guest, 0) + freed
         call.left -= freed
         for one in outcome.reclaimed:
@@ -228,14 +237,14 @@ class ReclaimDesk:
             if not freed:
                 call.given_up.add(guest)
 
-    def _undertaking(self, call: _Call, guest: GuestId, gift: int) -> Undertaking:
+    def _undertaking(self, call: _Call, guest: GuestId, gift: int, waiting: int) -> Undertaking:
         def decide(snapshot: HostSnapshot, caps: Caps) -> Decision | Refusal:
             state = snapshot.guests[guest]
             granule = line_of(state, CXL_KEY, snapshot).granule
             most = min(gift, caps[guest][CXL_KEY]) if guest in caps else gift
             if most < granule:
                 return Decision(call.request, guest, snapshot.generation, Amounts())
-            want = Want(Mode.BY, -(most // granule * granule))
+            want = Want(Mode.BY, -(most // granule * granule) - waiting)
             request = Request(
                 call.request, guest, AGENT, Origin.AGENT, memory=want, tier=Tier.CXL
             )  # fmt: skip

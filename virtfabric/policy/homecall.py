@@ -13,8 +13,8 @@ from virtfabric.model.amounts import CXL_KEY
 from virtfabric.model.guest import RunState
 from virtfabric.model.units import Bytes
 from virtfabric.policy.reclaim import plan_reclaim, victim_of
-from virtfabric.policy.standing import line_of
-from virtfabric.policy.tiers import device_nodes, fixed_parts
+from virtfabric.policy.standing import held_of, line_of
+from virtfabric.policy.tiers import device_nodes, fixed_parts, part_of
 from virtfabric.policy.victims import pressure_of
 
 if TYPE_CHECKING:
@@ -60,6 +60,16 @@ def size_on(snapshot: HostSnapshot, node: int) -> int:
     return sum(sum(bytes_on(guest, node)) for guest in guests)
 
 
+def waiting_for(guest: GuestState, snapshot: HostSnapshot) -> int:
+    """Bytes of CXL memory that a guest is entitled to and has no room for: a call ends that, too.
+
+    Else what it gives would be what it has not got.
+    """
+    part = part_of(guest, CXL_KEY, snapshot.topology.cxl_nodes)
+    has = part.boot + sum(int(device.requested) for device in part.devices)
+    return max(0, held_of(snapshot, guest.uuid)[CXL_KEY] - has)
+
+
 def plan_homecall(
     snapshot: HostSnapshot,
     claim: Claim,
@@ -99,9 +109,9 @@ def plan_homecall(
             report = reports.get(guest.uuid)
             asked = guest.uuid in reports
             spent = freed.get(guest.uuid, 0)
-            victims.append(
-                victim_of(guest, CXL_KEY, snapshot, report, asked=asked, node=node, spent=spent)
-            )
+            one = victim_of(guest, CXL_KEY, snapshot, report, asked=asked, node=node, spent=spent)
+            waiting = waiting_for(guest, snapshot)
+            victims.append(one._replace(most=max(0, one.most - waiting)))
     return Homecall(plan_reclaim(claim, victims), tuple(empty), tuple(others))
 
 
