@@ -103,9 +103,9 @@ def victim_of(
         for source in sources_of(state, key, snapshot, node_rooms(snapshot))
         if node is None or node in source.nodes
     ]
-    has = max(int(part.current), int(part.boot) + sum(int(d.requested) for d in part.devices))
-    if not part.devices:
-        has = int(part.current)
+    # by what is requested: what a guest has beyond that is a residue, which the books count
+    has = int(part.boot) + sum(int(device.requested) for device in part.devices)
+    has = has if part.devices else int(part.current)
     given = 0 if node is not None else max(0, held_of(snapshot, state.uuid)[key] - has)
     presses = policy.escalate is Escalation.PRESS
     spare, told = None, "tells nothing of its memory"

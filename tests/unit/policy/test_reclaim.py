@@ -323,6 +323,15 @@ def test_device_that_stuck_can_give_nothing_more():
     assert (one.room, one.has) == (12 * MIB, 512 * MIB)
 
 
+def test_what_is_asked_back_already_counts_as_given_though_some_of_it_sticks():
+    snapshot = small_host()
+    state = snapshot.guests[ah.BATCH]
+    (device,) = state.virtio_mem
+    sticks = replace(device, requested=Bytes(200 * MIB), current=Bytes(204 * MIB))
+    one = victim_of(replace(state, virtio_mem=(sticks,)), MEMORY_KEY, snapshot, None)
+    assert (one.given, one.sources[0].room) == (312 * MIB, 200 * MIB)
+
+
 @pytest.mark.parametrize(
     ("report", "asked_it", "spare"),
     [
