@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from virtfabric.model.ids import GuestId, TransactionId
     from virtfabric.model.ledger import Books
     from virtfabric.model.policy import GuestPolicy
+    from virtfabric.model.reclaim import MemoryReport
     from virtfabric.model.step import Step
 
 
@@ -418,3 +419,12 @@ class GuestStats(Protocol):
 
     def sample(self) -> Mapping[GuestId, Mapping[str, int]]:
         """By guest: `balloon.current` and such, in libvirt's names, KiB turned into bytes."""
+
+    def read_report(self, guest: GuestId) -> MemoryReport | None:
+        """What one running guest told of its memory; None where it tells nothing, or not lately.
+
+        Does not wait for hooks of other guests.
+
+        Raises:
+            GuestGoneError, HypervisorGoneError, HypervisorError
+        """

@@ -47,7 +47,7 @@ from virtfabric.model.errors import (
 from virtfabric.model.guest import MemoryMechanism, MemoryRoom, NumaMode
 from virtfabric.model.ids import HOST_ITSELF, GuestId
 from virtfabric.model.mark import NO_MARK, PinMark
-from virtfabric.model.memorysteps import AttachMemory
+from virtfabric.model.memorysteps import AttachMemory, DetachMemory
 from virtfabric.model.plan import (
     STEP_TYPES,
     Definition,
@@ -69,6 +69,7 @@ from virtfabric.ports import EventKind
 POLICY = format_bare_policy(GuestPolicy(priority=77))
 BALLOON = GuestId("00000000-0000-4000-8000-000000000001")
 TIERED = GuestId("00000000-0000-4000-8000-000000000002")
+EMPTIED = GuestId("00000000-0000-4000-8000-000000000009")
 GROW = ResizeVirtioMem(guest=DATABASE, alias="ua-vm0", before=512 * MIB, after=1 * GIB)
 PLUG = SetVcpuCount(guest=DATABASE, before=2, after=3)
 PIN = PinVcpu(guest=DATABASE, vcpu=0, before=CpuSet(), after=CpuSet([2]))
@@ -104,6 +105,16 @@ ATTACH_MEMORY = AttachMemory(
 )  # fmt: skip
 
 
+FILL = AttachMemory(
+    guest=EMPTIED, alias="ua-virtfabric-cxl1", node=1, cell=0, size=GIB, block=2 * MIB,
+    before=0, after=64 * MIB,
+)  # fmt: skip
+EMPTY = ResizeVirtioMem(guest=EMPTIED, alias=FILL.alias, before=64 * MIB, after=0)
+DETACH_MEMORY = DetachMemory(
+    guest=EMPTIED, alias=FILL.alias, node=1, cell=0, size=GIB, block=2 * MIB
+)
+
+
 class SimulatedWorld:
     def __init__(self):
         self.clock = SimulatedClock()
@@ -116,13 +127,16 @@ class SimulatedWorld:
             numa_mode=NumaMode.RESTRICTIVE, numa_nodes=CpuSet([0]),
         )  # fmt: skip
         self.host = build_simulated_host(
-            make_topology(cores=2, nodes=2), (*small_guests(), balloon, tiered), self.clock,
-            small_devices(),
+            make_topology(cores=2, nodes=2),
+            (*small_guests(), balloon, tiered, replace(tiered, uuid=EMPTIED, name="emptied")),
+            self.clock, small_devices(),
         )  # fmt: skip
         self.host.devices.bind(BOUND_VF, "vfio-pci")
         self.host.memory.cxl = CXL
         self.host.memory.make_region(OFFLINE.window, OFFLINE.members, 256 * MIB, 256)
         self.handlers = self.host.handlers
+        for step in (FILL, EMPTY):
+            self.apply(step)
 
     def steps(self):
         return [
@@ -146,6 +160,7 @@ class SimulatedWorld:
             CREATE,
             OFFLINE,
             ATTACH_MEMORY,
+            DETACH_MEMORY,
         ]  # fmt: skip
 
     def observe(self, step):
@@ -181,7 +196,9 @@ class TestSimulated(HandlerContract):
             before = world.observe(step)
             world.host.faults.add(Fault(Effect.LOSE, kind=step.kind))
             world.apply(step)
-            if not step.needs_guest or step.kind in ("set-vcpu-count", "attach-function"):
+            if not step.needs_guest or step.kind in (
+                "set-vcpu-count", "attach-function", "detach-memory"
+            ):  # fmt: skip
                 assert world.observe(step) == before
                 with pytest.raises(VerificationError):
                     world.handlers.for_step(step).verify(step)
@@ -239,6 +256,23 @@ def test_memory_device_stays_as_long_as_it_holds_something(world):
     world.host.faults.clear()
     assert handler.undo(ATTACH_MEMORY) == 0
     assert world.host.read_guest(TIERED).virtio_mem == ()
+
+
+def test_memory_device_that_holds_something_is_not_detached(world):
+    world.apply(ATTACH_MEMORY)
+    with pytest.raises(ShortfallError, match="still holds 512MiB"):
+        world.apply(replace(DETACH_MEMORY, guest=TIERED))
+    assert len(world.host.read_guest(TIERED).virtio_mem) == 1
+
+
+def test_empty_memory_device_that_the_guest_keeps(world):
+    world.host.faults.keeps_memory_devices.add(EMPTIED)
+    with pytest.raises(ShortfallError, match="does not let it go"):
+        world.apply(DETACH_MEMORY)
+    world.host.faults.clear()
+    world.apply(DETACH_MEMORY)
+    guest = world.host.read_guest(EMPTIED)
+    assert (guest.virtio_mem, guest.free_ports, guest.memory_room.slots) == ((), 4, 1)
 
 
 def test_memory_device_that_the_guest_fills_too_little(world):

@@ -6,7 +6,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from virtfabric.cli import regions
+from virtfabric.cli import reclaim, regions
 from virtfabric.cli.memorytables import memory_tables, memory_tree_lines, problem_lines
 from virtfabric.cli.screen import print_json, print_lines, print_tables
 from virtfabric.cli.session import DONE, ask, run_job
@@ -79,6 +79,7 @@ def add_parsers(subparsers: Any) -> None:
         "subject", metavar="SERIAL|NODE", help="a memdev's serial, or node2; see virtfabric memory"
     )
     release.set_defaults(run=_release)
+    reclaim.add_parser(commands)
     record = commands.add_parser(
         "record",
         help="record this host's memory as test data",

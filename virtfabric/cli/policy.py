@@ -9,7 +9,7 @@ from virtfabric.cli.screen import print_json, print_lines
 from virtfabric.cli.session import DONE, ask, await_job
 from virtfabric.cli.tables import outcome_lines, plan_lines, policy_lines
 from virtfabric.daemon.intake import parse_policy_changes, parse_wish
-from virtfabric.model.policy import Admission, DriftAction, Placement, Smt
+from virtfabric.model.policy import Admission, DriftAction, Escalation, Placement, Smt
 from virtfabric.model.want import DEVICE
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     Json = dict[str, Any]
 
 _FIELDS = (
-    "priority", "cpu", "memory", "tiers", "shares", "placement", "smt", "admission", "drift",
+    "priority", "cpu", "memory", "tiers", "escalate", "shares", "placement", "smt", "admission",
+    "drift",
 )  # fmt: skip
 
 
@@ -114,6 +115,7 @@ def _add_set(actions: Any) -> None:
         ("smt", Smt, "what a dedicated guest wants of SMT siblings"),
         ("admission", Admission, "whether it may start while the agent is away"),
         ("drift", DriftAction, "what happens to changes made beside the agent"),
+        ("escalate", Escalation, "whether it gives memory that it says it cannot spare"),
     ):
         parser.add_argument(f"--{name}", choices=[k.value for k in kind], help=text)
     parser.add_argument("--dry-run", action="store_true", help="print the steps, change nothing")

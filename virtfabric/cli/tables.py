@@ -265,7 +265,7 @@ def policy_lines(shown: Json) -> list[str]:
         f"{cpu['shares']}, {cpu['placement']}, smt {cpu['smt']}",
         f"  memory  reservation {_exact_memory(memory['reservation'])}, limit "
         f"{_exact_memory(memory['limit'])}, shares {memory['shares']}, "
-        f"tiers {','.join(memory['tiers'])}",
+        f"tiers {','.join(memory['tiers'])}, escalate {memory['escalate']}",
     ]
     return lines + [
         f"  device  {d['capability']} x {d['count']}"
@@ -325,6 +325,9 @@ def plan_lines(subject: str, plan: Json) -> list[str]:
         f"  {names.get(r['victim'], r['victim'])} would get back {amounts_text(r['amounts'])}"
         for r in decision["returns"]
     ]
+    for reclaim in decision.get("reclaim", ()):
+        lines += [f"  would ask {part['text']}" for part in reclaim["parts"]]
+        lines += [f"  {note}" for note in reclaim["notes"]]
     lines += [
         f"  considered: {c['name']} (priority {c['priority']}): "
         f"{Key.parse(c['resource']).words}: {c['verdict']}"

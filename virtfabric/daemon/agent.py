@@ -10,7 +10,7 @@ import threading
 from typing import TYPE_CHECKING, Any
 
 from virtfabric import __version__
-from virtfabric.daemon.allocation import Allocation
+from virtfabric.daemon.allocation import LEASE, Allocation
 from virtfabric.daemon.archive import Archive
 from virtfabric.daemon.authority import Action, Authority
 from virtfabric.daemon.conductor import Conductor
@@ -27,6 +27,8 @@ from virtfabric.daemon.memorywatch import MemoryWatch
 from virtfabric.daemon.notices import Notices
 from virtfabric.daemon.observatory import Observatory
 from virtfabric.daemon.portdesk import PortDesk
+from virtfabric.daemon.reclaimdesk import ReclaimDesk
+from virtfabric.daemon.reclaimer import Reclaimer
 from virtfabric.daemon.recovery import recover
 from virtfabric.daemon.regiondesk import RegionDesk
 from virtfabric.daemon.rounds import Rounds
@@ -83,9 +85,11 @@ class Agent:
         self._authority = Authority(settings.group, settings.ceiling_for, settings.polkit)
         self._jobs = Jobs(self._notices)
         self._drift = DriftWatch(self._observatory, self._notices, world.audit)
+        reclaimer = Reclaimer(world.stats)
         self._conductor = Conductor(
             ledger=self._ledger, observatory=self._observatory, journal=world.journal,
             audit=world.audit, handlers=world.handlers, clock=clock,
+            reclaimer=reclaimer,
         )  # fmt: skip
         self._lifecycle = Lifecycle(
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
@@ -120,6 +124,11 @@ class Agent:
             tree=world.memory, observatory=self._observatory, conductor=self._conductor,
             jobs=self._jobs, hostwatch=self._hostwatch,
             look_soon=self._look_at_memory_soon,
+        )  # fmt: skip
+        self._reclaim = ReclaimDesk(
+            observatory=self._observatory, conductor=self._conductor, jobs=self._jobs,
+            hostwatch=self._hostwatch, reclaimer=reclaimer, audit=world.audit,
+            deadline_s=settings.deadline_s,
         )  # fmt: skip
         self._ports = PortDesk(world.definitions, world.audit)
         self._archive = Archive(world.audit, self._observatory, self._jobs)
@@ -214,7 +223,7 @@ class Agent:
         running = {j.title for j in self._jobs.all() if not j.ended.is_set()}
         if f"release of {grant}" not in running:
             log.info("the lease of %s ended", grant)
-            self._allocation.release(grant, uid=0, by="lease")
+            self._allocation.release(grant, uid=0, by=LEASE)
 
     # -- authorisation ----------------------------------------------------------------------
 
@@ -330,6 +339,16 @@ class Agent:
         """See `AgentApi`."""
         self._require(caller, Action.MEMORY, region=name)
         return {"job": self._regions.destroy(name, uid=caller.uid, by=str(caller.principal)).id}
+
+    def reclaim_plan(self, caller: Caller, wants: Mapping[str, str]) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.MEMORY, wants=dict(wants))
+        return self._reclaim.preview(wants)
+
+    def reclaim(self, caller: Caller, wants: Mapping[str, str]) -> Json:
+        """See `AgentApi`."""
+        self._require(caller, Action.MEMORY, wants=dict(wants))
+        return {"job": self._reclaim.start(wants, uid=caller.uid, by=str(caller.principal)).id}
 
     def explain(self, caller: Caller, subject: str) -> Json:
         """See `AgentApi`."""

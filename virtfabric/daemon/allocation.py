@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.daemon.intake import parse_request
 from virtfabric.daemon.undertaking import Undertaking, new_request
@@ -32,6 +32,10 @@ if TYPE_CHECKING:
     from virtfabric.model.request import Request
 
     Json = dict[str, Any]
+
+
+LEASE: Final = "lease"
+"""Who releases a grant whose lease is over."""
 
 
 class Allocation:
@@ -169,6 +173,7 @@ class Allocation:
                 for r in outcome.residues
             ],
             "considered": [str(c) for c in decision.considered] if decision else [],
+            "reclaimed": [one.to_json() for one in outcome.reclaimed],
             "steps": list(outcome.steps), "took_s": round(outcome.took_s, 4),
             "agent_s": round(outcome.agent_s, 4),
         }  # fmt: skip
@@ -190,19 +195,25 @@ class Allocation:
 
         def run(_: Job, progress: Progress) -> Json:
             outcome = self._conductor.conduct(work, progress)
-            self._notices.publish("grant.ended", found.to_json() | {"by": by})
+            if found.id not in self._ledger.view().books.grants:
+                self._notices.publish("grant.ended", found.to_json() | {"by": by})
             return self.result(work.request, outcome)
 
         return self._jobs.start(f"release of {grant}", run, uid=uid)
 
     def _release(self, grant: Grant, by: str) -> Undertaking:
+        """All or nothing for a person; of a lease that is over, what comes is taken."""
         request = new_request()
 
-        def decide(snapshot: HostSnapshot, _: Caps) -> Decision | Refusal:
+        def decide(snapshot: HostSnapshot, caps: Caps) -> Decision | Refusal:
             if grant.id not in snapshot.books.grants:
                 # released twice at once, or its lease ended: what the guest has left is not of it
                 return Refusal(Reason.UNKNOWN_ID, f"grant {grant.id} has ended meanwhile")
-            return choose_release(snapshot, request, grant)
+            decision = choose_release(snapshot, request, grant, caps=caps)
+            if caps and not decision.delta:
+                detail = "it gave nothing of it"
+                return Refusal(Reason.GUEST_UNCOOPERATIVE, detail)
+            return decision
 
         return Undertaking(
             request,
@@ -211,5 +222,6 @@ class Allocation:
             decide,
             ends=grant,
             deadline_s=self._deadline_s * 2,
+            yields=by == LEASE,
             body={"grant": grant.id, "guest": grant.guest, "by": by},
         )

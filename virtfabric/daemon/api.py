@@ -151,6 +151,16 @@ class AgentApi(Protocol):
     def region_destroy(self, caller: Caller, name: str) -> Json:
         """Start a job that takes a region's memory offline and destroys it: `{"job": id}`."""
 
+    def reclaim_plan(self, caller: Caller, wants: Mapping[str, str]) -> Json:
+        """`--dry-run` of `reclaim`: who would be asked for what, and who cannot be."""
+
+    def reclaim(self, caller: Caller, wants: Mapping[str, str]) -> Json:
+        """Start a job that calls the memory of a CXL node home from guests: `{"job": id}`.
+
+        `wants`: node `2`, and optionally size `1G` (all), detach `yes`, deadline `30s` for each
+        guest. The job is done as well where some is still out; its result says how much, and why.
+        """
+
     def explain(self, caller: Caller, subject: str) -> Json:
         """The story of a request, grant, loan, job or transaction, from the audit log alone.
 

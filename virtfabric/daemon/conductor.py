@@ -13,10 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.daemon.executor import Execution, Progress, Shortfall, Stopwatch
 from virtfabric.daemon.settlement import Settlement, refusal_body, subjects_of
+from virtfabric.daemon.shortfalls import Shortfalls
 from virtfabric.daemon.unfinished import Unfinished
-from virtfabric.model.amounts import CPU_KEY, MEMORY_KEYS, Amounts, Tier
-from virtfabric.model.capability import device_key
-from virtfabric.model.devicesteps import AttachFunction, Presence
+from virtfabric.model.amounts import Amounts
 from virtfabric.model.errors import (
     Reason,
     Refusal,
@@ -27,10 +26,11 @@ from virtfabric.model.ids import TransactionId
 from virtfabric.policy.placement import plan_convergence, plan_decision
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Collection
+    from collections.abc import Callable, Collection, Mapping
 
     from virtfabric.daemon.ledger import Ledger, LedgerView
     from virtfabric.daemon.observatory import Observatory
+    from virtfabric.daemon.reclaimer import Reclaimer
     from virtfabric.daemon.undertaking import Caps, Outcome, Place, Undertaking
     from virtfabric.model.decision import Decision
     from virtfabric.model.ids import GuestId, RequestId
@@ -43,8 +43,6 @@ log = logging.getLogger(__name__)
 
 WAIT_SLICE_S: Final = 1.0
 """Longest wait for another plan before cancellation and deadline are looked at again."""
-UNLIMITED: Final = 1 << 40
-"""Of anything: more than a host has."""
 RETRY: Final = frozenset(
     {
         Reason.BUSY,
@@ -69,7 +67,9 @@ class Conductor:
         audit: AuditLog,
         handlers: Handlers,
         clock: Clock,
+        reclaimer: Reclaimer,
     ) -> None:
+        self._reclaimer = reclaimer
         self._ledger = ledger
         self._observatory = observatory
         self._journal = journal
@@ -118,16 +118,25 @@ class Conductor:
         return lambda snapshot, decision: _spare_detained(snapshot, inner(snapshot, decision))
 
     def consider(
-        self, work: Undertaking, *, without: TransactionId | None = None, caps: Caps | None = None
+        self,
+        work: Undertaking,
+        *,
+        without: TransactionId | None = None,
+        caps: Caps | None = None,
+        stuck: Mapping[tuple[GuestId, str], int] | None = None,
     ) -> tuple[HostSnapshot, Decision | None, Plan] | Refusal:
         """Decide and place on the present snapshot; nothing is reserved (`--dry-run`)."""
         snapshot = self._observatory.snapshot(without)
+        recall = replace(work.recall, stuck={**work.recall.stuck, **(stuck or {})})
+        snapshot = replace(snapshot, recall=recall)
         if work.incoming is not None:
             guests = {**snapshot.guests, work.incoming.uuid: work.incoming}
             snapshot = replace(snapshot, guests=guests)
         decision: Decision | None = None
         if work.decide is not None:
-            answer = work.decide(snapshot, caps or {})
+            answer = self._reclaimer.decide(
+                work.decide, snapshot, caps or {}, deadline_s=work.deadline_s
+            )
             if isinstance(answer, Refusal):
                 return answer
             decision = answer
@@ -247,12 +256,15 @@ class Conductor:
         } | work.body  # fmt: skip
         self._journal.begin(txn, body, self._clock.now())
         execution = Execution(txn, self._journal, self._handlers, self._clock, progress, outside)
+        shortfalls = Shortfalls(yields=work.yields)
         try:
             subjects = [*subjects_of(work, txn, decision), *sorted(plan.addresses)]
             self._audit.append("plan.begun", subjects, body)
             execution.extend(plan.steps)
-            decision, plan = self._run(work, txn, decision, plan, execution)
-            return self._settlement.commit(work, txn, decision, plan, execution, began)
+            decision, plan = self._run(work, txn, decision, plan, execution, shortfalls)
+            return self._settlement.commit(
+                work, txn, decision, plan, execution, began, shortfalls.stopped
+            )
         except Exception as error:
             # also for a defect of ours: what was applied must not stay
             self._settlement.undo(work, txn, decision, execution, error)
@@ -272,50 +284,37 @@ class Conductor:
         decision: Decision | None,
         plan: Plan,
         execution: Execution,
+        shortfalls: Shortfalls,
     ) -> tuple[Decision | None, Plan]:
-        caps: dict[GuestId, Amounts] = {}
         while (short := execution.run()) is not None:
-            victims = {t.victim for t in decision.takes} if decision else set()
-            if short.step.guest not in victims or short.step.guest in caps:
+            if decision is None or not shortfalls.can_answer(short, decision):
                 raise RefusedError(_uncooperative(short))
-            caps[short.step.guest] = self._cap(short, decision, execution)
-            log.warning("%s; asking the next victim", short.detail)
+            self._observatory.refresh([short.step.guest])
+            snapshot = self._observatory.snapshot(txn)
+            shortfalls.note(short, decision, execution.applied, snapshot)
+            log.warning("%s; asking the next one", short.detail)
             self._audit.append(
                 "plan.topped-up", subjects_of(work, txn, decision), {"why": short.detail}
             )
-            decision, plan = self._replan(work, txn, caps, short)
+            decision, plan = self._replan(work, txn, shortfalls, short)
+            self._audit.append(
+                "plan.replanned", subjects_of(work, txn, decision),
+                {
+                    "title": work.title, "names": self._names(work, decision, plan),
+                    "decision": decision.to_json() if decision else None,
+                    "steps": [str(step) for step in plan.steps],
+                },
+            )  # fmt: skip
             execution.extend(plan.steps)
         return decision, plan
 
-    def _cap(self, short: Shortfall, decision: Decision | None, execution: Execution) -> Amounts:
-        """The most that a victim can give which stopped short: of that, what it gave so far."""
-        guest, step = short.step.guest, short.step
-        takes = decision.takes if decision else ()
-        taken = {key for take in takes if take.victim == guest for key in take.amounts}
-        most = dict.fromkeys({*taken, CPU_KEY}, UNLIMITED)
-        if isinstance(step, AttachFunction):
-            holding = self._ledger.view().books.holdings.get(guest)
-            held = {f.address: f.capability for f in holding.functions} if holding else {}
-            gone = [
-                held.get(s.address)
-                for s in execution.applied
-                if isinstance(s, AttachFunction)
-                and s.guest == guest
-                and s.after is Presence.ABSENT
-                and s is not step
-            ]
-            capability = held.get(step.address, "")
-            return Amounts(most | {device_key(capability): gone.count(capability)})
-        key = MEMORY_KEYS[Tier(getattr(step, "tier", Tier.DRAM))]
-        return Amounts(most | {key: max(0, getattr(step, "before", 0) - short.reached)})
-
     def _replan(
-        self, work: Undertaking, txn: TransactionId, caps: Caps, short: Shortfall
+        self, work: Undertaking, txn: TransactionId, shortfalls: Shortfalls, short: Shortfall
     ) -> tuple[Decision | None, Plan]:
-        """Decide again with what the victim did give; the same transaction goes on."""
+        """Decide again with what the guest did give; the same transaction goes on."""
         for _ in range(8):
             self._observatory.refresh([short.step.guest])
-            answer = self.consider(work, without=txn, caps=caps)
+            answer = self.consider(work, without=txn, caps=shortfalls.caps, stuck=shortfalls.stuck)
             if isinstance(answer, Refusal):
                 raise RefusedError(_uncooperative(short)._replace(considered=answer.considered))
             snapshot, decision, plan = answer

@@ -13,6 +13,7 @@ from virtfabric.model.policy import (
     CpuPolicy,
     DevicePolicy,
     DriftAction,
+    Escalation,
     GuestPolicy,
     MemoryPolicy,
     Placement,
@@ -37,8 +38,11 @@ if TYPE_CHECKING:
 
 WANTS: Final = frozenset({"cpu", "memory", "for", "partial", "deadline", "key", "tier"})
 CHANGES: Final = frozenset(
-    {"priority", "cpu", "memory", "shares", "placement", "smt", "admission", "drift", "tiers"}
-)
+    {
+        "priority", "cpu", "memory", "shares", "placement", "smt", "admission", "drift", "tiers",
+        "escalate",
+    }
+)  # fmt: skip
 MAX_DEADLINE_S: Final = 600.0
 MAX_WISH: Final = 64
 """Functions of one capability that a policy can ask for."""
@@ -200,6 +204,13 @@ def parse_policy_changes(old: GuestPolicy | None, changes: Mapping[str, str]) ->
             placement=parse_choice(Placement, placement, field="placement"),
             smt=parse_choice(Smt, changes.get("smt", cpu.smt.value), field="smt"),
         ),
-        memory=MemoryPolicy(*memory_range, shares=shares or memory.shares, tiers=tiers),
+        memory=MemoryPolicy(
+            *memory_range,
+            shares=shares or memory.shares,
+            tiers=tiers,
+            escalate=parse_choice(
+                Escalation, changes.get("escalate", memory.escalate.value), field="escalate"
+            ),
+        ),
         devices=_parse_wishes(base.devices, wishes),
     )

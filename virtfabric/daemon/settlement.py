@@ -25,6 +25,7 @@ from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.ids import GrantId, LoanId
 from virtfabric.model.ledger import Books, Grant, Residue
 from virtfabric.policy.loans import settle
+from virtfabric.policy.reclaim import sum_up
 from virtfabric.policy.returnability import held_memory
 from virtfabric.policy.tiers import part_of
 from virtfabric.ports import TransactionState
@@ -42,6 +43,8 @@ if TYPE_CHECKING:
     from virtfabric.model.ids import GuestId, TransactionId
     from virtfabric.model.ledger import Holding
     from virtfabric.model.plan import Plan
+    from virtfabric.model.reclaim import Yield
+    from virtfabric.policy.reclaim import Stopped
     from virtfabric.ports import AuditLog, Clock, Journal
 
 log = logging.getLogger(__name__)
@@ -82,8 +85,11 @@ class Settlement:
         plan: Plan,
         execution: Execution,
         began: float,
+        stopped: Stopped,
     ) -> Outcome:
         """The books and the end of the transaction reach the disk together.
+
+        `stopped` are guests that stopped short, with what they had been asked for, and why.
 
         Raises:
             VirtfabricError: they did not; the caller undoes what was applied.
@@ -96,6 +102,7 @@ class Settlement:
             [LoanId(f"loan-{uuid.uuid4().hex[:10]}") for _ in decision.takes] if decision else []
         )
         took = self._clock.monotonic() - began
+        partly = work.ends is not None and any(g == work.ends.guest for g, _ in stopped)
         final: list[Books] = []
 
         def change(before: Books) -> Books:
@@ -103,7 +110,7 @@ class Settlement:
             if decision is not None:
                 books = settle(
                     books, decision, grant=work.ends, new_grant=grant, loan_ids=loans, at=now,
-                    orders=plan.orders,
+                    orders=plan.orders, partly=partly,
                 )  # fmt: skip
             elif plan.orders:
                 books = _with_orders(books, plan.orders)
@@ -124,6 +131,8 @@ class Settlement:
         outcome = Outcome(
             txn, decision, grant, tuple(str(s) for s in execution.applied), residues,
             tuple(o.to_json() for o in plan.offers), took, own,
+            self._sum_up(decision, stopped),
+            tuple(f"{step}: {why}" for step, why in execution.skipped),
         )  # fmt: skip
         try:
             self._audit_commit(work, outcome, loans)
@@ -133,6 +142,12 @@ class Settlement:
         if plan.addresses:
             self._moved()
         return outcome
+
+    def _sum_up(self, decision: Decision | None, stopped: Stopped) -> tuple[Yield, ...]:
+        if decision is None:
+            return ()
+        names = {uuid: state.name for uuid, state in self._observatory.guests.items()}
+        return sum_up(decision, stopped, names)
 
     def _read_back(self, work: Undertaking, plan: Plan) -> None:
         incoming = {work.incoming.uuid} if work.incoming else set()
@@ -203,6 +218,8 @@ class Settlement:
                 "steps": list(outcome.steps), "took_s": round(outcome.took_s, 3),
                 "residues": [r.to_json() for r in outcome.residues],
                 "memory": self._memory_afterwards(decision),
+                "reclaimed": [one.to_json() | {"text": str(one)} for one in outcome.reclaimed],
+                "skipped": list(outcome.skipped),
             },
         )  # fmt: skip
 

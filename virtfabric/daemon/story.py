@@ -35,12 +35,35 @@ def _decision_lines(decision: Mapping[str, Any], names: Mapping[str, str]) -> It
     for back in decision["returns"]:
         who = names.get(back["victim"], back["victim"])
         yield f"  loan {back['loan']}: {_amounts(back['amounts'])} goes home to {who}"
+    for plan in decision.get("reclaim", ()):
+        yield from _reclaim_lines(plan)
     for one in decision["considered"]:
         yield (
             f"  considered {one['name']} for {Key.parse(one['resource']).words}: {one['verdict']} "
             f"(priority {one['priority']}, held {_amount(one, 'held')}, "
             f"floor {_amount(one, 'floor')})"
         )
+
+
+def _reclaim_lines(plan: Mapping[str, Any]) -> Iterable[str]:
+    where = "" if plan["node"] is None else f" of node {plan['node']}"
+    what = f"{Key.parse(plan['resource']).words}{where}"
+    yield f"  calling home {Bytes(plan['asked'])} of {what}"
+    for part in plan["parts"]:
+        yield f"    asks {part['text']}"
+    for note in plan["notes"]:
+        yield f"    {note}"
+    if plan["short"]:
+        yield f"    {Bytes(plan['short'])} of it are not to be had"
+
+
+def _replanned(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body.get('title')}: decided anew with what was given"
+    if body.get("decision"):
+        names = _names(body["decision"]) | body.get("names", {})
+        yield from _decision_lines(body["decision"], names)
+    for step in body.get("steps", []):
+        yield f"  step: {step}"
 
 
 def _begun(body: Mapping[str, Any]) -> Iterable[str]:
@@ -63,6 +86,10 @@ def _committed(body: Mapping[str, Any]) -> Iterable[str]:
         yield f"  grant {grant['id']}: {_amounts(grant['amounts'])}"
     for loan in body.get("loans", []):
         yield f"  loan opened: {loan}"
+    for one in body.get("reclaimed", []):
+        yield f"  {one['text']}"
+    for text in body.get("skipped", []):
+        yield f"  left undone: {text}"
     for residue in body.get("residues", []):
         what = Key.parse(residue["what"]).words
         yield f"  residue: {what} {_residue(residue)} ({residue['detail']})"
@@ -79,6 +106,21 @@ def _residue(residue: Mapping[str, Any]) -> str:
             return str(residue["amount"] // 1000)
         case _:
             return str(residue["amount"])
+
+
+def _called_home(body: Mapping[str, Any]) -> Iterable[str]:
+    yield (
+        f"{body['title']} by {body['by']}: {Bytes(body['freed'])} of {Bytes(body['asked'])} came, "
+        f"{Bytes(body['out'])} still out"
+    )
+    for one in body["guests"]:
+        yield f"  {one['text']}"
+    for one in body["detached"]:
+        yield f"  {one['name']}: {one['alias']} is detached"
+    for text in body["kept"]:
+        yield f"  left undone: {text}"
+    for text in body["others"]:
+        yield f"  {text}"
 
 
 def _refused(body: Mapping[str, Any]) -> Iterable[str]:
@@ -125,7 +167,9 @@ def _halted(body: Mapping[str, Any]) -> Iterable[str]:
 
 _TELLERS = {
     "plan.begun": _begun,
+    "plan.replanned": _replanned,
     "plan.committed": _committed,
+    "memory.called-home": _called_home,
     "request.refused": _refused,
     "plan.undone": _undone,
     "plan.recovered": _undone,

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.model.ids import RequestId
+from virtfabric.model.reclaim import Recall
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from virtfabric.model.ids import GuestId, TransactionId
     from virtfabric.model.ledger import Books, Grant, HostSnapshot, Residue
     from virtfabric.model.plan import Plan
+    from virtfabric.model.reclaim import Yield
 
     Caps = Mapping[GuestId, Amounts]
     Decide = Callable[[HostSnapshot, Caps], Decision | Refusal]
@@ -36,6 +38,8 @@ class Undertaking:
         settle_books: a last change of the books, after the decision's.
         incoming: a guest that is starting, as its hook showed it. It is never read through
             libvirt: calls on it block until its hook returns.
+        recall: how memory that leaves guests is to leave them.
+        yields: whether the guest that it is about may give less than it is asked for.
         body: request and such, for journal and audit.
     """
 
@@ -49,6 +53,8 @@ class Undertaking:
     deadline_s: float = 30.0
     settle_books: Callable[[Books], Books] | None = None
     incoming: GuestState | None = None
+    recall: Recall = field(default_factory=Recall)
+    yields: bool = False
     body: dict[str, Any] = field(default_factory=dict)
 
 
@@ -64,6 +70,8 @@ class Outcome:
     offers: tuple[dict[str, Any], ...]
     took_s: float
     agent_s: float
+    reclaimed: tuple[Yield, ...] = ()
+    skipped: tuple[str, ...] = ()
 
 
 def new_request() -> RequestId:

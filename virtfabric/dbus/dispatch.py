@@ -62,6 +62,8 @@ CALLS: Final[dict[str, Callable[..., Any]]] = {
     "PlanRegion": lambda agent, who, wants: agent.region_plan(who, wants),
     "DestroyRegion": lambda agent, who, region: agent.region_destroy(who, region),
     "PlanRegionEnd": lambda agent, who, region: agent.region_plan_end(who, region),
+    "ReclaimMemory": lambda agent, who, wants: agent.reclaim(who, wants),
+    "PlanReclaim": lambda agent, who, wants: agent.reclaim_plan(who, wants),
     "Audit": lambda agent, who, since, subject: agent.audit(who, _since(since), subject),
     "VerifyAudit": lambda agent, who, head: agent.audit_verify(who, head),
     "Drift": lambda agent, who: agent.drift(who),

@@ -117,6 +117,8 @@ MANAGER_INTERFACE: Final = Interface(
         Method("PlanRegion", (_WANTS,), _JSON),
         Method("DestroyRegion", (_REGION,), _JOB),
         Method("PlanRegionEnd", (_REGION,), _JSON),
+        Method("ReclaimMemory", (_WANTS,), _JOB),
+        Method("PlanReclaim", (_WANTS,), _JSON),
         Method("ShowPolicy", (_GUEST,), _JSON),
         Method("SetPolicy", (_GUEST, Argument("a{ss}", "changes")), _JSON),
         Method("PlanPolicy", (_GUEST, Argument("a{ss}", "changes")), _JSON),

@@ -16,12 +16,12 @@ from virtfabric.model.units import KIB, Bytes, CpuSet
 if TYPE_CHECKING:
     from lxml import etree
 
-    from virtfabric.model.memorysteps import AttachMemory
+    from virtfabric.model.memorysteps import AttachMemory, DetachMemory
 
 _VIRTIO_MEM: Final = "devices/memory[@model='virtio-mem']"
 
 
-def format_memory_device(step: AttachMemory, port: int | None) -> str:
+def format_memory_device(step: AttachMemory | DetachMemory, port: int | None) -> str:
     """A virtio-mem device on one node of the host, with nothing requested of it yet.
 
     Args:

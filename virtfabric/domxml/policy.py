@@ -24,6 +24,7 @@ from virtfabric.model.policy import (
     CpuPolicy,
     DevicePolicy,
     DriftAction,
+    Escalation,
     GuestPolicy,
     MemoryPolicy,
     Placement,
@@ -41,7 +42,7 @@ _CAPABILITY: Final = re.compile(r"[a-z][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)+")
 _ATTRIBUTES: Final[Mapping[str, frozenset[str]]] = {
     "policy": frozenset({"version", "priority", "admission", "drift"}),
     "cpu": frozenset({"reservation", "limit", "shares", "placement", "smt"}),
-    "memory": frozenset({"reservation", "limit", "shares", "tiers"}),
+    "memory": frozenset({"reservation", "limit", "shares", "tiers", "escalate"}),
     "device": frozenset({"capability", "count", "reclaimable"}),
 }
 
@@ -141,6 +142,7 @@ def _read_memory(element: etree._Element) -> MemoryPolicy:
         limit=limit,
         shares=_number(element, "memory", "shares", DEFAULT_SHARES, 1, 10_000),
         tiers=tiers,
+        escalate=_word(element, "memory", "escalate", Escalation.PRESS),
     )
 
 
@@ -210,6 +212,7 @@ def format_policy(policy: GuestPolicy) -> str:
             ("limit", None if memory.limit is None else _format_size(memory.limit)),
             ("shares", memory.shares),
             ("tiers", ",".join(memory.tiers)),
+            ("escalate", memory.escalate.value),
         ),
         devices=[
             _given(

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from collections.abc import Mapping
 
     from virtfabric.model.ids import GuestId, LoanId, RequestId
+    from virtfabric.model.reclaim import ReclaimPlan
 
 
 class Verdict(StrEnum):
@@ -24,6 +25,8 @@ class Verdict(StrEnum):
     BUSY = "busy"
     UNMANAGED = "unmanaged"
     NO_MECHANISM = "not-reclaimable"
+    GIVES_NO_MORE = "gives-no-more"
+    """It stopped short before, or tells that it can spare nothing."""
     REQUESTER = "requester"
 
 
@@ -84,6 +87,7 @@ class Decision:
         returns: loans that go home with this decision.
         holdings: amounts held afterwards, of every guest whose amounts change.
         considered: one entry per guest and contended resource.
+        reclaim: how the memory that victims pay comes home.
     """
 
     request: RequestId
@@ -95,6 +99,7 @@ class Decision:
     returns: tuple[Return, ...] = ()
     holdings: Mapping[GuestId, Amounts] | None = None
     considered: tuple[Consideration, ...] = ()
+    reclaim: tuple[ReclaimPlan, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """For journal, audit and clients."""
@@ -108,4 +113,5 @@ class Decision:
             ],
             "holdings": {g: a.to_json() for g, a in (self.holdings or {}).items()},
             "considered": [c.to_json() for c in self.considered],
+            "reclaim": [plan.to_json() for plan in self.reclaim],
         }  # fmt: skip

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.device import DeviceInventory, HeldFunction
 from virtfabric.model.ids import GrantId, GuestId, LoanId, RequestId
+from virtfabric.model.reclaim import Recall
 from virtfabric.model.units import CpuSet
 
 if TYPE_CHECKING:
@@ -180,6 +181,7 @@ class HostSnapshot:
         lend_ballooned: whether memory taken by a balloon may be granted onward.
         devices: the host's PCIe functions and pools.
         working: functions that a running plan touches (`Plan.addresses`); not chosen by another.
+        recall: how memory that leaves guests is to leave them.
     """
 
     generation: int
@@ -192,3 +194,4 @@ class HostSnapshot:
     lend_ballooned: bool = False
     devices: DeviceInventory = field(default_factory=DeviceInventory)
     working: frozenset[PciAddress] = frozenset()
+    recall: Recall = field(default_factory=Recall)

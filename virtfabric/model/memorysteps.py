@@ -1,10 +1,11 @@
-"""The step that gives a running guest a memory device of its own host node."""
+"""The steps that give a running guest a memory device of its own host node, and take it away."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from virtfabric.model.devicesteps import Presence
 from virtfabric.model.step import Step
 from virtfabric.model.units import Bytes
 
@@ -46,3 +47,38 @@ class AttachMemory(Step):
                 f"with {Bytes(self.after)}"
             )
         return f"{self.name}: detach virtio-mem {self.alias} ({where})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DetachMemory(Step):
+    """Unplug an empty virtio-mem device of the running guest; undone, it is there again, empty.
+
+    The memory went before, by `ResizeVirtioMem`: a device that still holds some stays. The
+    guest's persistent definition is never changed: a device that is in it comes back at the next
+    start.
+
+    Attributes:
+        alias: the device's.
+        node: of the host; its memory was bound to it.
+        cell: of the guest.
+        size: the most that it can hold.
+        tier: of the node.
+    """
+
+    kind: ClassVar[str] = "detach-memory"
+    needs_guest: ClassVar[bool] = True
+    alias: str
+    node: int
+    cell: int
+    size: int
+    block: int
+    before: Presence = Presence.ATTACHED
+    after: Presence = Presence.ABSENT
+    tier: str = "cxl"
+    deadline_s: float = 30.0
+
+    def describe(self) -> str:
+        """One line for a person."""
+        verb = "detach" if self.after is Presence.ABSENT else "attach"
+        where = f"{self.tier.upper()} node {self.node}"
+        return f"{self.name}: {verb} empty virtio-mem {self.alias} ({where})"

@@ -26,7 +26,7 @@ from virtfabric.model.devicesteps import (
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.ids import GuestId
 from virtfabric.model.mark import PinMark
-from virtfabric.model.memorysteps import AttachMemory
+from virtfabric.model.memorysteps import AttachMemory, DetachMemory
 from virtfabric.model.step import Step
 from virtfabric.model.units import Bytes, CpuSet, MilliCpu
 
@@ -206,7 +206,7 @@ STEP_TYPES: dict[str, type[Step]] = {
     for t in (
         ResizeVirtioMem, SetBalloon, SetVcpuCount, PinVcpu, PinEmulator, SetQuota, SetShares,
         SetNodeset, MarkPins, SetPolicy, BindDriver, SetUpVf, AttachFunction, ResetFunction,
-        LimitLink, CreateRegion, OnlineMemory, AttachMemory,
+        LimitLink, CreateRegion, OnlineMemory, AttachMemory, DetachMemory,
     )
 }  # fmt: skip
 
@@ -228,7 +228,8 @@ _PARSERS: dict[type[Step], Callable[..., Any]] = {
     PinVcpu: CpuSet.parse, PinEmulator: CpuSet.parse, SetNodeset: CpuSet.parse,
     MarkPins: PinMark.parse, SetPolicy: _parse_text, BindDriver: _parse_text,
     SetUpVf: VfSettings.parse, AttachFunction: _word_parser(Presence),
-    CreateRegion: _word_parser(RegionPresence), OnlineMemory: _word_parser(MemoryUse),
+    DetachMemory: _word_parser(Presence), CreateRegion: _word_parser(RegionPresence),
+    OnlineMemory: _word_parser(MemoryUse),
 }  # fmt: skip
 """Of `before` and `after`, where the journal has text for them and no integer."""
 

@@ -48,6 +48,15 @@ class DriftAction(StrEnum):
     REPAIR = "repair"
 
 
+class Escalation(StrEnum):
+    """How far it goes when a guest's memory is called home and nobody has enough to spare."""
+
+    NO = "no"
+    """Never beyond what the guest itself tells that it can spare."""
+    PRESS = "press"
+    """It is asked for all that is above its floor, and keeps what it does not let go in time."""
+
+
 @dataclass(frozen=True, slots=True)
 class CpuPolicy:
     """CPU entitlement in milli-CPU. `limit` None means the guest's maximum of vCPUs."""
@@ -70,6 +79,7 @@ class MemoryPolicy:
     limit: Bytes | None = None
     shares: int = DEFAULT_SHARES
     tiers: tuple[str, ...] = ("dram",)
+    escalate: Escalation = Escalation.PRESS
 
 
 @dataclass(frozen=True, slots=True)

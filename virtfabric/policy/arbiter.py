@@ -84,15 +84,27 @@ def choose_allocation(
     return _decide(snapshot, request.id, guest, fitting + shrinking, market)
 
 
-def choose_release(snapshot: HostSnapshot, request_id: RequestId, grant: Grant) -> Decision:
+def choose_release(
+    snapshot: HostSnapshot, request_id: RequestId, grant: Grant, *, caps: Caps | None = None
+) -> Decision:
     """End a grant: the borrower gives it back, as far as it is above its floor; loans go home.
 
     What no victim takes back becomes free. The caller waits for victims that are busy.
+
+    Args:
+        snapshot: the host.
+        request_id: for the decision.
+        grant: which one.
+        caps: the most that the borrower gives, where it stopped short: the grant goes on with the
+            rest then (`loans.settle`, `partly`).
     """
     guest = snapshot.guests.get(grant.guest)
     given = Amounts()
     if guest is not None and guest.uuid in snapshot.books.holdings:
-        given = Amounts({k: _give_back(snapshot, guest, k, v) for k, v in grant.amounts.items()})
+        most = grant.amounts
+        if caps and guest.uuid in caps:
+            most = Amounts({k: min(v, caps[guest.uuid][k]) for k, v in most.items()})
+        given = Amounts({k: _give_back(snapshot, guest, k, v) for k, v in most.items()})
     home = _homecoming(snapshot, grant.guest, given)
     repay_parts(home, grant.guest, [(grant, given)], given)
     return _with_homecoming(snapshot, request_id, grant.guest, -given, home)

@@ -16,7 +16,8 @@ from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.plan import Offer, ResizeVirtioMem
 from virtfabric.model.units import Bytes, CpuSet
 from virtfabric.policy.deviceterms import spare_ports
-from virtfabric.policy.nearness import cpu_nodes, farness, memory_nodes
+from virtfabric.policy.nearness import far_from
+from virtfabric.policy.sources import giving_order
 from virtfabric.policy.standing import held_of
 from virtfabric.policy.stepper import Stepper
 from virtfabric.policy.stock import device_amounts
@@ -35,9 +36,9 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState, VirtioMem
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
-    from virtfabric.model.memorysteps import AttachMemory
+    from virtfabric.model.memorysteps import AttachMemory, DetachMemory
 
-    FarStep = ResizeVirtioMem | AttachMemory
+    FarStep = ResizeVirtioMem | AttachMemory | DetachMemory
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,6 +137,9 @@ class _Deal:
         for state, by in changes:
             if by < 0:
                 self._shrink(state, -by)
+        if self.snapshot.recall.detach:
+            for state in (one for one in states if one.active):
+                self._let_go(state)
         refusals = {state.uuid: self._grow(state, by) for state, by in changes if by > 0}
         refusals |= {state.uuid: self._start(state) for state in states if not state.active}
         return {guest: refusal for guest, refusal in refusals.items() if refusal is not None}
@@ -168,18 +172,27 @@ class _Deal:
         """What is withheld gives first, then the farthest: what stays is sound and near."""
         step = self._stepper(state)
         part = part_of(state, CXL_KEY, self.snapshot.topology.cxl_nodes)
-        for device in sorted(part.devices, key=lambda d: self._turn(state, d), reverse=True):
+        least = self.snapshot.recall.least_of(state.uuid)
+        for device in giving_order(state, part.devices, self.snapshot, self.rooms):
             block = int(device.block) or NEW_BLOCK
-            gift = min(by, int(device.requested)) // block * block
+            room = max(0, int(device.requested) - least.get(device.alias, 0))
+            gift = min(by, room) // block * block
             if gift:
                 by -= gift
                 self._move(device_nodes(state, device), -gift)
                 self._add(step.resize(device, int(device.requested) - gift, Tier.CXL))
 
-    def _turn(self, state: GuestState, device: VirtioMem) -> tuple[bool, int, int, str]:
-        node = min(device_nodes(state, device))
-        kept = node in self.snapshot.capacity.withheld
-        return kept, self._distance(state, node), -self.rooms.get(node, 0), device.alias
+    def _let_go(self, state: GuestState) -> None:
+        """Devices on nodes that are called home leave the guest when they are empty."""
+        part = part_of(state, CXL_KEY, self.snapshot.topology.cxl_nodes)
+        steps = self.steps.get(state.uuid, [])
+        after = {step.alias: step.after for step in steps if isinstance(step, ResizeVirtioMem)}
+        for device in part.devices:
+            nodes = device_nodes(state, device)
+            if nodes & self.snapshot.recall.nodes and not after.get(
+                device.alias, int(device.requested)
+            ):
+                self._add(self._stepper(state).detach_memory(device, min(nodes)))
 
     # -- more -----------------------------------------------------------------------------------
 
@@ -219,7 +232,7 @@ class _Deal:
     def _spot(
         self, state: GuestState, node: int, room: int, need: int, device: VirtioMem | None
     ) -> Spot:
-        far, free = self._distance(state, node), self.rooms[node]
+        far, free = far_from(self.snapshot, state.uuid, node), self.rooms[node]
         cost = (max(0, need - room), int(device is None), far, -free, node)
         return Spot(cost, node, room, device)
 
@@ -263,12 +276,6 @@ class _Deal:
         return f"node {node} has {room} free" + (f" ({why})" if why else "")
 
     # -- both -----------------------------------------------------------------------------------
-
-    def _distance(self, state: GuestState, node: int) -> int:
-        """From its pCPUs; from its DRAM, where it floats."""
-        topology = self.snapshot.topology
-        homes = cpu_nodes(self.snapshot, state.uuid) or memory_nodes(self.snapshot, state.uuid)
-        return farness(topology, node, [n for n in homes if n not in topology.cxl_nodes])
 
     def _stepper(self, state: GuestState) -> Stepper:
         return Stepper(state, self.snapshot.topology.cpus, self.deadline_s)

@@ -60,6 +60,7 @@ def settle(
     orders: Mapping[GuestId, tuple[int, ...]],
     functions: Mapping[GuestId, tuple[HeldFunction, ...]] | None = None,
     retired: Iterable[PciAddress] = (),
+    partly: bool = False,
 ) -> Books:
     """The books after a committed decision.
 
@@ -77,6 +78,7 @@ def settle(
         orders: pCPU order of dedicated guests; where none is given the former one stays.
         functions: PCIe functions afterwards, likewise (`Plan.functions`).
         retired: functions that nobody gets again before an operator says so (`Plan.retired`).
+        partly: whether `grant` goes on with what did not come.
 
     Raises:
         ValueError: fewer ids than takes.
@@ -87,7 +89,9 @@ def settle(
     draft.move(decision, orders, functions or {})
     draft.quarantine |= {address: _used_once(address, at) for address in retired}
     draft.pay(decision)
-    if grant is not None:
+    if grant is not None and partly:
+        draft.reduce_grant(grant, (-decision.delta).positive())
+    elif grant is not None:
         draft.end_grant(grant, (grant.amounts + decision.delta).positive())
     elif decision.guest in draft.holdings:  # of a guest that stopped, `depart` ends the grants
         for part in consume(newest_first(books, decision.guest), (-decision.delta).positive()):

@@ -53,6 +53,13 @@ def cpu_nodes(snapshot: HostSnapshot, guest: GuestId) -> frozenset[int]:
     return frozenset(pcpus[c].node for c in holding.order if c in pcpus) if holding else frozenset()
 
 
+def far_from(snapshot: HostSnapshot, guest: GuestId, node: int) -> int:
+    """How far memory of a node is from the guest's pCPUs; from its DRAM, where it floats."""
+    homes = cpu_nodes(snapshot, guest) or memory_nodes(snapshot, guest)
+    topology = snapshot.topology
+    return farness(topology, node, [n for n in homes if n not in topology.cxl_nodes])
+
+
 def remoteness(snapshot: HostSnapshot, guest: GuestId, address: PciAddress) -> int:
     """How far a function is from a guest's memory and its CPUs together."""
     function = snapshot.devices.functions.get(address)

@@ -9,7 +9,7 @@ single steps.
 Functions come after memory and vCPUs: these fail more often and their undo disturbs nobody, while
 a detached function has interrupted its guest. All are detached before one is prepared, a movable
 guest is pulled to its function's node before that pins its pages, and pins and caps follow. What
-is given back to the host comes last of all.
+is given back to the host comes last of all, empty memory devices that leave their guest after it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 from virtfabric.model.amounts import MEMORY_KEY
 from virtfabric.model.errors import Refusal
 from virtfabric.model.guest import RunState
+from virtfabric.model.memorysteps import DetachMemory
 from virtfabric.model.plan import PinVcpu, Plan, SetQuota
 from virtfabric.model.policy import DEFAULT_SHARES
 from virtfabric.model.units import CpuSet
@@ -35,6 +36,7 @@ from virtfabric.policy.intent import (
 )  # fmt: skip
 from virtfabric.policy.layout import Layout, present_layout
 from virtfabric.policy.layoutaround import choose_layout_around
+from virtfabric.policy.reclaim import share_time
 from virtfabric.policy.standing import held_of
 from virtfabric.policy.stepper import DEADLINE_S, Stepper
 from virtfabric.policy.tiers import part_of
@@ -182,6 +184,7 @@ class _Draft:
     pulls: list[Step] = field(default_factory=list)
     marks: list[Step] = field(default_factory=list)
     unplugs: list[Step] = field(default_factory=list)
+    leaving: list[Step] = field(default_factory=list)
 
     def bring(self, guest: GuestId, *, memory: bool, guest_answers: bool = True) -> None:
         """Everything that one guest needs to become as intended."""
@@ -206,9 +209,15 @@ class _Draft:
         changes: list[ResizeVirtioMem | SetBalloon | AttachMemory] = []
         if intended.memory and (due or memory_differs(intended, step.state)):
             near = part_of(step.state, MEMORY_KEY, intended.cxl_nodes)
-            changes += step.memory(intended.memory, near)
-        for change in (*changes, *self.far.steps.get(intended.guest, ())):
-            (self.memory_in if change.after < change.before else self.memory_out).append(change)
+            least = self.snapshot.recall.least_of(intended.guest)
+            changes += step.memory(intended.memory, near, least)
+        for change in self.far.steps.get(intended.guest, ()):
+            if isinstance(change, DetachMemory):
+                self.leaving.append(change)
+            else:
+                changes.append(change)
+        self.memory_in += share_time([c for c in changes if c.after < c.before], self.deadline_s)
+        self.memory_out += [c for c in changes if c.after >= c.before]
 
     def _vcpus(self, step: Stepper, intended: Intended) -> None:
         if intended.vcpus > step.state.vcpus_online:
@@ -266,7 +275,7 @@ class _Draft:
             *self.memory_in, *self.memory_out, *self.plugs, *functions.detaches,
             *functions.prepares, *self.pulls, *functions.attaches, *self.caps_down,
             *order_pins(self.pins, self.layout.orders), *self.new_pins, *self.caps_up, *self.rest,
-            *self.marks, *self.unplugs, *functions.returns,
+            *self.marks, *self.unplugs, *functions.returns, *self.leaving,
         )  # fmt: skip
         # a guest that is dedicated no more gives its order back
         orders: dict[GuestId, tuple[int, ...]] = {

@@ -7,12 +7,13 @@ A step that changes nothing is not made. It must not choose values (intent, layo
 from __future__ import annotations
 
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.amounts import Tier
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.mark import NO_MARK
-from virtfabric.model.memorysteps import AttachMemory
+from virtfabric.model.memorysteps import AttachMemory, DetachMemory
 from virtfabric.model.plan import (
     MarkPins,
     PinEmulator,
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from virtfabric.policy.tiers import Part
 
 DEADLINE_S: Final = 30.0
+NOTHING_STUCK: Final[Mapping[str, int]] = MappingProxyType({})
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +114,16 @@ class Stepper:
             before=self.state.vcpus_online, after=after, deadline_s=self.deadline_s,
         )  # fmt: skip
 
-    def memory(self, after: int, near: Part) -> list[ResizeVirtioMem | SetBalloon]:
-        """Bring the guest's DRAM, which is `near` now, to `after` bytes."""
+    def memory(
+        self, after: int, near: Part, least: Mapping[str, int]
+    ) -> list[ResizeVirtioMem | SetBalloon]:
+        """Bring the guest's DRAM, which is `near` now, to `after` bytes.
+
+        `least` is the size below which a virtio-mem device does not go, by alias.
+        """
         match self.state.mechanism:
             case MemoryMechanism.VIRTIO_MEM:
-                return self._virtio_mem(after, near)
+                return self._virtio_mem(after, near, least)
             case MemoryMechanism.BALLOON if after != self.state.memory_current:
                 return [
                     SetBalloon(
@@ -128,8 +135,10 @@ class Stepper:
             case _:
                 return []
 
-    def _virtio_mem(self, after: int, near: Part) -> list[ResizeVirtioMem | SetBalloon]:
-        sizes = spread_virtio_mem(near.devices, after - near.boot)
+    def _virtio_mem(
+        self, after: int, near: Part, least: Mapping[str, int]
+    ) -> list[ResizeVirtioMem | SetBalloon]:
+        sizes = spread_virtio_mem(near.devices, after - near.boot, least)
         return [
             self.resize(device, size, Tier.DRAM)
             for device, size in zip(near.devices, sizes, strict=True)
@@ -153,19 +162,32 @@ class Stepper:
             deadline_s=self.deadline_s,
         )  # fmt: skip
 
+    def detach_memory(self, device: VirtioMem, node: int) -> DetachMemory:
+        """Unplug a device that is empty by then; that it stays is no reason to undo the rest."""
+        return DetachMemory(
+            guest=self.state.uuid, name=self.state.name, alias=device.alias, node=node,
+            cell=device.node, size=int(device.size), block=int(device.block),
+            deadline_s=self.deadline_s, optional=True,
+        )  # fmt: skip
 
-def spread_virtio_mem(devices: tuple[VirtioMem, ...], total: int) -> list[int]:
+
+def spread_virtio_mem(
+    devices: tuple[VirtioMem, ...], total: int, least: Mapping[str, int] = NOTHING_STUCK
+) -> list[int]:
     """What to request of each device so that they make `total` bytes together.
 
     The last device shrinks first, the first grows first, in whole blocks: a guest never gets more
     than `total` by growing nor less by shrinking; less than a block is inside the tolerance.
+    What is `least` of one, by its alias, it keeps; the others give in its place.
     """
     sizes = [int(d.requested) for d in devices]
     change = total - sum(sizes)
     indexes = range(len(devices)) if change > 0 else reversed(range(len(devices)))
     for index in indexes:
-        room = int(devices[index].size) - sizes[index] if change > 0 else sizes[index]
-        block = int(devices[index].block) or 1
+        device = devices[index]
+        most, stays = int(device.size), least.get(device.alias, 0)
+        room = max(0, most - sizes[index] if change > 0 else sizes[index] - stays)
+        block = int(device.block) or 1
         part = min(abs(change), room) // block * block
         sizes[index] += part if change > 0 else -part
         change -= part if change > 0 else -part

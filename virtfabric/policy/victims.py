@@ -145,10 +145,10 @@ def survey(
             verdict = _withheld(guest, lends=lends) if is_memory else None
             give = (held - floor) // granule * granule if verdict is None else 0
         if give > 0 and uuid in caps:
-            give, verdict = min(give, caps[uuid][key] // granule * granule), Verdict.NO_MECHANISM
+            give, verdict = min(give, caps[uuid][key] // granule * granule), Verdict.GIVES_NO_MORE
         if give > 0 and policy is not None:
             shares = (policy.memory if is_memory else policy.cpu).shares
-            pressure = -(((held - floor) << _PRESSURE_BITS) // (shares or 1))
+            pressure = pressure_of(held - floor, shares)
             candidates.append(
                 Candidate(priority, pressure, uuid, guest.name, held, floor, granule, give)
             )
@@ -157,6 +157,11 @@ def survey(
             others.append(Consideration(uuid, guest.name, key, why, priority, held, floor, 0))
     candidates.sort()
     return Survey(key, candidates, others)
+
+
+def pressure_of(above: int, shares: int) -> int:
+    """What orders guests of one priority: most held above the floor for each share goes first."""
+    return -((above << _PRESSURE_BITS) // (shares or 1))
 
 
 def _bounds_by(key: Key, snapshot: HostSnapshot) -> Callable[[GuestState], tuple[int, int, int]]:

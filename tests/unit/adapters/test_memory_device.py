@@ -14,7 +14,7 @@ from lxml import etree
 from virtfabric.adapters.cgroups import Cgroups
 from virtfabric.adapters.libvirt.handler import Surroundings
 from virtfabric.adapters.libvirt.memlock import LockedMemory
-from virtfabric.adapters.libvirt.memorydevice import MemoryDeviceHandler
+from virtfabric.adapters.libvirt.memorydevice import DetachMemoryHandler, MemoryDeviceHandler
 from virtfabric.adapters.libvirt.processes import QemuProcesses
 from virtfabric.adapters.libvirt.residence import is_bound
 from virtfabric.adapters.libvirt.waiting import Pulse
@@ -28,7 +28,7 @@ from virtfabric.model.errors import (
     VerificationError,
 )
 from virtfabric.model.ids import GuestId
-from virtfabric.model.memorysteps import AttachMemory
+from virtfabric.model.memorysteps import AttachMemory, DetachMemory
 from virtfabric.model.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -39,6 +39,10 @@ PID = 4242
 STEP = AttachMemory(
     guest=GUEST, name="db", alias="ua-virtfabric-cxl2", node=2, cell=0, size=GIB, block=2 * MIB,
     before=0, after=64 * MIB, deadline_s=0.3,
+)  # fmt: skip
+DETACH = DetachMemory(
+    guest=GUEST, name="db", alias=STEP.alias, node=2, cell=0, size=GIB, block=2 * MIB,
+    deadline_s=0.3,
 )  # fmt: skip
 DOMAIN = """<domain type='kvm'{id}><name>db</name><uuid>{uuid}</uuid>
   <maxMemory slots='2' unit='GiB'>4</maxMemory><memory unit='MiB'>512</memory><vcpu>1</vcpu>
@@ -56,6 +60,7 @@ class Host:
         keeps: MiB that the guest keeps of what it is asked to give.
         obeys: whether it lets the device go.
         binds: QEMU's memory policy for the device.
+        lingers: whether QEMU's memory stays when the device has gone.
     """
 
     def __init__(self, root: Path) -> None:
@@ -64,6 +69,7 @@ class Host:
         self.keeps = 0
         self.running = self.obeys = True
         self.binds = "bind:2"
+        self.lingers = False
         self.proc = root / "proc"
         (self.proc / str(PID) / "task" / str(PID)).mkdir(parents=True)
         (self.proc / str(PID) / "cmdline").write_bytes(b"qemu\0-uuid\0" + GUEST.encode() + b"\0")
@@ -75,10 +81,11 @@ class Host:
             LockedMemory(root / "run", self.proc), self.proc,
         )  # fmt: skip
         self.handler = MemoryDeviceHandler(around)
+        self.detaching = DetachMemoryHandler(around)
 
     def write_maps(self) -> None:
         lines = ["7f00 default heap anon=8 N0=8 kernelpagesize_kB=4"]
-        if self.device:
+        if self.device or self.lingers:
             lines.append(f"7f01 {self.binds} anon=8 N2=8 kernelpagesize_kB=4")
         (self.proc / str(PID) / "numa_maps").write_text("\n".join(lines) + "\n")
 
@@ -197,6 +204,45 @@ def test_device_that_the_guest_does_not_let_go_is_asked_for_once(host):
     with pytest.raises(ShortfallError, match="is empty, but still attached"):
         apply(host, STEP.inverse())
     assert host.calls == GONE
+
+
+def test_empty_device_leaves_and_comes_back_empty(host):
+    apply(host)
+    apply(host, replace(STEP, before=64 * MIB, after=64 * MIB))
+    with pytest.raises(ShortfallError, match="still holds 64MiB"):
+        host.detaching.apply(DETACH, Context())
+    host.updateDeviceFlags(host.device.replace(">65536</requested>", ">0</requested>"), 1)
+    host.calls.clear()
+    with pytest.raises(VerificationError, match="still in the live XML"):
+        host.detaching.verify(DETACH)
+    host.detaching.apply(DETACH, Context())
+    host.detaching.verify(DETACH)
+    host.detaching.apply(DETACH, Context())  # once more asks nobody
+    assert host.calls == GONE[1:]
+    assert host.detaching.undo(DETACH) == 0
+    assert host.calls[1:] == ATTACHED[:1]
+    host.detaching.verify(DETACH.inverse())
+    assert host.detaching.undo(DETACH) == 0
+    assert host.calls[1:] == ATTACHED[:1]
+
+
+def test_empty_device_that_the_guest_does_not_let_go_is_asked_for_once(host):
+    apply(host, replace(STEP, after=2 * MIB))
+    host.updateDeviceFlags(host.device.replace(">2048</requested>", ">0</requested>"), 1)
+    host.calls.clear()
+    host.obeys = False
+    with pytest.raises(ShortfallError, match="is empty, but still attached"):
+        host.detaching.apply(DETACH, Context())
+    assert host.calls == GONE[1:]
+    assert host.detaching.undo(DETACH) == 0
+    assert host.calls == GONE[1:]
+
+
+def test_device_has_left_but_qemu_keeps_its_memory(host):
+    host.lingers = True
+    host.write_maps()
+    with pytest.raises(VerificationError, match="still has memory bound to node 2"):
+        host.detaching.verify(DETACH)
 
 
 @pytest.mark.parametrize("policy", ["bind:0", "bind:0-2", "prefer:2", "default"])

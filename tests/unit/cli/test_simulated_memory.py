@@ -62,6 +62,36 @@ def test_cxl_memory_for_a_guest_and_back(run):
     ), err  # fmt: skip
 
 
+def test_memory_of_a_node_called_home_before_its_region_goes(run):
+    assert run("allocate", "cache", "--memory", "+512M", "--tier", "cxl")[0] == 0
+    code, out, _ = run("memory", "reclaim", "1", "--detach", "--dry-run")
+    assert (code, out.splitlines()) == (
+        0,
+        [
+            "node 1: 512MiB of 512MiB can be asked for (dry run, nothing changed)",
+            "  cache: 512MiB by virtio-mem ua-virtfabric-cxl1 (node 1) within 30 s, then the "
+            "device is detached",
+        ],
+    )
+    code, out, _ = run("memory", "reclaim", "1", "--size", "128M")
+    assert code == 0
+    assert out.splitlines()[0] == "node 1: 128MiB of 128MiB came home"
+    code, out, err = run("memory", "reclaim", "1", "--detach", "--deadline", "20s")
+    assert (code, out.splitlines()) == (
+        0,
+        [
+            "node 1: 384MiB of 384MiB came home", "  cache: 384MiB of 384MiB came home",
+            "  cache: ua-virtfabric-cxl1 is detached",
+        ],
+    ), err  # fmt: skip
+    assert found(run, "grants") == []
+    assert found(run, "memory", "reclaim", "1")["result"]["asked"] == 0
+    code, _, err = run("memory", "reclaim", "0")
+    assert (code, "node: 0 is of DRAM; the CXL nodes of the host are: 1" in err) == (3, True)
+    code, _, err = run("memory", "reclaim", "one")
+    assert (code, "node" in err) == (2, True)
+
+
 def test_a_region_of_two_memdevs(run):
     create = ("memory", "region", "create", "--window", "decoder0.2", "--memdev", "0x102", "0x101")
     code, out, _ = run(*create, "--dry-run")

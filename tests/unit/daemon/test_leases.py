@@ -15,6 +15,8 @@ from virtfabric.model.units import MIB
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from virtfabric.model.ids import GuestId
+
 ROOT = aw.ROOT
 
 
@@ -29,6 +31,9 @@ class BlockingStats:
         self.asked.set()
         self.hook_ended.wait(60)
         return {}
+
+    def read_report(self, guest: GuestId) -> None:
+        return None
 
 
 @pytest.fixture

@@ -96,7 +96,10 @@ POLICY = {
         "reservation": 1000, "limit": 4000, "shares": 100, "placement": "dedicated",
         "smt": "prefer",
     },
-    "memory": {"reservation": GIB // 2, "limit": None, "shares": 100, "tiers": ["dram"]},
+    "memory": {
+        "reservation": GIB // 2, "limit": None, "shares": 100, "tiers": ["dram"],
+        "escalate": "press",
+    },
     "devices": [],
 }  # fmt: skip
 DEVICE = {
@@ -286,6 +289,26 @@ class LittleAgent:
     def region_destroy(self, caller, name):
         self._see(caller)
         return {"job": self.jobs_.start(f"end of {name}", lambda *_: {"steps": ["end"]}).id}
+
+    def reclaim_plan(self, caller, wants):
+        self._see(caller)
+        return {
+            "resource": "memory@tier:cxl", "node": 1, "asked": GIB, "planned": GIB // 2,
+            "short": GIB // 2, "parts": [{"text": "db: 512MiB by virtio-mem v0 within 30 s"}],
+            "notes": [], "empty": [{"name": "web", "alias": "v1"}],
+            "others": ["stray: 512MiB stay: it is unmanaged, and never touched"], "wants": wants,
+        }  # fmt: skip
+
+    def reclaim(self, caller, wants):
+        self._see(caller)
+        out = 0 if "size" in wants else GIB // 2
+        result = {
+            "request": "r9", "node": int(wants["node"]), "asked": GIB, "freed": GIB - out,
+            "out": out, "guests": [{"text": "db: 512MiB of 512MiB came home"}],
+            "detached": [{"name": "web", "alias": "v1"}],
+            "kept": ["db: detach empty virtio-mem v0: the guest keeps it"], "others": [],
+        }  # fmt: skip
+        return {"job": self.jobs_.start("called home", lambda *_: result).id}
 
     def _policy(self, job=None):
         return {

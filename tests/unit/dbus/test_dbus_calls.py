@@ -31,6 +31,8 @@ ARGUMENTS = {
     "DestroyRegion": ("region0",),
     "PlanRegionEnd": ("region0",),
     "ReleaseMemory": ("0x100",),
+    "ReclaimMemory": ({"node": "1", "detach": "yes"},),
+    "PlanReclaim": ({"node": "1"},),
     "ReleaseDevice": ("0000:3b:10.1",),
     "ShowPolicy": ("db",),
     "SetPolicy": ("db", {"priority": "80"}),
@@ -68,6 +70,8 @@ def test_every_method_is_reachable_and_answers_what_the_agent_says(agent, bus, l
     assert titles[answers["DestroyRegion"]] == "end of region0"
     assert answers["PlanRegion"]["wants"] == REGION
     assert answers["PlanRegionEnd"]["region"] == "region0"
+    assert titles[answers["ReclaimMemory"]] == "called home"
+    assert answers["PlanReclaim"]["wants"] == {"node": "1"}
     assert {c.uid for c in agent.callers} == {0}
     assert all(c.pid > 0 for c in agent.callers)
 

@@ -44,7 +44,7 @@ GOLDEN = """\
 <virtfabric:policy xmlns:virtfabric="urn:virtfabric:policy:1" version="1" priority="80" \
 admission="strict" drift="repair">
   <cpu reservation="1" limit="4" shares="100" placement="dedicated" smt="require"/>
-  <memory reservation="512MiB" limit="4GiB" shares="100" tiers="dram,cxl"/>
+  <memory reservation="512MiB" limit="4GiB" shares="100" tiers="dram,cxl" escalate="press"/>
   <device capability="net.vf" count="2" reclaimable="yes"/>
 </virtfabric:policy>"""
 
@@ -140,6 +140,7 @@ def test_round_trip(
         ("512MiB", "9999TiB", "memory.reservation", "9999TiB"),
         ("4GiB", "4MiB", "memory.limit", "4MiB"),
         ("dram,cxl", "dram,tape", "memory.tiers", "dram,tape"),
+        ('tiers="dram,cxl"', 'escalate="kill"', "memory.escalate", "kill"),
         ("net.vf", "Net", "device.capability", "Net"),
         ('count="2"', 'count="0"', "device.count", "0"),
         ('reclaimable="yes"', 'reclaimable="perhaps"', "device.reclaimable", "perhaps"),

@@ -187,7 +187,7 @@ def test_caps_pass_the_rest_on_to_the_next_victim() -> None:
     ]
     decision = granted(snapshot, ask(DB, memory=64), caps={BATCH: Amounts()})
     assert paid(decision) == [(WEB, 0, 64)]
-    assert decision.considered[-1].verdict is Verdict.NO_MECHANISM
+    assert decision.considered[-1].verdict is Verdict.GIVES_NO_MORE
 
 
 def test_no_change_is_an_empty_decision() -> None:

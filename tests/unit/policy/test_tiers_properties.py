@@ -24,9 +24,9 @@ FIRST: Final = int(
 )
 LEAST: Final = {
     "grows on cxl": 100, "takes of cxl": 10, "returns of cxl": 7, "attached": 60, "at once": 30,
-    "meddled": 50, Reason.STRANDS_MEMORY: 20, Reason.NO_CAPACITY: 20, Reason.NO_MECHANISM: 100,
-    Reason.NOT_ALLOWED: 50, Reason.INVALID_ARGUMENT: 20, Reason.ABOVE_LIMIT: 20,
-    Reason.BELOW_FLOOR: 50,
+    "meddled": 50, "called home": 20, "detached": 20, Reason.STRANDS_MEMORY: 20,
+    Reason.NO_CAPACITY: 20, Reason.NO_MECHANISM: 100, Reason.NOT_ALLOWED: 50,
+    Reason.INVALID_ARGUMENT: 20, Reason.ABOVE_LIMIT: 20, Reason.BELOW_FLOOR: 50,
 }  # fmt: skip
 """How often in 100 lives at least: what never happens proves nothing."""
 

@@ -15,12 +15,14 @@ from host_data import BLOCK, BOOT_MEMORY, guest_id, load_host, make_guest, snaps
 
 from virtfabric.model.amounts import CXL_KEY, MEMORY_KEY, Amounts, Key, Tier
 from virtfabric.model.device import GuestDevice, PciAddress
+from virtfabric.model.devicesteps import Presence
 from virtfabric.model.errors import Refusal
 from virtfabric.model.guest import GuestState, MemoryRoom, NumaMode, RunState, VirtioMem
 from virtfabric.model.ids import GrantId, LoanId, RequestId
 from virtfabric.model.ledger import Books, Grant, HostSnapshot
-from virtfabric.model.memorysteps import AttachMemory
+from virtfabric.model.memorysteps import AttachMemory, DetachMemory
 from virtfabric.model.plan import Plan, ResizeVirtioMem
+from virtfabric.model.reclaim import Claim, Recall
 from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.model.units import Bytes, CpuSet
 from virtfabric.model.want import Mode, Want
@@ -30,6 +32,7 @@ from virtfabric.policy.arbiter import (
     choose_departure,
     choose_release,
 )
+from virtfabric.policy.homecall import plan_homecall, waiting_for
 from virtfabric.policy.loans import depart, settle
 from virtfabric.policy.placement import plan_convergence, plan_decision
 from virtfabric.policy.returnability import held_memory, reclaimable
@@ -101,6 +104,14 @@ def _guest(draw: Random, number: int, priority: int) -> GuestState:
     if functions and any(d.requested and d.host_nodes for d in guest.virtio_mem):
         functions = ()
     return replace(guest, devices=functions)
+
+
+def _by_alias(guests: dict[GuestId, GuestState]) -> dict[GuestId, GuestState]:
+    """A device that left and came back is the last one."""
+    return {
+        uuid: replace(guest, virtio_mem=tuple(sorted(guest.virtio_mem, key=lambda d: d.alias)))
+        for uuid, guest in guests.items()
+    }
 
 
 class Life:
@@ -209,6 +220,38 @@ class Life:
             assert plan is not None, "what goes back goes back"
             self.commit(decision, plan, ends=grant)
 
+    def call_home(self) -> None:
+        """All of a node comes back, guest by guest, and what is empty leaves."""
+        node = self.draw.choice(CXL)
+        detach = self.draw.randint(0, 2) > 0
+        others = {n: size for n, size in self.capacity.cxl.items() if n != node}
+        fields = {
+            "capacity": replace(self.capacity, cxl=others),
+            "recall": Recall(frozenset({node}), detach),
+        }
+        claim = Claim(CXL_KEY, self.draw.choice((2 * BLOCK, 100 * BLOCK)), node, detach=detach)
+        left, before = claim.size, self.on_node(node)
+        while left > 0:
+            snapshot = replace(self.snapshot(), **fields)
+            home = plan_homecall(snapshot, replace(claim, size=left), {})
+            if not home.plan.parts:
+                break
+            guest = home.plan.parts[0].guest
+            gift = home.plan.gift(guest)
+            waiting = waiting_for(self.guests[guest], snapshot)
+            want = Want(Mode.BY, -gift - waiting)
+            request = Request(REQUEST, guest, AGENT, Origin.AGENT, memory=want, tier=Tier.CXL)
+            decision = choose_allocation(snapshot, request)
+            assert not isinstance(decision, Refusal), decision
+            plan = plan_decision(snapshot, decision)
+            assert not isinstance(plan, Refusal), plan
+            has = self.on_node(node)
+            self.commit(decision, plan)
+            assert self.on_node(node) == has - gift, "it came from the node, all of it"
+            left -= gift
+            self.seen["called home"] += 1
+        assert self.on_node(node) == max(0, before - claim.size), "no more and no less"
+
     def start(self) -> None:
         waiting = sorted(g for g, s in self.guests.items() if not s.active)
         if not waiting:
@@ -282,22 +325,30 @@ class Life:
 
     def carry_out(self, steps: tuple[Step, ...]) -> None:
         """All memory steps, in order; and on the way back, what was there before."""
-        moves = [s for s in steps if isinstance(s, ResizeVirtioMem | AttachMemory)]
-        before = dict(self.guests)
+        moves = [s for s in steps if isinstance(s, ResizeVirtioMem | AttachMemory | DetachMemory)]
+        before = _by_alias(self.guests)
         for step in moves:
             self.run(step)
             self.check_nodes()
         after = dict(self.guests)
         for step in reversed(moves):
             self.run(step.inverse())
-        assert self.guests == before, "the way back"
+        assert _by_alias(self.guests) == before, "the way back"
         self.guests = after
 
-    def run(self, step: ResizeVirtioMem | AttachMemory) -> None:
+    def run(self, step: ResizeVirtioMem | AttachMemory | DetachMemory) -> None:
         guest = self.guests[step.guest]
         device = next((d for d in guest.virtio_mem if d.alias == step.alias), None)
         assert guest.active
-        if isinstance(step, AttachMemory) and not step.before:
+        if isinstance(step, DetachMemory):
+            assert (device is None) == (step.before is Presence.ABSENT)
+            if device is None:
+                self.plug(guest, step)
+            else:
+                assert not device.requested
+                self.seen["detached"] += 1
+                self.unplug(guest, step, device)
+        elif isinstance(step, AttachMemory) and not step.before:
             assert device is None
             self.seen["attached"] += 1
             self.plug(guest, step)
@@ -315,32 +366,34 @@ class Life:
                 step.guest, replace(device, requested=Bytes(step.after), current=Bytes(step.after))
             )
 
-    def plug(self, guest: GuestState, step: AttachMemory) -> None:
-        room = guest.memory_room
+    def plug(self, guest: GuestState, step: AttachMemory | DetachMemory) -> None:
+        room, size = guest.memory_room, step.after if isinstance(step, AttachMemory) else 0
         assert guest.free_ports > 0
         assert room.slots > 0
-        assert step.after <= step.size <= room.size
-        assert step.after % step.block == 0
-        assert guest.numa_mode is NumaMode.STRICT
+        assert size <= step.size <= room.size
+        assert size % step.block == 0
+        assert guest.numa_mode is NumaMode.STRICT or isinstance(step, DetachMemory)
         device = VirtioMem(
-            step.alias, step.cell, Bytes(step.size), Bytes(step.block), Bytes(step.after),
-            Bytes(step.after), CpuSet((step.node,)),
+            step.alias, step.cell, Bytes(step.size), Bytes(step.block), Bytes(size),
+            Bytes(size), CpuSet((step.node,)),
         )  # fmt: skip
         self.guests[guest.uuid] = replace(
             guest, virtio_mem=(*guest.virtio_mem, device), free_ports=guest.free_ports - 1,
             memory_room=MemoryRoom(room.slots - 1, Bytes(room.size - step.size), room.cell),
             memory_max=Bytes(guest.memory_max + step.size),
-            memory_current=Bytes(guest.memory_current + step.after),
+            memory_current=Bytes(guest.memory_current + size),
         )  # fmt: skip
 
-    def unplug(self, guest: GuestState, step: AttachMemory, device: VirtioMem) -> None:
+    def unplug(
+        self, guest: GuestState, step: AttachMemory | DetachMemory, device: VirtioMem
+    ) -> None:
         room = guest.memory_room
         self.guests[guest.uuid] = replace(
             guest, virtio_mem=tuple(d for d in guest.virtio_mem if d is not device),
             free_ports=guest.free_ports + 1,
             memory_room=MemoryRoom(room.slots + 1, Bytes(room.size + step.size), room.cell),
             memory_max=Bytes(guest.memory_max - step.size),
-            memory_current=Bytes(guest.memory_current - step.before),
+            memory_current=Bytes(guest.memory_current - device.current),
         )  # fmt: skip
 
     def set(self, uuid: GuestId, device: VirtioMem) -> None:
@@ -440,7 +493,7 @@ class Life:
 
 ACTIONS = (
     ("allocate", "climb") * 5 + ("allocate_two_at_once",) * 3 + ("release", "start") * 3
-    + ("stop", "meddle", "mend")
+    + ("stop", "meddle", "mend", "call_home", "call_home")
 )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from virtfabric.adapters.libvirt.cpu import (
 from virtfabric.adapters.libvirt.hostdev import FunctionHandler
 from virtfabric.adapters.libvirt.mark import MarkHandler
 from virtfabric.adapters.libvirt.memory import BalloonHandler, NodesetHandler, VirtioMemHandler
-from virtfabric.adapters.libvirt.memorydevice import MemoryDeviceHandler
+from virtfabric.adapters.libvirt.memorydevice import DetachMemoryHandler, MemoryDeviceHandler
 from virtfabric.adapters.libvirt.policywriter import PolicyHandler
 
 if TYPE_CHECKING:
@@ -28,5 +28,5 @@ def libvirt_handlers(host: Surroundings) -> tuple[StepHandler, ...]:
         VirtioMemHandler(host), BalloonHandler(host), VcpuCountHandler(host),
         PinVcpuHandler(host), PinEmulatorHandler(host), QuotaHandler(host), SharesHandler(host),
         NodesetHandler(host), MarkHandler(host), PolicyHandler(host),
-        FunctionHandler(host), MemoryDeviceHandler(host),
+        FunctionHandler(host), MemoryDeviceHandler(host), DetachMemoryHandler(host),
     )  # fmt: skip

@@ -12,6 +12,7 @@ import libvirt
 from lxml import etree
 
 from virtfabric.adapters.libvirt.handler import LibvirtHandler, LibvirtSetting
+from virtfabric.adapters.libvirt.stats import read_told
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.parse import parse_xml
 from virtfabric.model.errors import (
@@ -41,7 +42,6 @@ _UNDO_WAIT_S: Final = 2.0
 # What a guest must keep free when its balloon is inflated: below that Linux kills processes, and
 # a guest that has none left to kill panics (measured).
 _BALLOON_MARGIN: Final = 8 * MIB
-_FRESH_STATS_S: Final = 10
 
 
 class _Settling:
@@ -217,12 +217,11 @@ class BalloonHandler(LibvirtHandler[SetBalloon]):
         """
         with self.host.connection.domain(step.guest) as dom:
             stats = dom.memoryStats()
-        fresh = time.time() - stats.get("last_update", 0) <= _FRESH_STATS_S
-        usable = stats.get("usable")
+        told = read_told(stats)
         actual = int(stats.get("actual", 0)) << 10
-        if not fresh or usable is None or step.after >= actual:
+        if told is None or step.after >= actual:
             return step.after
-        spare = max(0, (int(usable) << 10) - _BALLOON_MARGIN)
+        spare = max(0, told.usable - _BALLOON_MARGIN)
         return max(step.after, actual - spare)
 
     def check(self, step: SetBalloon) -> None:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Final
 
 import libvirt
 
 from virtfabric.model.ids import GuestId
+from virtfabric.model.reclaim import MemoryReport
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -26,6 +28,20 @@ _COUNTS: Final = frozenset(
         "balloon.hugetlb_pgalloc", "balloon.hugetlb_pgfail",
     }
 )  # fmt: skip
+_FRESH_S: Final = 10
+"""Seconds; `<memballoon><stats period=...>` says how often a guest tells, and 0 is never."""
+
+
+def read_told(stats: Mapping[str, int]) -> MemoryReport | None:
+    """What the guest told lately, from `virDomainMemoryStats`; None where it tells nothing.
+
+    `usable` is MemAvailable, `unused` MemFree and `available` MemTotal (libvirt 9.0).
+    """
+    usable = stats.get("usable")
+    if usable is None or time.time() - stats.get("last_update", 0) > _FRESH_S:
+        return None
+    free, total = (int(stats.get(name, 0)) << 10 for name in ("unused", "available"))
+    return MemoryReport(int(usable) << 10, free, total)
 
 
 class LibvirtStats:
@@ -47,6 +63,15 @@ class LibvirtStats:
                 GuestId(dom.UUIDString()): {name: _bytes(name, value) for name, value in of.items()}
                 for dom, of in records
             }
+
+    def read_report(self, guest: GuestId) -> MemoryReport | None:
+        """What it told lately.
+
+        Raises:
+            GuestGoneError, HypervisorGoneError, HypervisorError
+        """
+        with self._connection.domain(guest) as dom:
+            return read_told(dom.memoryStats())
 
 
 def _bytes(name: str, value: int) -> int:

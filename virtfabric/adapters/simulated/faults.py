@@ -86,8 +86,10 @@ class Faults:
     Attributes:
         gives: bytes that a guest will still give up when asked, all shrinking taken together.
         takes: bytes that a guest will still accept when it grows.
+        sticks: bytes below which a virtio-mem device does not go, by guest and alias.
         keeps_vcpus: guests whose vCPUs do not leave.
         keeps_functions: guests that ignore the request to let a PCI function go.
+        keeps_memory_devices: guests that ignore the request to let an empty memory device go.
     """
 
     def __init__(self) -> None:
@@ -95,8 +97,10 @@ class Faults:
         self._faults: list[Fault] = []
         self.gives: dict[GuestId, int] = {}
         self.takes: dict[GuestId, int] = {}
+        self.sticks: dict[tuple[GuestId, str], int] = {}
         self.keeps_vcpus: set[GuestId] = set()
         self.keeps_functions: set[GuestId] = set()
+        self.keeps_memory_devices: set[GuestId] = set()
 
     def add(self, fault: Fault) -> Fault:
         """Let a fault wait; returns it."""
@@ -112,8 +116,10 @@ class Faults:
             self._faults.clear()
             self.gives.clear()
             self.takes.clear()
+            self.sticks.clear()
             self.keeps_vcpus.clear()
             self.keeps_functions.clear()
+            self.keeps_memory_devices.clear()
 
     def strike(self, phase: Phase, step: Step) -> Fault | None:
         """The fault that strikes here, counted; None for a quiet life."""

@@ -108,6 +108,7 @@ class Hardware:
         policy: metadata of the live definition, as text.
         functions: PCI functions that came while it runs, with their aliases.
         came: memory devices that came while it runs.
+        gone: aliases of those that it is defined with and let go while it runs.
     """
 
     vcpus: int
@@ -122,6 +123,7 @@ class Hardware:
     policy: str = ""
     functions: dict[PciAddress, str] = field(default_factory=dict)
     came: tuple[MemoryDevice, ...] = ()
+    gone: frozenset[str] = frozenset()
 
     def copy(self) -> Hardware:
         """An independent copy."""
@@ -191,8 +193,9 @@ class SimulatedGuest:
 
     @property
     def memory_devices(self) -> tuple[MemoryDevice, ...]:
-        """Those that it is defined with, and those that came."""
-        return (*self.spec.devices, *self.real.came)
+        """Those that it is defined with and still has, and those that came."""
+        kept = (d for d in self.spec.devices if d.alias not in self.real.gone)
+        return (*kept, *self.real.came)
 
     @property
     def free_ports(self) -> int:
@@ -202,9 +205,10 @@ class SimulatedGuest:
     @property
     def memory_room(self) -> MemoryRoom:
         """For memory devices that can still come."""
-        room, came = self.spec.memory_room, self.real.came
-        size = Bytes(room.size - sum(d.size for d in came))
-        return replace(room, slots=room.slots - len(came), size=size)
+        room, came, gone = self.spec.memory_room, self.real.came, self.real.gone
+        left = [d for d in self.spec.devices if d.alias in gone]
+        size = Bytes(room.size - sum(d.size for d in came) + sum(d.size for d in left))
+        return replace(room, slots=room.slots - len(came) + len(left), size=size)
 
     def _devices(self) -> tuple[GuestDevice, ...]:
         came = tuple(GuestDevice(a, alias) for a, alias in sorted(self.said.functions.items()))

@@ -221,6 +221,8 @@ class _VirtioMem(SimulatedHandler[ResizeVirtioMem]):
                 "not a multiple of the block size"
             )
         guest.said.devices[step.alias] = target
+        least = min(current, self.host.faults.sticks.get((step.guest, step.alias), 0))
+        target = max(target, least)
         guest.real.devices[step.alias] = self.host.moved(step.guest, current, target, device.block)
 
 

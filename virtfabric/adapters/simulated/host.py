@@ -42,6 +42,7 @@ if TYPE_CHECKING:
     from virtfabric.model.host import HostTopology
     from virtfabric.model.ids import GuestId
     from virtfabric.model.policy import GuestPolicy
+    from virtfabric.model.reclaim import MemoryReport
     from virtfabric.model.step import Step
     from virtfabric.ports import Clock
 
@@ -65,10 +66,20 @@ class SimulatedLoad:
 
 
 class SimulatedStats:
-    """Implements `ports.GuestStats`."""
+    """Implements `ports.GuestStats`.
+
+    Attributes:
+        reports: what guests tell of their memory; a test sets it.
+    """
 
     def __init__(self, host: SimulatedHost) -> None:
         self._host = host
+        self.reports: dict[GuestId, MemoryReport] = {}
+
+    def read_report(self, guest: GuestId) -> MemoryReport | None:
+        """As it was set."""
+        with self._host.lock:
+            return self.reports.get(guest)
 
     def sample(self) -> Mapping[GuestId, Mapping[str, int]]:
         """Statistics of all running guests."""

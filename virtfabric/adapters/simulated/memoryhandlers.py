@@ -1,4 +1,4 @@
-"""The step handler for memory devices that come to a simulated guest while it runs."""
+"""The step handlers for memory devices that come to a simulated guest and leave it."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import TYPE_CHECKING
 
 from virtfabric.adapters.simulated.guest import MemoryDevice
 from virtfabric.adapters.simulated.handlers import SimulatedHandler, memory_difference
+from virtfabric.model.devicesteps import Presence
 from virtfabric.model.errors import HypervisorError, ShortfallError
-from virtfabric.model.memorysteps import AttachMemory
+from virtfabric.model.memorysteps import AttachMemory, DetachMemory
 from virtfabric.model.units import Bytes, CpuSet
 from virtfabric.ports import EventKind
 
@@ -62,24 +63,78 @@ class _AttachMemory(SimulatedHandler[AttachMemory]):
     def _put(self, guest: SimulatedGuest, step: AttachMemory, target: int) -> None:
         """The device comes before its memory, and goes after it."""
         if target and guest.device(step.alias) is None:
-            device = MemoryDevice(
-                step.alias, step.cell, Bytes(step.size), block=Bytes(step.block),
-                host_nodes=CpuSet((step.node,)),
-            )  # fmt: skip
-            for hardware in (guest.said, guest.real):
-                hardware.came = (*hardware.came, device)
-                hardware.devices[step.alias] = 0
+            _plug(guest, step)
         if guest.device(step.alias) is None:
             return
         current = self.amount(guest, step)
         guest.said.devices[step.alias] = target
         guest.real.devices[step.alias] = self.host.moved(step.guest, current, target, step.block)
         if not target and not guest.real.devices[step.alias]:
-            for hardware in (guest.said, guest.real):
-                hardware.came = tuple(d for d in hardware.came if d.alias != step.alias)
-                del hardware.devices[step.alias]
+            _unplug(guest, step.alias)
+
+
+class _DetachMemory(SimulatedHandler[DetachMemory]):
+    step_type = DetachMemory
+    event = EventKind.MEMORY
+
+    def amount(self, guest: SimulatedGuest, step: DetachMemory) -> int:
+        return guest.real.devices.get(step.alias, 0)
+
+    def bring(self, guest: SimulatedGuest, step: DetachMemory, *, lost: bool) -> None:
+        held = self.amount(guest, step)
+        if held and step.after is Presence.ABSENT:
+            raise ShortfallError(
+                f"{guest.spec.name}: {step.alias} still holds {Bytes(held)}", reached=held
+            )
+        if not lost:
+            self._put(guest, step, step.after)
+
+    def differs(self, guest: SimulatedGuest, step: DetachMemory) -> str:
+        found = Presence.ATTACHED if guest.device(step.alias) else Presence.ABSENT
+        return "" if found is step.after else f"{step.alias}: {step.after} expected, {found} found"
+
+    def give_back(self, guest: SimulatedGuest, step: DetachMemory) -> int:
+        self._put(guest, step, step.before)
+        return 0
+
+    def _put(self, guest: SimulatedGuest, step: DetachMemory, wanted: Presence) -> None:
+        there = guest.device(step.alias) is not None
+        if wanted is Presence.ATTACHED and not there:
+            self.host.check_nodes(CpuSet((step.node,)))
+            _plug(guest, step)
+        elif wanted is Presence.ABSENT and there:
+            if guest.spec.uuid in self.host.faults.keeps_memory_devices:
+                raise ShortfallError(
+                    f"{guest.spec.name}: {step.alias} is empty, but the guest does not let it go",
+                    reached=0,
+                )
+            _unplug(guest, step.alias)
+
+
+def _plug(guest: SimulatedGuest, step: AttachMemory | DetachMemory) -> None:
+    """An empty device; one of its definition is that one again."""
+    defined = step.alias in {d.alias for d in guest.spec.devices}
+    device = MemoryDevice(
+        step.alias, step.cell, Bytes(step.size), block=Bytes(step.block),
+        host_nodes=CpuSet((step.node,)),
+    )  # fmt: skip
+    for hardware in (guest.said, guest.real):
+        hardware.devices[step.alias] = 0
+        if defined:
+            hardware.gone -= {step.alias}
+        else:
+            hardware.came = (*hardware.came, device)
+
+
+def _unplug(guest: SimulatedGuest, alias: str) -> None:
+    defined = alias in {d.alias for d in guest.spec.devices}
+    for hardware in (guest.said, guest.real):
+        del hardware.devices[alias]
+        hardware.came = tuple(d for d in hardware.came if d.alias != alias)
+        if defined:
+            hardware.gone |= {alias}
 
 
 def memory_handlers(host: SimulatedHost) -> tuple[StepHandler, ...]:
     """One handler for each step type of `memorysteps`."""
-    return (_AttachMemory(host),)
+    return (_AttachMemory(host), _DetachMemory(host))
