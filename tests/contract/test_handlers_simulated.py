@@ -45,6 +45,7 @@ from virtfabric.model.errors import (
     VerificationError,
 )
 from virtfabric.model.guest import MemoryMechanism, MemoryRoom, NumaMode
+from virtfabric.model.hugepages import MakeHugePages
 from virtfabric.model.ids import HOST_ITSELF, GuestId
 from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.memorysteps import AttachMemory
@@ -102,6 +103,7 @@ ATTACH_MEMORY = AttachMemory(
     guest=TIERED, alias="ua-virtfabric-cxl1", node=1, cell=0, size=GIB, block=2 * MIB,
     before=0, after=512 * MIB,
 )  # fmt: skip
+MAKE_PAGES = MakeHugePages(guest=DATABASE, node=0, page=2 * MIB, before=0, after=256, free=260)
 
 
 class SimulatedWorld:
@@ -122,6 +124,7 @@ class SimulatedWorld:
         self.host.devices.bind(BOUND_VF, "vfio-pci")
         self.host.memory.cxl = CXL
         self.host.memory.make_region(OFFLINE.window, OFFLINE.members, 256 * MIB, 256)
+        self.host.pages.set_pool(MAKE_PAGES.pool, 10)
         self.handlers = self.host.handlers
 
     def steps(self):
@@ -146,9 +149,12 @@ class SimulatedWorld:
             CREATE,
             OFFLINE,
             ATTACH_MEMORY,
+            MAKE_PAGES,
         ]  # fmt: skip
 
     def observe(self, step):
+        if isinstance(step, MakeHugePages):
+            return self.host.pages.read_pools().pools[step.pool]
         if isinstance(step, CreateRegion | OnlineMemory):
             return self.host.memory.cxl.region_of(step.window, step.members)
         if step.kind in OF_THE_HOST:

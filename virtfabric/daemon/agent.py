@@ -76,7 +76,7 @@ class Agent:
         self._ledger = Ledger(books)
         self._observatory = Observatory(
             world.guests, world.devices, self._ledger, topology, capacity, settings.pools,
-            lend_ballooned=settings.lend_ballooned,
+            world.pages, lend_ballooned=settings.lend_ballooned,
         )  # fmt: skip
         self._authority = Authority(settings.group, settings.ceiling_for, settings.polkit)
         self._jobs = Jobs(self._notices)
@@ -143,6 +143,7 @@ class Agent:
         self._connected = True
         done.wait()
         self._hostwatch.follow()  # by now it is known which nodes guests name
+        self._lifecycle.pages.sweep()
         self._lifecycle.devices.start()
         self._memory.start(self._look_at_memory_soon)
         self._world.audit.append("agent.started", [], {"version": __version__})

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.ids import GuestId, TransactionId
-    from virtfabric.ports import DeviceTree, GuestReader
+    from virtfabric.ports import DeviceTree, GuestReader, PageTree
 
 GLANCE_S: Final = 5.0
 """How long somebody who asks waits for a fresh look at functions; a client gives up after 25."""
@@ -52,6 +52,7 @@ class Observatory:
         topology: HostTopology,
         capacity: Capacity,
         pools: tuple[DevicePool, ...],
+        pages: PageTree,
         *,
         lend_ballooned: bool,
     ) -> None:
@@ -66,6 +67,7 @@ class Observatory:
         self._reading_devices = threading.Lock()
         self._glance = Glance(self.refresh_devices)
         self._lend_ballooned = lend_ballooned
+        self._pages = pages
 
     @property
     def topology(self) -> HostTopology:
@@ -239,3 +241,9 @@ class Observatory:
             devices=devices,
             working=view.functions,
         )
+
+    def look_at_pages(self, snapshot: HostSnapshot, *, always: bool = False) -> HostSnapshot:
+        """The same with the huge pages of now, where a guest has any: free ones are telemetry."""
+        if not always and not any(guest.on_huge_pages for guest in snapshot.guests.values()):
+            return snapshot
+        return replace(snapshot, pools=self._pages.read_pools())

@@ -88,8 +88,9 @@ class Settlement:
         Raises:
             VirtfabricError: they did not; the caller undoes what was applied.
         """
+        touched = plan.guests - work.absent
         with execution.outside:
-            self._read_back(work, plan)
+            self._read_back(touched, plan)
         now = self._clock.now()
         grant = self._new_grant(work, decision, now)
         loans = (
@@ -110,7 +111,7 @@ class Settlement:
             if work.settle_books is not None:
                 books = work.settle_books(books)
             books = after_plan(books, before, plan, execution.skipped, now)
-            residues = (*execution.residues, *self._residues(books, plan.guests, now))
+            residues = (*execution.residues, *self._residues(books, touched, now))
             return with_residues(books, plan.guests, residues)
 
         def store(books: Books) -> None:
@@ -134,9 +135,8 @@ class Settlement:
             self._moved()
         return outcome
 
-    def _read_back(self, work: Undertaking, plan: Plan) -> None:
-        incoming = {work.incoming.uuid} if work.incoming else set()
-        self._observatory.refresh(plan.guests - incoming)
+    def _read_back(self, guests: Collection[GuestId], plan: Plan) -> None:
+        self._observatory.refresh(guests)
         if plan.addresses:
             # a fatal error may be what made somebody give a function back
             self._observatory.refresh_devices()
@@ -254,7 +254,7 @@ class Settlement:
         if any(isinstance(one.step, AttachFunction) for one in execution.undone):
             self._moved()
         try:
-            self._observatory.refresh(touched)
+            self._observatory.refresh(touched - work.absent)
         except VirtfabricError as again:
             log.warning("cannot read back after an undo: %s", again)
 

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.device import DeviceInventory, HeldFunction
+from virtfabric.model.hugepages import HeldPages, HugePools
 from virtfabric.model.ids import GrantId, GuestId, LoanId, RequestId
 from virtfabric.model.units import CpuSet
 
@@ -28,6 +29,7 @@ class Holding:
         functions: PCIe functions that are its own, whether attached already or not.
         named: functions that its own XML names; they count in no amount, and nothing but its end
             takes them away.
+        pages: huge pages that it has, or counts on until it runs, as far as this agent saw to them.
     """
 
     guest: GuestId
@@ -35,6 +37,7 @@ class Holding:
     order: tuple[int, ...] = ()
     functions: tuple[HeldFunction, ...] = ()
     named: tuple[HeldFunction, ...] = ()
+    pages: tuple[HeldPages, ...] = ()
 
     @property
     def cpus(self) -> CpuSet:
@@ -52,6 +55,7 @@ class Holding:
             "guest": self.guest, "amounts": self.amounts.to_json(), "order": list(self.order),
             "functions": [f.to_json() for f in self.functions],
             "named": [f.to_json() for f in self.named],
+            "pages": [p.to_json() for p in self.pages],
         }  # fmt: skip
 
     @classmethod
@@ -61,6 +65,7 @@ class Holding:
             GuestId(data["guest"]), Amounts.from_json(data["amounts"]), tuple(data["order"]),
             tuple(HeldFunction.from_json(f) for f in data.get("functions", ())),
             tuple(HeldFunction.from_json(f) for f in data.get("named", ())),
+            tuple(HeldPages.from_json(p) for p in data.get("pages", ())),
         )  # fmt: skip
 
 
@@ -174,6 +179,7 @@ class HostSnapshot:
         lend_ballooned: whether memory taken by a balloon may be granted onward.
         devices: the host's PCIe functions and pools.
         working: functions that a running plan touches (`Plan.addresses`); not chosen by another.
+        pools: huge pages of now; None where nobody looked, as no guest needs any.
     """
 
     generation: int
@@ -186,3 +192,4 @@ class HostSnapshot:
     lend_ballooned: bool = False
     devices: DeviceInventory = field(default_factory=DeviceInventory)
     working: frozenset[PciAddress] = frozenset()
+    pools: HugePools | None = None

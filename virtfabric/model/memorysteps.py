@@ -22,6 +22,7 @@ class AttachMemory(Step):
         cell: of the guest.
         size: the most that it can hold.
         tier: of the node.
+        page: bytes of the huge pages that back it; 0 for small ones.
     """
 
     kind: ClassVar[str] = "attach-memory"
@@ -34,12 +35,15 @@ class AttachMemory(Step):
     before: int
     after: int
     tier: str = "cxl"
+    page: int = 0
     tolerance: int = 4 << 20
     deadline_s: float = 30.0
 
     def describe(self) -> str:
         """One line for a person."""
         where = f"{self.tier.upper()} node {self.node}"
+        if self.page:
+            where += f" in pages of {Bytes(self.page)}"
         if self.after:
             return (
                 f"{self.name}: attach virtio-mem {self.alias} ({Bytes(self.size)}, {where}) "

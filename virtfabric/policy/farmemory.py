@@ -24,7 +24,9 @@ from virtfabric.policy.tiers import device_nodes, node_key, node_rooms, part_of,
 from virtfabric.policy.tierterms import (
     NEW_BLOCK,
     has_functions,
+    new_block,
     new_nodes,
+    new_page,
     open_nodes,
     why_no_device,
 )
@@ -209,10 +211,11 @@ class _Deal:
             room = min(self.rooms.get(node, 0), int(device.size) - int(device.requested))
             if node in nodes and room >= block:
                 found.append(self._spot(state, node, room // block * block, need, device))
+        block = new_block(state, self.snapshot)
         for node in new_nodes(state, nodes) if budget.devices > 0 else ():
             room = min(self.rooms.get(node, 0), budget.size)
-            if room >= NEW_BLOCK:
-                found.append(self._spot(state, node, room // NEW_BLOCK * NEW_BLOCK, need, None))
+            if room >= block:
+                found.append(self._spot(state, node, room // block * block, need, None))
         return sorted(found, key=lambda spot: spot.cost)
 
     def _spot(
@@ -228,10 +231,12 @@ class _Deal:
         if device is not None:
             return step.resize(device, int(device.requested) + part, Tier.CXL)
         there = int(self.snapshot.capacity.cxl[spot.node])
-        size = max(part, min(there, budget.size - rest) // NEW_BLOCK * NEW_BLOCK)
+        block = new_block(step.state, self.snapshot)
+        size = max(part, min(there, budget.size - rest) // block * block)
         budget.devices -= 1
         budget.size -= size
-        return step.attach_memory(spot.node, size, NEW_BLOCK, part)
+        page = new_page(step.state, self.snapshot)
+        return step.attach_memory(spot.node, size, block, part, page)
 
     def _tell(self, state: GuestState, spots: list[Spot], need: int) -> None:
         for spot in spots:

@@ -27,6 +27,7 @@ from virtfabric.policy.farmemory import FarMemory, choose_far_memory, mend_far_m
 from virtfabric.policy.functionrepairs import choose_repairs, held_after
 from virtfabric.policy.functions import choose_functions
 from virtfabric.policy.functionsteps import FunctionSteps
+from virtfabric.policy.hugepages import with_pages
 from virtfabric.policy.intent import (
     UNCAPPED,
     intended_pins,
@@ -87,7 +88,7 @@ def plan_decision(
         if after is not None:
             draft.bring(guest, memory=before[MEMORY_KEY] != after[MEMORY_KEY])
     draft.disturb({*changed, decision.guest})
-    return draft.plan(decision.request)
+    return with_pages(snapshot, draft.plan(decision.request), amounts)
 
 
 def plan_convergence(
@@ -119,7 +120,7 @@ def plan_convergence(
         awake = state is not None and state.state is RunState.RUNNING
         draft.bring(guest, memory=awake, guest_answers=awake)
     draft.disturb(mended)
-    return draft.plan(request_id)
+    return with_pages(snapshot, draft.plan(request_id), amounts, mend=True)
 
 
 def plan_lift(snapshot: HostSnapshot, guest: GuestId, request_id: RequestId) -> Plan:

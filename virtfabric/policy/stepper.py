@@ -143,14 +143,16 @@ class Stepper:
             before=int(device.requested), after=size, deadline_s=self.deadline_s, tier=tier.value,
         )  # fmt: skip
 
-    def attach_memory(self, node: int, size: int, block: int, after: int) -> AttachMemory:
+    def attach_memory(
+        self, node: int, size: int, block: int, after: int, page: int = 0
+    ) -> AttachMemory:
         """Plug a device on a CXL node; the guest has room for it (`tierterms.why_no_device`)."""
         cell = self.state.memory_room.cell
         assert cell is not None
         return AttachMemory(
             guest=self.state.uuid, name=self.state.name, alias=f"ua-virtfabric-cxl{node}",
             node=node, cell=cell, size=size, block=block, before=0, after=after,
-            deadline_s=self.deadline_s,
+            deadline_s=self.deadline_s, page=page,
         )  # fmt: skip
 
 

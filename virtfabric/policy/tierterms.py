@@ -51,13 +51,25 @@ def new_nodes(guest: GuestState, nodes: CpuSet) -> CpuSet:
     return CpuSet(nodes - taken)
 
 
+def new_page(guest: GuestState, snapshot: HostSnapshot) -> int:
+    """Bytes of the huge pages that back a device that comes; 0 for small ones."""
+    page = guest.memory_room.page
+    return int(snapshot.topology.huge_page if page is None else page)
+
+
+def new_block(guest: GuestState, snapshot: HostSnapshot) -> int:
+    """The block size of a device that comes: QEMU takes none that is smaller than its pages."""
+    return max(NEW_BLOCK, new_page(guest, snapshot))
+
+
 def addable(guest: GuestState, snapshot: HostSnapshot) -> int:
     """Bytes of CXL memory that devices could hold which the guest does not have yet."""
     if not guest.active or why_no_device(guest, snapshot):
         return 0
     nodes = open_nodes(guest, snapshot, pinned=has_functions(guest, snapshot))
     there = sum(int(snapshot.capacity.cxl[n]) for n in new_nodes(guest, nodes))
-    return min(there, int(guest.memory_room.size)) // NEW_BLOCK * NEW_BLOCK
+    block = new_block(guest, snapshot)
+    return min(there, int(guest.memory_room.size)) // block * block
 
 
 def why_no_device(guest: GuestState, snapshot: HostSnapshot, *, ports: int | None = None) -> str:
@@ -78,7 +90,7 @@ def why_no_device(guest: GuestState, snapshot: HostSnapshot, *, ports: int | Non
         return "it has no <numa> cell; give it one and <maxMemory>, and start it anew"
     if guest.mechanism is MemoryMechanism.BALLOON and guest.memory_current < guest.boot_memory:
         return "its balloon holds memory, and one mechanism is enough; deflate it first"
-    if room.slots <= 0 or room.size < NEW_BLOCK:
+    if room.slots <= 0 or room.size < new_block(guest, snapshot):
         return f"<maxMemory> leaves {room.slots} slots and {room.size}; raise it and start it anew"
     if (spare_ports(guest, snapshot) if ports is None else ports) <= 0:
         return (
@@ -171,5 +183,6 @@ def reachable(guest: GuestState, snapshot: HostSnapshot) -> int:
         return total
     count = min(guest.memory_room.slots, spare_ports(guest, snapshot))
     free = sorted((max(0, rooms.get(n, 0)) for n in new_nodes(guest, nodes)), reverse=True)
-    more = sum(room // NEW_BLOCK * NEW_BLOCK for room in free[:count])
-    return total + min(more, int(guest.memory_room.size) // NEW_BLOCK * NEW_BLOCK)
+    block = new_block(guest, snapshot)
+    more = sum(room // block * block for room in free[:count])
+    return total + min(more, int(guest.memory_room.size) // block * block)

@@ -232,6 +232,8 @@ def _withheld(guest: GuestState, *, lends: bool) -> Verdict | None:
     """Why its memory cannot be had; None when it can."""
     if guest.mechanism is not _VIRTIO_MEM and not (lends and guest.mechanism is _BALLOON):
         return Verdict.NO_MECHANISM
+    if guest.on_huge_pages:
+        return Verdict.NO_MECHANISM  # what it gives goes to their pool, and is no good to others
     # Only a guest that runs can let go of memory; a paused one still loses CPU by its quota.
     return None if guest.state is _RUNNING else _BUSY
 

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 from virtfabric.domxml.policy import format_bare_policy, parse_bare_policy
 from virtfabric.model.device import GuestDevice
 from virtfabric.model.guest import (
+    SMALL_PAGES,
+    FixedMemory,
     GuestState,
     MemoryMechanism,
     MemoryRoom,
@@ -20,6 +22,7 @@ from virtfabric.model.guest import (
     SchedulerState,
     VirtioMem,
 )
+from virtfabric.model.hugepages import PoolKey
 from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.units import MIB, Bytes, CpuSet
 
@@ -70,6 +73,7 @@ class GuestSpec:
         functions: PCI functions that its definition names by hand.
         ports: PCIe ports for devices that come while it runs.
         memory_room: slots and bytes for memory devices that come while it runs.
+        page: bytes of the huge pages that back all of its memory; 0 for small ones.
     """
 
     uuid: GuestId
@@ -90,6 +94,7 @@ class GuestSpec:
     locked_memory: bool = False
     persistent: bool = True
     running: bool = True
+    page: Bytes = SMALL_PAGES
 
     @property
     def mechanism(self) -> MemoryMechanism:
@@ -211,13 +216,32 @@ class SimulatedGuest:
         return (*self.spec.functions, *came)
 
     def nodes_used(self, first_node: int) -> dict[int, int]:
-        """Bytes taken on each node."""
-        if self.state is RunState.SHUTOFF:
+        """Bytes taken on each node; what is on huge pages is in the pools'."""
+        if self.state is RunState.SHUTOFF or self.spec.page:
             return {}
-        home = min(self.real.nodes, default=first_node)
-        used = {home: self.real.boot_memory}
-        for device in self.memory_devices:
-            used[device.home] = used.get(device.home, 0) + self.real.devices[device.alias]
+        return self._nodes_of(self.real, first_node)
+
+    def pages_used(self, first_node: int) -> dict[PoolKey, int]:
+        """Huge pages taken of each pool."""
+        if self.state is RunState.SHUTOFF or not self.spec.page:
+            return {}
+        return self._pages_of(self._nodes_of(self.real, first_node))
+
+    def pages_wanted(self, first_node: int) -> dict[PoolKey, int]:
+        """Huge pages that its start takes."""
+        if not self.spec.page:
+            return {}
+        return self._pages_of(self._nodes_of(self._fresh(), first_node))
+
+    def _pages_of(self, used: dict[int, int]) -> dict[PoolKey, int]:
+        page = int(self.spec.page)
+        return {PoolKey(node, page): -(-size // page) for node, size in used.items() if size}
+
+    def _nodes_of(self, hardware: Hardware, first_node: int) -> dict[int, int]:
+        home = min(hardware.nodes, default=first_node)
+        used = {home: hardware.boot_memory}
+        for device in (*self.spec.devices, *hardware.came):
+            used[device.home] = used.get(device.home, 0) + hardware.devices[device.alias]
         return used
 
     def read(self) -> GuestState:
@@ -245,7 +269,7 @@ class SimulatedGuest:
                 VirtioMem(
                     d.alias, d.node, d.size, d.block,
                     Bytes(said.devices.get(d.alias, 0)), Bytes(real.devices[d.alias]),
-                    d.host_nodes,
+                    d.host_nodes, spec.page,
                 )
                 for d in self.memory_devices
             ),
@@ -265,7 +289,10 @@ class SimulatedGuest:
             free_ports=self.free_ports,
             locked_memory=spec.locked_memory,
             halted=self.halted,
-            memory_room=self.memory_room,
+            fixed_memory=(FixedMemory("cell 0", spec.boot_memory, page=spec.page),)
+            if spec.page
+            else (),
+            memory_room=replace(self.memory_room, page=spec.page),
         )  # fmt: skip
 
     def _fresh(self) -> Hardware:
