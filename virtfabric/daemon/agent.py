@@ -103,7 +103,9 @@ class Agent:
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, audit=world.audit, watch=self._lifecycle.devices,
         )  # fmt: skip
-        self._memory = MemoryDesk(world.memory, self._notices)
+        self._memory = MemoryDesk(
+            world.memory, world.pages, self._notices, self._observatory.name_of
+        )
         self._hostwatch = HostWatch(
             host=world.host, observatory=self._observatory, ledger=self._ledger,
             notices=self._notices, audit=world.audit, restarter=world.restarter,

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from virtfabric.daemon.notices import Notices
     from virtfabric.model.cxl import Condition, CxlInventory
-    from virtfabric.ports import MemoryTree
+    from virtfabric.model.ids import GuestId
+    from virtfabric.ports import MemoryTree, PageTree
 
     Json = dict[str, Any]
 
@@ -32,9 +33,17 @@ _END_S: Final = 10.0
 class MemoryDesk:
     """Thread-safe: every reading stands for itself."""
 
-    def __init__(self, tree: MemoryTree, notices: Notices) -> None:
+    def __init__(
+        self,
+        tree: MemoryTree,
+        pages: PageTree,
+        notices: Notices,
+        name_of: Callable[[GuestId], str],
+    ) -> None:
         """Nothing is read before `start` or `show`."""
         self._tree = tree
+        self._pages = pages
+        self._name_of = name_of
         self._notices = notices
         self._lock = threading.Lock()
         self._seen: frozenset[str] | None = None
@@ -50,7 +59,8 @@ class MemoryDesk:
         with self._lock:
             conditions, unknown = self._conditions, self._unknown
         notes = (unknown,) if unknown and memory.cxl.memdevs else ()
-        return memory_view(HostMemory(memory.nodes, with_conditions(memory.cxl, conditions)), notes)
+        found = HostMemory(memory.nodes, with_conditions(memory.cxl, conditions))
+        return memory_view(found, self._pages.read_pools(), self._name_of, notes)
 
     def start(self, changed: Callable[[], None] | None = None) -> None:
         """Note what there is, and follow what changes: `changed`, if given, sees to the look."""

@@ -135,6 +135,11 @@ class Observatory:
         with self._lock:
             return self._guests.get(guest)
 
+    def name_of(self, guest: GuestId) -> str:
+        """A guest's name, as last read; its id where it is gone."""
+        found = self.guest(guest)
+        return found.name if found else guest
+
     def find(self, name: str) -> GuestState | None:
         """A guest by name or UUID, as last read."""
         with self._lock:

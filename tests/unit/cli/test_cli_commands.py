@@ -43,7 +43,15 @@ def inside(served, capsys):
         (["jobs"], ["jobs"]),
         (["devices"], ["0000:3b:10.1", "quarantined", "it could not be reset; power cycle it"]),
         (["devices", "--tree"], ["0000:3b:10.1  Ethernet", "[net.vf]"]),
-        (["memory"], ["0x150000000", "8 x 2MiB, 3 free", "by hand", "problem: memdev 0x100"]),
+        (
+            ["memory"],
+            [
+                "0x150000000",
+                "8 x 2MiB, 3 free (1 promised), 4 made for db",
+                "by hand",
+                "problem: memdev 0x100",
+            ],
+        ),
         (["memory", "--tree"], ["host bridge port1", "└─ 0x100  mem0", "1 poisoned"]),
     ],
 )

@@ -9,6 +9,7 @@ from virtfabric.model.hugepages import PoolKey
 from virtfabric.model.units import GIB, KIB, MIB
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 SMALL = PoolKey(0, 2 * MIB)
@@ -36,6 +37,7 @@ class PageKernel:
         self.used = dict.fromkeys(self.sizes, 0)
         self.reserved = {2 * MIB: 0, GIB: 0}
         self.written: list[str] = []
+        self._shown: dict[Path, str] = {}
         (self.proc / "sys/vm").mkdir(parents=True)
         (self.proc / "sys/vm/compact_memory").write_text("")
         for node in self.nodes if numa else ():
@@ -62,23 +64,28 @@ class PageKernel:
         return max(self.sizes[pool], self.used[pool])
 
     def show(self) -> None:
+        """Bring the files to what there is; the others are not written again."""
+        shown = dict(self._texts())
+        for path, text in shown.items():
+            if self._shown.get(path) != text:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(text)
+        self._shown = shown
+
+    def _texts(self) -> Iterator[tuple[Path, str]]:
         for pool in self.sizes:
-            home = self.home(pool)
-            home.mkdir(parents=True, exist_ok=True)
-            total = self.total(pool)
-            (home / "nr_hugepages").write_text(f"{total}\n")
-            (home / "free_hugepages").write_text(f"{total - self.used[pool]}\n")
-            (home / "surplus_hugepages").write_text(f"{total - self.sizes[pool]}\n")
-            every = self.sys / "kernel/mm/hugepages" / home.name
-            every.mkdir(parents=True, exist_ok=True)
-            (every / "resv_hugepages").write_text(f"{self.reserved[pool.page]}\n")
+            home, total = self.home(pool), self.total(pool)
+            yield home / "nr_hugepages", f"{total}\n"
+            yield home / "free_hugepages", f"{total - self.used[pool]}\n"
+            yield home / "surplus_hugepages", f"{total - self.sizes[pool]}\n"
+            promised = self.sys / "kernel/mm/hugepages" / home.name / "resv_hugepages"
+            yield promised, f"{self.reserved[pool.page]}\n"
         for node in self.nodes:
             free = (self.whole[node] + self.scattered[node]) // KIB
-            text = f"Node {node} MemTotal: {16 * GIB // KIB} kB\nNode {node} MemFree: {free} kB\n"
-            if self.numa:
-                (self.sys / NODES / f"node{node}/meminfo").write_text(text)
-            else:
-                (self.proc / "meminfo").write_text(text.replace("Node 0 ", ""))
+            start = f"Node {node} " if self.numa else ""
+            text = f"{start}MemTotal: {16 * GIB // KIB} kB\n{start}MemFree: {free} kB\n"
+            own = self.sys / NODES / f"node{node}/meminfo"
+            yield own if self.numa else self.proc / "meminfo", text
 
     def set(self, pool: PoolKey, size: int) -> None:
         """An administrator's `echo`."""
@@ -99,6 +106,7 @@ class PageKernel:
                 self.whole[node] += self.scattered[node]
                 self.scattered[node] = 0
         else:
+            self._shown.pop(path)  # the kernel answers with what it made of it
             pool = next(p for p in self.sizes if self.home(p) == path.parent)
             by = int(text) - self.sizes[pool]
             by = min(by, self.whole[pool.node] // pool.page) if by > 0 else by

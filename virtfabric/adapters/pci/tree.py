@@ -7,11 +7,14 @@ Paths are relative to the root, in strings, as the kernel's own links are.
 from __future__ import annotations
 
 import posixpath
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
     import re
     from pathlib import Path
+
+_MISSING: Final = (OSError, ValueError)
+"""ValueError: a path with a NUL, made of what a garbled file said."""
 
 
 class SysTree:
@@ -29,14 +32,14 @@ class SysTree:
         try:
             with (self.root / path).open("rb", buffering=0) as file:
                 return file.read(limit)
-        except OSError:
+        except _MISSING:
             return None
 
     def text(self, path: str) -> str | None:
         """A file's text without the blanks around it; None where it cannot be read."""
         try:
             return (self.root / path).read_bytes().decode(errors="replace").strip()
-        except OSError:
+        except _MISSING:
             return None
 
     def link(self, path: str) -> str | None:
@@ -46,7 +49,7 @@ class SysTree:
         """
         try:
             target = (self.root / path).readlink()
-        except OSError:
+        except _MISSING:
             return None
         return posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
 
@@ -54,6 +57,6 @@ class SysTree:
         """Names in a directory that match as a whole, sorted; none where it cannot be read."""
         try:
             entries = [entry.name for entry in (self.root / path).iterdir()]
-        except OSError:
+        except _MISSING:
             return []
         return sorted(name for name in entries if pattern.fullmatch(name))
