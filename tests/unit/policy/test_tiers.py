@@ -429,3 +429,41 @@ def test_dimm_is_not_reclaimable() -> None:
     dimm = held_memory(guest, host(guest))[1]
     assert (dimm.tier, dimm.offlinable) == (Tier.CXL, True)
     assert dimm.why_not_reclaimable == "the guest may have pages on the DIMM that cannot move"
+
+
+@pytest.mark.parametrize(
+    ("page", "stays"),
+    [
+        (Bytes(2 * MIB), "it is on huge pages (2MiB), which move only where another node has such"),
+        (Bytes(GIB), "it is on gigantic pages (1GiB), which cannot move"),
+        (None, "it is on huge pages (2MiB)"),
+    ],
+)
+def test_huge_pages_are_neither_reclaimable_nor_offlinable(page: Bytes | None, stays: str) -> None:
+    guest = tiered(far=64)
+    devices = tuple(replace(device, page=page) for device in guest.virtio_mem)
+    part = held_memory(replace(guest, virtio_mem=devices), host(guest))[-1]
+    assert (part.reclaimable, part.offlinable) == (False, False)
+    assert "good for their pool only" in part.why_not_reclaimable
+    assert part.why_not_offlinable.startswith(stays)
+
+
+def test_a_balloon_frees_no_huge_pages() -> None:
+    guest = tiered(mechanism=MemoryMechanism.BALLOON, memory=256 * MIB, memory_max=256 * MIB)
+    guest = replace(
+        guest, memory_current=Bytes(200 * MIB), boot_memory=Bytes(256 * MIB),
+        fixed_memory=(FixedMemory("boot memory", Bytes(256 * MIB), page=Bytes(2 * MIB)),),
+    )  # fmt: skip
+    snapshot = host(guest, lend_ballooned=True)
+    (part,) = held_memory(guest, snapshot)
+    assert part.why_not_reclaimable == "it is on huge pages, of which a balloon frees hardly any"
+    assert line_of(guest, MEMORY_KEY, snapshot).floor == 256 * MIB
+
+
+def test_a_device_that_comes_to_a_guest_on_huge_pages_has_them_too() -> None:
+    """By whole pages: libvirt's default would give it the same ones, but a smaller block."""
+    guest = tiered(memory_room=MemoryRoom(2, Bytes(4 * GIB), 0, Bytes(GIB)))
+    plan = plan_of(host(guest), ask(guest, 1024))
+    (step,) = (s for s in plan.steps if isinstance(s, AttachMemory))
+    assert (step.page, step.block, step.after) == (GIB, GIB, GIB)
+    assert refused(host(guest), ask(guest, 512)).reason is Reason.INVALID_ARGUMENT

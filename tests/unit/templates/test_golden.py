@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -118,6 +119,9 @@ CASES = {
     "policy.xml": lambda: format_policy(POLICY),
     "policy-default.xml": lambda: format_policy(GuestPolicy()),
     "memory.xml": lambda: format_memory_device(MEMORY, None),
+    "memory-huge-pages.xml": lambda: format_memory_device(
+        replace(MEMORY, block=GIB, page=GIB), None
+    ),
     "memory-behind-a-port.xml": lambda: format_memory_device(MEMORY, 5),
     "hostdev-pci.xml": lambda: format_function(PciAddress("0000:01:10.2")),
     "hostdev-pci-behind-a-port.xml": lambda: format_function(PciAddress("0000:02:00.0"), 4),

@@ -51,7 +51,7 @@ def test_device(connection, name):
         assert "52:54:00:00:00:01" in shown
 
 
-@pytest.mark.parametrize("name", ["memory", "memory-behind-a-port"])
+@pytest.mark.parametrize("name", ["memory", "memory-behind-a-port", "memory-huge-pages"])
 def test_memory_device(connection, name):
     """As above; a memory device wants cells and slots, and libvirt keeps the host's node."""
     device = (GOLDEN / f"{name}.xml").read_text()
@@ -64,11 +64,19 @@ def test_memory_device(connection, name):
     defined.undefine()
     state = parse_domain(shown, None)
     (found,) = state.virtio_mem
+    block, page = (GIB, GIB) if "huge" in name else (2 * MIB, 0)
     assert found == VirtioMem(
-        "ua-virtfabric-cxl2", 1, Bytes(4 * GIB), Bytes(2 * MIB), Bytes(0), Bytes(0), CpuSet([2])
+        "ua-virtfabric-cxl2",
+        1,
+        Bytes(4 * GIB),
+        Bytes(block),
+        Bytes(0),
+        Bytes(0),
+        CpuSet([2]),
+        Bytes(page),
     )
     assert (state.memory_room.slots, state.memory_room.cell) == (1, 1)
-    wrong = text.replace("<block unit='KiB'>2048", "<block unit='KiB'>2047")
+    wrong = text.replace(f"<block unit='KiB'>{block >> 10}", "<block unit='KiB'>2047")
     with pytest.raises(libvirt.libvirtError):
         connection.defineXMLFlags(wrong, libvirt.VIR_DOMAIN_DEFINE_VALIDATE)
 
