@@ -48,7 +48,7 @@ from virtfabric.model.guest import MemoryMechanism, MemoryRoom, NumaMode
 from virtfabric.model.hugepages import MakeHugePages
 from virtfabric.model.ids import HOST_ITSELF, GuestId
 from virtfabric.model.mark import NO_MARK, PinMark
-from virtfabric.model.memorysteps import AttachMemory
+from virtfabric.model.memorysteps import AttachDimm, AttachMemory
 from virtfabric.model.plan import (
     STEP_TYPES,
     Definition,
@@ -103,6 +103,9 @@ ATTACH_MEMORY = AttachMemory(
     guest=TIERED, alias="ua-virtfabric-cxl1", node=1, cell=0, size=GIB, block=2 * MIB,
     before=0, after=512 * MIB,
 )  # fmt: skip
+ATTACH_DIMM = AttachDimm(
+    guest=TIERED, alias="ua-virtfabric-cxl1-dimm0", node=1, cell=0, before=0, after=256 * MIB
+)
 MAKE_PAGES = MakeHugePages(guest=DATABASE, node=0, page=2 * MIB, before=0, after=256, free=260)
 
 
@@ -111,7 +114,7 @@ class SimulatedWorld:
         self.clock = SimulatedClock()
         tiered = GuestSpec(
             TIERED, "tiered", boot_memory=Bytes(GIB), numa_mode=NumaMode.STRICT,
-            numa_nodes=CpuSet([0]), memory_room=MemoryRoom(1, Bytes(2 * GIB), 0),
+            numa_nodes=CpuSet([0]), memory_room=MemoryRoom(2, Bytes(2 * GIB), 0),
         )  # fmt: skip
         balloon = GuestSpec(
             BALLOON, "balloon", boot_memory=Bytes(GIB), balloon=True,
@@ -150,6 +153,7 @@ class SimulatedWorld:
             OFFLINE,
             ATTACH_MEMORY,
             MAKE_PAGES,
+            ATTACH_DIMM,
         ]  # fmt: skip
 
     def observe(self, step):

@@ -8,7 +8,7 @@ from virtfabric.cli.arguments import DEVICE_WISH, check_policy
 from virtfabric.cli.screen import print_json, print_lines
 from virtfabric.cli.session import DONE, ask, await_job
 from virtfabric.cli.tables import outcome_lines, plan_lines, policy_lines
-from virtfabric.model.policy import Admission, DriftAction, Placement, Smt
+from virtfabric.model.policy import Admission, DriftAction, Growth, Placement, Smt
 
 if TYPE_CHECKING:
     import argparse
@@ -16,7 +16,8 @@ if TYPE_CHECKING:
     Json = dict[str, Any]
 
 _FIELDS = (
-    "priority", "cpu", "memory", "tiers", "shares", "placement", "smt", "admission", "drift",
+    "priority", "cpu", "memory", "tiers", "growth", "shares", "placement", "smt", "admission",
+    "drift",
 )  # fmt: skip
 
 
@@ -94,6 +95,7 @@ def _add_set(actions: Any) -> None:
         "take them), net.vf:kept, net.vf:0 (no more); may be repeated",
     )  # fmt: skip
     for name, kind, text in (
+        ("growth", Growth, "what is plugged for memory of another node: a DIMM stays for good"),
         ("placement", Placement, "pCPUs of its own, or the shared pool"),
         ("smt", Smt, "what a dedicated guest wants of SMT siblings"),
         ("admission", Admission, "whether it may start while the agent is away"),

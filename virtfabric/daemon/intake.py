@@ -15,6 +15,7 @@ from virtfabric.model.policy import (
     CpuPolicy,
     DevicePolicy,
     DriftAction,
+    Growth,
     GuestPolicy,
     MemoryPolicy,
     Placement,
@@ -32,7 +33,18 @@ WANTS: Final = frozenset({"cpu", "memory", "for", "partial", "deadline", "key", 
 DEVICE: Final = "device:"
 """Before the capability, in a key of what is wanted."""
 CHANGES: Final = frozenset(
-    {"priority", "cpu", "memory", "shares", "placement", "smt", "admission", "drift", "tiers"}
+    {
+        "priority",
+        "cpu",
+        "memory",
+        "shares",
+        "placement",
+        "smt",
+        "admission",
+        "drift",
+        "tiers",
+        "growth",
+    }
 )
 _DURATION: Final = re.compile(r"([0-9]{1,9})(?:\.[0-9]+)?([smhd]?)")
 _SECONDS: Final = {"": 1, "s": 1, "m": 60, "h": 3600, "d": 86400}
@@ -266,6 +278,11 @@ def parse_policy_changes(old: GuestPolicy | None, changes: Mapping[str, str]) ->
             placement=_choice(Placement, placement, field="placement"),
             smt=_choice(Smt, changes.get("smt", cpu.smt.value), field="smt"),
         ),
-        memory=MemoryPolicy(*memory_range, shares=shares or memory.shares, tiers=tiers),
+        memory=MemoryPolicy(
+            *memory_range,
+            shares=shares or memory.shares,
+            tiers=tiers,
+            growth=_choice(Growth, changes.get("growth", memory.growth.value), field="growth"),
+        ),
         devices=_parse_wishes(base.devices, wishes),
     )

@@ -18,7 +18,7 @@ from virtfabric.daemon.custody import (
     with_residues,
 )
 from virtfabric.daemon.undertaking import Outcome
-from virtfabric.model.amounts import MEMORY_KEYS
+from virtfabric.model.amounts import CXL_KEY, MEMORY_KEYS
 from virtfabric.model.devicesteps import AttachFunction
 from virtfabric.model.errors import JournalError, Refusal, RefusedError, VirtfabricError
 from virtfabric.model.guest import MemoryMechanism
@@ -175,10 +175,9 @@ class Settlement:
         return found
 
     def _memory_residues(self, state: GuestState, holding: Holding, now: float) -> list[Residue]:
-        if state.mechanism is MemoryMechanism.FIXED:
-            return []
         found = []
-        for key in MEMORY_KEYS.values():
+        fixed = state.mechanism is MemoryMechanism.FIXED
+        for key in (CXL_KEY,) if fixed else MEMORY_KEYS.values():
             part = part_of(state, key, self._observatory.topology.cxl_nodes)
             excess = part.current - holding.amounts[key]
             if excess > 0:

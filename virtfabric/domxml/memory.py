@@ -17,7 +17,7 @@ from virtfabric.model.units import KIB, Bytes, CpuSet
 if TYPE_CHECKING:
     from lxml import etree
 
-    from virtfabric.model.memorysteps import AttachMemory
+    from virtfabric.model.memorysteps import AttachDimm, AttachMemory
 
 _SMALL: Final = 4 * KIB
 """The kernel's own page size on x86-64."""
@@ -32,8 +32,17 @@ def format_memory_device(step: AttachMemory, port: int | None) -> str:
         port: index of the guest's port to put it behind; None leaves that to libvirt.
     """
     return render(
-        "memory.xml.j2", host_node=step.node, cell=step.cell, alias=step.alias, port=port,
+        "memory.xml.j2", model="virtio-mem", host_node=step.node, cell=step.cell,
+        alias=step.alias, port=port,
         size_kib=step.size // KIB, block_kib=step.block // KIB, page_kib=step.page // KIB,
+    )  # fmt: skip
+
+
+def format_dimm(step: AttachDimm) -> str:
+    """A DIMM of one node of the host."""
+    return render(
+        "memory.xml.j2", model="dimm", host_node=step.node, cell=step.cell, alias=step.alias,
+        port=None, size_kib=step.size // KIB, block_kib=None, page_kib=step.page // KIB,
     )  # fmt: skip
 
 

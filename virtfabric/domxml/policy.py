@@ -24,6 +24,7 @@ from virtfabric.model.policy import (
     CpuPolicy,
     DevicePolicy,
     DriftAction,
+    Growth,
     GuestPolicy,
     MemoryPolicy,
     Placement,
@@ -41,7 +42,7 @@ _CAPABILITY: Final = re.compile(r"[a-z][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)+")
 _ATTRIBUTES: Final[Mapping[str, frozenset[str]]] = {
     "policy": frozenset({"version", "priority", "admission", "drift"}),
     "cpu": frozenset({"reservation", "limit", "shares", "placement", "smt"}),
-    "memory": frozenset({"reservation", "limit", "shares", "tiers"}),
+    "memory": frozenset({"reservation", "limit", "shares", "tiers", "growth"}),
     "device": frozenset({"capability", "count", "reclaimable"}),
 }
 
@@ -141,6 +142,7 @@ def _read_memory(element: etree._Element) -> MemoryPolicy:
         limit=limit,
         shares=_number(element, "memory", "shares", DEFAULT_SHARES, 1, 10_000),
         tiers=tiers,
+        growth=_word(element, "memory", "growth", Growth.VIRTIO_MEM),
     )
 
 
@@ -191,7 +193,7 @@ def _word(element: etree._Element, part: str, name: str, default: _E) -> _E:
 
 
 def format_policy(policy: GuestPolicy) -> str:
-    """The canonical element: every field spelt out but a limit that is not set."""
+    """The canonical element: every field spelt out but a limit and a growth that are not set."""
     cpu, memory = policy.cpu, policy.memory
     return render(
         "policy.xml.j2",
@@ -210,6 +212,8 @@ def format_policy(policy: GuestPolicy) -> str:
             ("limit", None if memory.limit is None else _format_size(memory.limit)),
             ("shares", memory.shares),
             ("tiers", ",".join(memory.tiers)),
+            # what an older agent does not know is not said unless it is wanted
+            ("growth", None if memory.growth is Growth.VIRTIO_MEM else memory.growth.value),
         ),
         devices=[
             _given(

@@ -27,7 +27,7 @@ from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.hugepages import MakeHugePages
 from virtfabric.model.ids import GuestId
 from virtfabric.model.mark import PinMark
-from virtfabric.model.memorysteps import AttachMemory
+from virtfabric.model.memorysteps import AttachDimm, AttachMemory
 from virtfabric.model.step import Step
 from virtfabric.model.units import Bytes, CpuSet, MilliCpu
 
@@ -208,7 +208,7 @@ STEP_TYPES: dict[str, type[Step]] = {
     for t in (
         ResizeVirtioMem, SetBalloon, SetVcpuCount, PinVcpu, PinEmulator, SetQuota, SetShares,
         SetNodeset, MarkPins, SetPolicy, BindDriver, SetUpVf, AttachFunction, ResetFunction,
-        LimitLink, CreateRegion, OnlineMemory, AttachMemory, MakeHugePages,
+        LimitLink, CreateRegion, OnlineMemory, AttachMemory, AttachDimm, MakeHugePages,
     )
 }  # fmt: skip
 

@@ -23,6 +23,7 @@ from virtfabric.policy.stock import device_amounts
 from virtfabric.policy.tiers import device_nodes, node_key, node_rooms, part_of, used_nodes
 from virtfabric.policy.tierterms import (
     NEW_BLOCK,
+    grows_by_dimm,
     has_functions,
     new_block,
     new_nodes,
@@ -37,9 +38,9 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState, VirtioMem
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
-    from virtfabric.model.memorysteps import AttachMemory
+    from virtfabric.model.memorysteps import AttachDimm, AttachMemory
 
-    FarStep = ResizeVirtioMem | AttachMemory
+    FarStep = ResizeVirtioMem | AttachMemory | AttachDimm
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,9 +234,12 @@ class _Deal:
         there = int(self.snapshot.capacity.cxl[spot.node])
         block = new_block(step.state, self.snapshot)
         size = max(part, min(there, budget.size - rest) // block * block)
-        budget.devices -= 1
-        budget.size -= size
         page = new_page(step.state, self.snapshot)
+        budget.devices -= 1
+        if grows_by_dimm(step.state):
+            budget.size -= part
+            return step.attach_dimm(spot.node, part, page)
+        budget.size -= size
         return step.attach_memory(spot.node, size, block, part, page)
 
     def _tell(self, state: GuestState, spots: list[Spot], need: int) -> None:
@@ -244,7 +248,7 @@ class _Deal:
             self.offers.append(Offer(state.uuid, (), spot.cost, self._why(spot, need), chosen))
 
     def _why(self, spot: Spot, need: int) -> str:
-        how = "a device is attached" if spot.device is None else f"resizes {spot.device.alias}"
+        how = f"resizes {spot.device.alias}" if spot.device else "a device is attached"
         free = Bytes(self.rooms[spot.node])
         text = f"CXL node {spot.node}: {free} free, {spot.cost[2]} from its CPUs; {how}"
         if spot.room < need:
@@ -316,4 +320,5 @@ class _Budget:
         room = state.memory_room
         able = not why_no_device(state, snapshot, ports=ports)
         pinned = wanted > 0 or has_functions(state, snapshot)
-        return cls(min(room.slots, ports) if able else 0, int(room.size), pinned)
+        most = room.slots if grows_by_dimm(state) else min(room.slots, ports)
+        return cls(most if able else 0, int(room.size), pinned)

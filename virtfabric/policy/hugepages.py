@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from virtfabric.model.amounts import Amounts, Key
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.hugepages import HeldPages, HugePools, MakeHugePages, PoolKey
-from virtfabric.model.memorysteps import AttachMemory
+from virtfabric.model.memorysteps import AttachDimm, AttachMemory
 from virtfabric.model.plan import ResizeVirtioMem, SetBalloon
 from virtfabric.model.units import GIB, Bytes, CpuSet
 from virtfabric.policy.tiers import device_nodes, fixed_parts
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from virtfabric.model.plan import Plan
     from virtfabric.model.step import Step
 
-_MOVES_MEMORY = (ResizeVirtioMem, SetBalloon, AttachMemory)
+_MOVES_MEMORY = (ResizeVirtioMem, SetBalloon, AttachMemory, AttachDimm)
 
 
 class Need(NamedTuple):
@@ -116,13 +116,15 @@ def _changes_of(guest: GuestState, steps: Sequence[Step], snapshot: HostSnapshot
     """What the steps of a plan change of a running guest's huge pages."""
     devices = {device.alias: device for device in guest.virtio_mem}
     for step in steps:
-        if step.guest != guest.uuid or not isinstance(step, ResizeVirtioMem | AttachMemory):
+        if step.guest != guest.uuid or not isinstance(
+            step, ResizeVirtioMem | AttachMemory | AttachDimm
+        ):
             continue
         device = devices.get(step.alias)
         if device is not None:
             given, nodes = device.page, device_nodes(guest, device)
             page = int(snapshot.topology.huge_page) if given is None else int(given)
-        elif isinstance(step, AttachMemory):
+        elif isinstance(step, AttachMemory | AttachDimm):
             page, nodes = step.page, CpuSet((step.node,))
         else:
             continue

@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from virtfabric.model.decision import Decision
     from virtfabric.model.ids import GuestId, RequestId
     from virtfabric.model.ledger import HostSnapshot
-    from virtfabric.model.memorysteps import AttachMemory
+    from virtfabric.model.memorysteps import AttachDimm, AttachMemory
     from virtfabric.model.plan import ResizeVirtioMem, SetBalloon
     from virtfabric.model.step import Step
     from virtfabric.policy.functions import Allotment
@@ -204,7 +204,7 @@ class _Draft:
         self._mark(step, intended.pins, intended.emulator, plugged=guest_answers)
 
     def _memory(self, step: Stepper, intended: Intended, *, due: bool) -> None:
-        changes: list[ResizeVirtioMem | SetBalloon | AttachMemory] = []
+        changes: list[ResizeVirtioMem | SetBalloon | AttachMemory | AttachDimm] = []
         if intended.memory and (due or memory_differs(intended, step.state)):
             near = part_of(step.state, MEMORY_KEY, intended.cxl_nodes)
             changes += step.memory(intended.memory, near)

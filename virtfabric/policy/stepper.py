@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Final
 from virtfabric.model.amounts import Tier
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.mark import NO_MARK
-from virtfabric.model.memorysteps import AttachMemory
+from virtfabric.model.memorysteps import AttachDimm, AttachMemory
 from virtfabric.model.plan import (
     MarkPins,
     PinEmulator,
@@ -153,6 +153,18 @@ class Stepper:
             guest=self.state.uuid, name=self.state.name, alias=f"ua-virtfabric-cxl{node}",
             node=node, cell=cell, size=size, block=block, before=0, after=after,
             deadline_s=self.deadline_s, page=page,
+        )  # fmt: skip
+
+    def attach_dimm(self, node: int, size: int, page: int) -> AttachDimm:
+        """Plug a DIMM on a CXL node, beside those that are there."""
+        cell = self.state.memory_room.cell
+        assert cell is not None
+        taken = {part.what for part in self.state.fixed_memory}
+        names = (f"ua-virtfabric-cxl{node}-dimm{n}" for n in range(len(taken) + 1))
+        return AttachDimm(
+            guest=self.state.uuid, name=self.state.name,
+            alias=next(name for name in names if f"dimm {name}" not in taken),
+            node=node, cell=cell, before=0, after=size, deadline_s=self.deadline_s, page=page,
         )  # fmt: skip
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from virtfabric.model.amounts import CXL_KEY, Tier
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import MemoryMechanism, NumaMode
+from virtfabric.model.policy import Growth
 from virtfabric.model.units import MIB, CpuSet
 from virtfabric.policy.deviceterms import spare_ports
 from virtfabric.policy.stock import functions_of
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
 NEW_BLOCK: Final = 2 * MIB
 """Bytes; the block size of a virtio-mem device that this agent makes."""
+
+
+DIMM_BLOCK: Final = 128 * MIB
+"""Bytes; Linux brings memory online by no less on x86-64 (SECTION_SIZE_BITS)."""
+
+
+def grows_by_dimm(guest: GuestState) -> bool:
+    """Whether its policy asks for DIMMs where a device has to be plugged."""
+    return guest.policy is not None and guest.policy.memory.growth is Growth.DIMM
 
 
 def may_have(guest: GuestState, tier: Tier) -> bool:
@@ -46,7 +56,9 @@ def open_nodes(guest: GuestState, snapshot: HostSnapshot, *, pinned: bool) -> Cp
 
 
 def new_nodes(guest: GuestState, nodes: CpuSet) -> CpuSet:
-    """Of these, the ones that the guest has no device on."""
+    """Of these, the ones that a device can come to; a virtio-mem device can grow, so one each."""
+    if grows_by_dimm(guest):
+        return nodes
     taken = {n for device in guest.virtio_mem for n in device_nodes(guest, device)}
     return CpuSet(nodes - taken)
 
@@ -58,8 +70,9 @@ def new_page(guest: GuestState, snapshot: HostSnapshot) -> int:
 
 
 def new_block(guest: GuestState, snapshot: HostSnapshot) -> int:
-    """The block size of a device that comes: QEMU takes none that is smaller than its pages."""
-    return max(NEW_BLOCK, new_page(guest, snapshot))
+    """By what a device that comes is sized: QEMU takes no block that is smaller than its pages."""
+    least = DIMM_BLOCK if grows_by_dimm(guest) else NEW_BLOCK
+    return max(least, new_page(guest, snapshot))
 
 
 def addable(guest: GuestState, snapshot: HostSnapshot) -> int:
@@ -73,7 +86,7 @@ def addable(guest: GuestState, snapshot: HostSnapshot) -> int:
 
 
 def why_no_device(guest: GuestState, snapshot: HostSnapshot, *, ports: int | None = None) -> str:
-    """Why no virtio-mem device can be attached to it now, with the remedy; empty if one can.
+    """Why no memory device can be attached to it now, with the remedy; empty if one can.
 
     Args:
         guest: a running one.
@@ -92,6 +105,8 @@ def why_no_device(guest: GuestState, snapshot: HostSnapshot, *, ports: int | Non
         return "its balloon holds memory, and one mechanism is enough; deflate it first"
     if room.slots <= 0 or room.size < new_block(guest, snapshot):
         return f"<maxMemory> leaves {room.slots} slots and {room.size}; raise it and start it anew"
+    if grows_by_dimm(guest):
+        return ""  # it is no PCIe device
     if (spare_ports(guest, snapshot) if ports is None else ports) <= 0:
         return (
             f"it has no free PCIe root port: virtfabric ports add {guest.name} --count 1 gives it "
@@ -181,7 +196,9 @@ def reachable(guest: GuestState, snapshot: HostSnapshot) -> int:
         total += max(0, min(room, int(device.size) - int(device.requested))) // block * block
     if why_no_device(guest, snapshot):
         return total
-    count = min(guest.memory_room.slots, spare_ports(guest, snapshot))
+    count = guest.memory_room.slots
+    if not grows_by_dimm(guest):
+        count = min(count, spare_ports(guest, snapshot))
     free = sorted((max(0, rooms.get(n, 0)) for n in new_nodes(guest, nodes)), reverse=True)
     block = new_block(guest, snapshot)
     more = sum(room // block * block for room in free[:count])

@@ -23,7 +23,7 @@ from virtfabric.policy.standing import (
 )
 from virtfabric.policy.stock import Stock
 from virtfabric.policy.tiers import part_of
-from virtfabric.policy.tierterms import reachable
+from virtfabric.policy.tierterms import grows_by_dimm, reachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping
@@ -277,6 +277,8 @@ class Market:
 
     def survey(self, key: Key) -> Survey:
         """Every other guest, looked at once."""
+        if key == CXL_KEY and grows_by_dimm(self.borrower):
+            return Survey(key, [], [])  # it could never give the loan back
         if key not in self._surveys:
             self._surveys[key] = survey(self.snapshot, self.counted, self.borrower, key, self.caps)
         return self._surveys[key]

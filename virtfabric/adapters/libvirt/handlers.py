@@ -11,6 +11,7 @@ from virtfabric.adapters.libvirt.cpu import (
     SharesHandler,
     VcpuCountHandler,
 )
+from virtfabric.adapters.libvirt.dimm import DimmHandler
 from virtfabric.adapters.libvirt.hostdev import FunctionHandler
 from virtfabric.adapters.libvirt.mark import MarkHandler
 from virtfabric.adapters.libvirt.memory import BalloonHandler, NodesetHandler, VirtioMemHandler
@@ -28,5 +29,5 @@ def libvirt_handlers(host: Surroundings) -> tuple[StepHandler, ...]:
         VirtioMemHandler(host), BalloonHandler(host), VcpuCountHandler(host),
         PinVcpuHandler(host), PinEmulatorHandler(host), QuotaHandler(host), SharesHandler(host),
         NodesetHandler(host), MarkHandler(host), PolicyHandler(host),
-        FunctionHandler(host), MemoryDeviceHandler(host),
+        FunctionHandler(host), MemoryDeviceHandler(host), DimmHandler(host),
     )  # fmt: skip

@@ -113,6 +113,7 @@ class Hardware:
         policy: metadata of the live definition, as text.
         functions: PCI functions that came while it runs, with their aliases.
         came: memory devices that came while it runs.
+        dimms: DIMMs that came while it runs.
     """
 
     vcpus: int
@@ -127,6 +128,7 @@ class Hardware:
     policy: str = ""
     functions: dict[PciAddress, str] = field(default_factory=dict)
     came: tuple[MemoryDevice, ...] = ()
+    dimms: tuple[FixedMemory, ...] = ()
 
     def copy(self) -> Hardware:
         """An independent copy."""
@@ -140,7 +142,8 @@ class Hardware:
     @property
     def memory(self) -> int:
         """Bytes in all."""
-        return self.boot_memory + sum(self.devices.values())
+        dimms = sum(dimm.size for dimm in self.dimms)
+        return self.boot_memory + dimms + sum(self.devices.values())
 
 
 class SimulatedGuest:
@@ -207,9 +210,9 @@ class SimulatedGuest:
     @property
     def memory_room(self) -> MemoryRoom:
         """For memory devices that can still come."""
-        room, came = self.spec.memory_room, self.real.came
-        size = Bytes(room.size - sum(d.size for d in came))
-        return replace(room, slots=room.slots - len(came), size=size)
+        room = self.spec.memory_room
+        sizes = [d.size for d in self.real.came] + [d.size for d in self.real.dimms]
+        return replace(room, slots=room.slots - len(sizes), size=Bytes(room.size - sum(sizes)))
 
     def _devices(self) -> tuple[GuestDevice, ...]:
         came = tuple(GuestDevice(a, alias) for a, alias in sorted(self.said.functions.items()))
@@ -242,12 +245,16 @@ class SimulatedGuest:
         used = {home: hardware.boot_memory}
         for device in (*self.spec.devices, *hardware.came):
             used[device.home] = used.get(device.home, 0) + hardware.devices[device.alias]
+        for dimm in hardware.dimms:
+            home = min(dimm.host_nodes)
+            used[home] = used.get(home, 0) + int(dimm.size)
         return used
 
     def read(self) -> GuestState:
         """As libvirt describes it. `scheduler.shares` are policy shares (100 is the default)."""
         spec, said, real = self.spec, self.said, self.real
         active = self.state is not RunState.SHUTOFF
+        plugged = sum(dimm.size for dimm in real.dimms)
         return GuestState(
             uuid=spec.uuid,
             name=spec.name,
@@ -261,9 +268,11 @@ class SimulatedGuest:
             else {},
             emulator_affinity=said.emulator if active else CpuSet(),
             scheduler=SchedulerState(said.shares, PERIOD_US, said.quota_us),
-            boot_memory=spec.boot_memory,
+            boot_memory=Bytes(spec.boot_memory + plugged),
             memory_current=Bytes(real.memory),
-            memory_max=Bytes(spec.boot_memory + sum(d.size for d in self.memory_devices)),
+            memory_max=Bytes(
+                spec.boot_memory + plugged + sum(d.size for d in self.memory_devices)
+            ),
             mechanism=MemoryMechanism.VIRTIO_MEM if said.came else spec.mechanism,
             virtio_mem=tuple(
                 VirtioMem(
@@ -289,8 +298,11 @@ class SimulatedGuest:
             free_ports=self.free_ports,
             locked_memory=spec.locked_memory,
             halted=self.halted,
-            fixed_memory=(FixedMemory("cell 0", spec.boot_memory, page=spec.page),)
-            if spec.page
+            fixed_memory=(
+                FixedMemory("cell 0", spec.boot_memory, page=spec.page),
+                *said.dimms,
+            )
+            if spec.page or said.dimms
             else (),
             memory_room=replace(self.memory_room, page=spec.page),
         )  # fmt: skip
