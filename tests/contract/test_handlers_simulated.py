@@ -230,10 +230,14 @@ def test_memory_device_takes_a_port_a_slot_and_its_node(world):
     assert (device.host_nodes, device.size, device.current) == (CpuSet([1]), GIB, 512 * MIB)
     assert (guest.memory_max, guest.memory_current) == (2 * GIB, GIB + 512 * MIB)
     assert guest.mechanism is MemoryMechanism.VIRTIO_MEM
-    assert guest.memory_room == MemoryRoom(0, Bytes(GIB), 0)
+    assert guest.memory_room == MemoryRoom(1, Bytes(GIB), 0)
     assert guest.free_ports == 3
     nodes = world.host.read_topology().nodes
     assert nodes[1].memory_total - nodes[1].memory_free == 512 * MIB
+    world.apply(ATTACH_DIMM)
+    guest = world.host.read_guest(TIERED)
+    assert guest.memory_room == MemoryRoom(0, Bytes(GIB - 256 * MIB), 0)
+    assert guest.free_ports == 3  # it is no PCIe device
     second = replace(ATTACH_MEMORY, alias="ua-virtfabric-cxl0", node=0)
     with pytest.raises(HypervisorError, match="slots"):
         world.apply(second)

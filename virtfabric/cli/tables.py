@@ -265,7 +265,7 @@ def policy_lines(shown: Json) -> list[str]:
         f"{cpu['shares']}, {cpu['placement']}, smt {cpu['smt']}",
         f"  memory  reservation {_exact_memory(memory['reservation'])}, limit "
         f"{_exact_memory(memory['limit'])}, shares {memory['shares']}, "
-        f"tiers {','.join(memory['tiers'])}",
+        f"tiers {','.join(memory['tiers'])}, growth {memory['growth']}",
     ]
     return lines + [
         f"  device  {d['capability']} x {d['count']}"

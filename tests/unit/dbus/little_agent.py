@@ -96,7 +96,8 @@ POLICY = {
         "reservation": 1000, "limit": 4000, "shares": 100, "placement": "dedicated",
         "smt": "prefer",
     },
-    "memory": {"reservation": GIB // 2, "limit": None, "shares": 100, "tiers": ["dram"]},
+    "memory": {"reservation": GIB // 2, "limit": None, "shares": 100, "tiers": ["dram"],
+               "growth": "virtio-mem"},
     "devices": [],
 }  # fmt: skip
 DEVICE = {
