@@ -246,3 +246,21 @@ def test_surplus_pages_are_not_the_pools(world: PoolWorld) -> None:
     world.kernel.set(SMALL, 4)
     found = world.kernel.pages.read_pools().pools[SMALL].pages
     assert (found.total, found.surplus, found.persistent, found.free) == (10, 6, 4, 0)
+
+
+def test_an_undo_makes_again_what_it_can(world: PoolWorld) -> None:
+    """It must not fail: a start of the agent may depend on it."""
+    world.apply(MAKE)
+    back = replace(MAKE, before=512, after=0, free=0)
+    world.apply(back)
+    world.kernel.whole[0] = 100 * MIB
+    world.kernel.show()
+    world.undo(back)
+    assert world.made() == {DB: 50}
+
+
+def test_an_undo_of_a_pool_that_is_gone_has_nothing_to_do(world: PoolWorld) -> None:
+    gone = replace(MAKE, node=7)
+    with pytest.raises(HugePagesError, match="no pool of huge pages of 2MiB on node 7"):
+        world.apply(gone)
+    world.undo(gone)

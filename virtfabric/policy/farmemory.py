@@ -214,7 +214,7 @@ class _Deal:
                 found.append(self._spot(state, node, room // block * block, need, device))
         block = new_block(state, self.snapshot)
         for node in new_nodes(state, nodes) if budget.devices > 0 else ():
-            room = min(self.rooms.get(node, 0), budget.size)
+            room = min(self.rooms.get(node, 0), budget.size, need)
             if room >= block:
                 found.append(self._spot(state, node, room // block * block, need, None))
         return sorted(found, key=lambda spot: spot.cost)

@@ -542,3 +542,13 @@ def test_a_dimm_cannot_be_given_back() -> None:
     assert refused(snapshot, ask(guest, -128)).reason is Reason.BELOW_FLOOR
     part = next(p for p in held_memory(guest, snapshot) if p.tier is Tier.CXL)
     assert not part.reclaimable
+
+
+def test_a_dimm_is_never_smaller_than_what_a_guest_brings_online() -> None:
+    """Its virtio-mem device is sized by 2 MiB and has room for half of it."""
+    guest = with_dimms(tiered(far=1024 - 32))
+    snapshot = holding_far(host(guest, cxl=(2048, 0)), guest, (1024 - 32) * MIB)
+    assert refused(snapshot, ask(guest, 64)).reason is Reason.NO_PLACEMENT
+    assert moves(plan_of(snapshot, ask(guest, 32))) == [("far2", 1024 - 32, 1024)]
+    plan = plan_of(snapshot, ask(guest, 128))
+    assert [s.after for s in plan.steps if isinstance(s, AttachDimm)] == [128 * MIB]

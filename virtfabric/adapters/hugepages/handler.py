@@ -105,16 +105,28 @@ class HugePagesHandler:
             raise VerificationError(f"{own.pool}: there are {tally.left}, fewer than were made")
 
     def undo(self, step: Step) -> int:
-        """As it was. What is in use still is given back later, by whoever looks for it."""
+        """As it was, as far as it goes: pages are no guest's to keep, and nobody waits for them.
+
+        What is in use still is given back later, by whoever looks for it. What cannot be made again
+        the guest has let go before.
+        """
         own = _own(step)
+        if not self._files.exists(own.pool):
+            return 0  # the node is gone, and its pages with it
         with self._tallies.alone(own.pool):
             tally = self._read(own)
             have = tally.made.get(own.guest, 0)
             if own.before > have:
-                self._grow(own.inverse(), tally, None)
+                self._grow_again(own.inverse(), tally)
             elif own.before < have and (left := self._shrink(own, tally, own.before)):
                 log.warning("%s: %d %s are in use still", own.name, left, own.pool)
         return 0
+
+    def _grow_again(self, step: MakeHugePages, tally: Tally) -> None:
+        try:
+            self._grow(step, tally, None)
+        except RefusedError as error:
+            log.warning("%s", error.refusal.detail)
 
     def _read(self, step: MakeHugePages) -> Tally:
         return self._tallies.read(step.pool, self._files.read(step.pool).persistent)

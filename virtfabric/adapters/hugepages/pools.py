@@ -72,16 +72,19 @@ class PoolFiles:
         numbers = [int(name.removeprefix("node")) for name in names]
         return {PoolKey(n, p.size): p for n in numbers for p in read_huge_pages(self._sys, n)}
 
+    def exists(self, pool: PoolKey) -> bool:
+        """Whether the host has such a pool."""
+        return self._sys.text(f"{self._home(pool)}/nr_hugepages") is not None
+
     def read(self, pool: PoolKey) -> HugePages:
         """One pool.
 
         Raises:
             HugePagesError: the host has none such.
         """
-        home = self._home(pool)
-        if self._sys.text(f"{home}/nr_hugepages") is None:
+        if not self.exists(pool):
             raise HugePagesError(f"this host has no pool of {pool}")
-        return _read_pool(self._sys, home, pool.page // KIB)
+        return _read_pool(self._sys, self._home(pool), pool.page // KIB)
 
     def resize(self, pool: PoolKey, size: int) -> int:
         """Ask for a size, and say which one it is now: the kernel makes what it can.
