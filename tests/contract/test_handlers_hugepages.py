@@ -187,6 +187,18 @@ def test_a_pool_that_somebody_set_is_theirs(world: PoolWorld, size: int) -> None
     assert world.kernel.sizes[SMALL] == size
 
 
+def test_what_becomes_somebody_elses_is_told_once(
+    world: PoolWorld, caplog: pytest.LogCaptureFixture
+) -> None:
+    world.apply(MAKE)
+    world.kernel.set(SMALL, 600)
+    pages = world.kernel.pages
+    for _ in range(3):
+        assert not pages.read_pools().pools[SMALL].made
+    (record,) = caplog.records
+    assert "set it to 600 pages (we left 522, 512 of them ours)" in record.getMessage()
+
+
 def test_somebody_who_changes_the_pool_meanwhile_stops_us(world: PoolWorld) -> None:
     class Meddling(Context):
         def progress(self, fraction: float, text: str) -> None:

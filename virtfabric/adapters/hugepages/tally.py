@@ -92,6 +92,7 @@ class Tallies:
     def __init__(self, directory: Path) -> None:
         """Nothing is touched before a call."""
         self._directory = directory
+        self._void: set[PoolKey] = set()
 
     @contextlib.contextmanager
     def alone(self, pool: PoolKey) -> Iterator[None]:
@@ -120,12 +121,19 @@ class Tallies:
             log.warning("%s: not to be read (%s): none of its pages count as ours", pool, error)
             return Tally(size)
         settled = found.settled(size)
-        if found.made and not settled.made and found.intent is None:
-            log.info(
-                "%s: %d pages now, %d when we left it: all of them are somebody else's",
-                pool, size, found.left,
-            )  # fmt: skip
+        self._tell(pool, found, settled)
         return settled
+
+    def _tell(self, pool: PoolKey, found: Tally, settled: Tally) -> None:
+        """Once, that pages which were ours are not any more: nobody gives them back now."""
+        if not found.made or settled.made:
+            self._void.discard(pool)
+        elif pool not in self._void:
+            self._void.add(pool)
+            log.warning(
+                "%s: somebody set it to %d pages (we left %d, %d of them ours): it is theirs now",
+                pool, settled.left, found.left, sum(found.made.values()),
+            )  # fmt: skip
 
     def write(self, pool: PoolKey, tally: Tally) -> None:
         """Replace it as a whole.
