@@ -250,7 +250,7 @@ class _Deal:
             pages = self.pools.pools[PoolKey(node, need.page)].pages
             lines.append(
                 f"node {node}: {pages.total} in the pool, {pages.free} free, {pages.reserved} "
-                f"promised, {self.pools.free_memory.get(node, Bytes(0))} of memory free"
+                f"promised, {self.pools.free_memory.get(node, Bytes(0)).rounded()} of memory free"
             )
             if not self._can_be_made(node, need.page):
                 lines[-1] += ", all movable: the kernel makes no such pages there"
@@ -274,8 +274,8 @@ class _Deal:
                 fits = held.page == need.page and (not need.nodes or held.node in need.nodes)
                 if not fits:
                     continue
-                count = min(left, held.count)
                 gift = self.gifts.setdefault((guest, held.key), _Take())
+                count = min(left, held.count - gift.count)
                 back = min(count, made.get(held.key, 0) - gift.make)
                 gift.count, gift.make = gift.count + count, gift.make + max(0, back)
                 left -= count
@@ -291,28 +291,31 @@ class _Deal:
 
     def finish(self, plan: Plan) -> Plan:
         """The plan with its steps, with what it needs of each pool, and who has which pages."""
-        makes = [
-            _step(guest, self.names[guest], key, (n := self._made(guest, key)), n + take.make,
-                  free=take.count)
-            for (guest, key), take in self.takes.items()
-        ]  # fmt: skip
-        returns = [
-            _step(guest, self.names[guest], key, (n := self._made(guest, key)), n - gift.make,
-                  optional=True)
-            for (guest, key), gift in self.gifts.items() if gift.make
-        ]  # fmt: skip
+        made = {pair: self.pools.made_for(pair[0]).get(pair[1], 0) for pair in self._pairs}
+        makes, returns = [], []
+        for (guest, key), take in self.takes.items():
+            now = made[guest, key]
+            made[guest, key] += take.make
+            then = made[guest, key]
+            makes.append(_step(guest, self.names[guest], key, now, then, free=take.count))
+        for (guest, key), gift in self.gifts.items():
+            if gift.make:
+                now = made[guest, key]
+                then = now - gift.make
+                returns.append(_step(guest, self.names[guest], key, now, then, optional=True))
         first = next((i for i, step in enumerate(plan.steps) if not _shrinks(step)), None)
         at = len(plan.steps) if first is None else first
         steps = (*plan.steps[:at], *makes, *plan.steps[at:], *returns)
         needs: dict[Key, int] = {}
         for (_, key), take in self.takes.items():
             needs[key.amount_key] = needs.get(key.amount_key, 0) + take.count
-        touched = {guest for guest, _ in (*self.takes, *self.gifts)}
+        touched = {guest for guest, _ in self._pairs}
         pages = {guest: self._afterwards(guest) for guest in sorted(touched)}
         return replace(plan, steps=steps, pages=pages, node_needs=plan.node_needs + Amounts(needs))
 
-    def _made(self, guest: GuestId, key: PoolKey) -> int:
-        return self.pools.made_for(guest).get(key, 0)
+    @property
+    def _pairs(self) -> set[tuple[GuestId, PoolKey]]:
+        return {*self.takes, *self.gifts}
 
     def _afterwards(self, guest: GuestId) -> tuple[HeldPages, ...]:
         counts = {held.key: held.count for held in _pages_of(self.snapshot, guest)}

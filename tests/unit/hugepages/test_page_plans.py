@@ -187,6 +187,29 @@ def test_made_before_growth_but_after_others_have_shrunk_and_given_back_last():
     assert answer.pages == {DB: (HeldPages(0, PAGE, 15, 15),), WEB: (HeldPages(0, PAGE, 20, 15),)}
 
 
+def test_a_guest_that_gives_of_one_device_and_takes_for_another_keeps_the_difference():
+    """Both steps are absolute: the second one goes on from where the first one ends."""
+    devices = (device("a", 10, 0), device("b", 30, 0))
+    db = guest((10, [0]), devices=devices, active=True)
+    holding = Holding(DB, HELD, pages=(HeldPages(0, PAGE, 50, 40),))
+    view = snapshot(pools(made={NEAR: {DB: 40}}), db, holdings=[holding])
+    answer = with_pages(view, plan(grown("b", 30, 24), grown("a", 10, 25)), {DB: HELD})
+    steps = [(s.before, s.after) for s in answer.steps if isinstance(s, MakeHugePages)]
+    assert steps == [(40, 55), (55, 49)]
+    assert answer.pages == {DB: (HeldPages(0, PAGE, 59, 49),)}
+
+
+def test_two_devices_do_not_give_the_same_pages():
+    devices = (device("a", 10, 0), device("b", 30, 0))
+    db = guest((0, [0]), devices=devices, active=True)
+    holding = Holding(DB, HELD, pages=(HeldPages(0, PAGE, 12, 12),))
+    view = snapshot(pools(made={NEAR: {DB: 12}}), db, holdings=[holding])
+    answer = with_pages(view, plan(grown("a", 10, 0), grown("b", 30, 20)), {DB: HELD})
+    steps = [(s.before, s.after) for s in answer.steps if isinstance(s, MakeHugePages)]
+    assert steps == [(12, 0)]
+    assert answer.pages == {DB: ()}
+
+
 def test_only_what_was_made_goes_back():
     db = guest((10, [0]), devices=(device("a", 10, 0),), active=True)
     holding = Holding(DB, HELD, pages=(HeldPages(0, PAGE, 20, 3),))

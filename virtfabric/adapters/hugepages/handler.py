@@ -138,15 +138,19 @@ class HugePagesHandler:
         end = tally.left + want
         self._tallies.write(step.pool, tally.begun(step.guest, end))
         try:
-            self._fill(step, tally.left, end, context)
+            tried = self._fill(step, tally.left, end, context)
         finally:
             size = self._files.read(step.pool).persistent
             self._tallies.write(step.pool, tally.begun(step.guest, end).settled(size))
         if size < end:
-            raise RefusedError(self._shortage(step, size - tally.left, want))
+            raise RefusedError(self._shortage(step, size - tally.left, want, tried))
 
-    def _fill(self, step: MakeHugePages, size: int, end: int, context: StepContext | None) -> None:
-        """Make what the kernel can, a part at a time; more after it has moved pages together."""
+    def _fill(self, step: MakeHugePages, size: int, end: int, context: StepContext | None) -> str:
+        """Make what the kernel can, a part at a time; more after it has moved pages together.
+
+        Returns:
+            What it took to fail, for people.
+        """
         until, chances = time.monotonic() + step.deadline_s, _COMPACTIONS
         start, chunk = size, max(1, _CHUNK // step.page)
         while size < end and time.monotonic() < until:
@@ -161,16 +165,17 @@ class HugePagesHandler:
                 context.progress((size - start) / (end - start), text)
             if size < goal:
                 if not chances:
-                    return
+                    return ", after compaction as well"
                 chances -= 1
                 self._files.compact(step.node)
+        return f" in {step.deadline_s:g} s"
 
-    def _shortage(self, step: MakeHugePages, got: int, want: int) -> Refusal:
+    def _shortage(self, step: MakeHugePages, got: int, want: int, tried: str) -> Refusal:
         pages = self._files.read(step.pool)
         detail = (
-            f"{step.name}: {got} of {want} more {step.pool} could be made, after compaction as "
-            f"well ({_describe(pages)}; {self._files.free_memory(step.node)} of the node's memory "
-            f"is free, but scattered); they are given back. {_advise(step)}"
+            f"{step.name}: {got} of {want} more {step.pool} could be made{tried} "
+            f"({_describe(pages)}; {self._files.free_memory(step.node).rounded()} of the node's "
+            f"memory is free, but scattered); they are given back. {_advise(step)}"
         )
         return Refusal(Reason.NO_HUGE_PAGES, detail, {str(step.pool.amount_key): got})
 
