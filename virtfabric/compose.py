@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Self
 from virtfabric.adapters.clock import SystemClock
 from virtfabric.adapters.cxl.memory import SysfsMemory
 from virtfabric.adapters.hook_socket import HookServer, read_missed_calls
+from virtfabric.adapters.hugepages.handler import SysfsHugePages
 from virtfabric.adapters.libvirt import open_libvirt
 from virtfabric.adapters.libvirt.restart import CommandRestarter
 from virtfabric.adapters.pci.functionfiles import FunctionFiles
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
         HostLoad,
         HostReader,
         MemoryTree,
+        PageTree,
         PolicyWriter,
         Restarter,
         VfMaker,
@@ -112,6 +114,7 @@ class _Outside:
     guests: GuestReader
     devices: DeviceTree
     memory: MemoryTree
+    pages: PageTree
     vfs: VfMaker
     policies: PolicyWriter
     definitions: DefinitionEditor
@@ -161,7 +164,7 @@ class Composition:
         topology = outside.host.read_topology()
         world = World(
             host=outside.host, guests=outside.guests, devices=outside.devices,
-            memory=outside.memory, vfs=outside.vfs, policies=outside.policies,
+            memory=outside.memory, pages=outside.pages, vfs=outside.vfs, policies=outside.policies,
             definitions=outside.definitions, events=outside.events, handlers=outside.handlers,
             journal=journal, audit=audit, clock=outside.clock, load=outside.load,
             stats=outside.stats, restarter=outside.restarter,
@@ -188,9 +191,9 @@ class Composition:
         command = self.config.agent.restart_libvirt
         return _Outside(
             opened.host, opened.guests, SysfsDeviceTree(settings=settings.read_all),
-            SysfsMemory(), opened.vfs, opened.policy, opened.definitions, opened.events,
-            opened.handlers, SystemClock(), PsutilLoad(), opened.stats, opened.version,
-            CommandRestarter(command) if command else None,
+            SysfsMemory(), SysfsHugePages(), opened.vfs, opened.policy, opened.definitions,
+            opened.events, opened.handlers, SystemClock(), PsutilLoad(), opened.stats,
+            opened.version, CommandRestarter(command) if command else None,
         )  # fmt: skip
 
     def _open_simulated(self) -> _Outside:
@@ -199,7 +202,7 @@ class Composition:
 
         host = small_host(SystemClock())
         return _Outside(
-            host, host, host.devices, host.memory, host.devices, host, host.definitions,
+            host, host, host.devices, host.memory, host.pages, host.devices, host, host.definitions,
             host.events, host.handlers, host.clock, host.load, host.stats, "simulated", None,
         )  # fmt: skip
 

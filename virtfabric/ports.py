@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from virtfabric.model.device import DeviceNews, PciAddress, PciFunction
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import HostTopology
+    from virtfabric.model.hugepages import HugePools
     from virtfabric.model.ids import GuestId, TransactionId
     from virtfabric.model.ledger import Books
     from virtfabric.model.policy import GuestPolicy
@@ -115,6 +116,13 @@ class MemoryTree(Protocol):
 
     def close(self) -> None:
         """Stop watching; safe to repeat."""
+
+
+class PageTree(Protocol):
+    """The host's pools of huge pages; repeating is safe."""
+
+    def read_pools(self) -> HugePools:
+        """Every pool now, and which of its pages this agent made."""
 
 
 class VfMaker(Protocol):

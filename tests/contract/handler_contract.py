@@ -42,7 +42,14 @@ class World(Protocol):
 
 
 OF_THE_HOST = frozenset(
-    {"bind-driver", "set-up-vf", "limit-link", "create-region", "online-memory"}
+    {
+        "bind-driver",
+        "set-up-vf",
+        "limit-link",
+        "create-region",
+        "online-memory",
+        "make-huge-pages",
+    }
 )
 """Kinds that change the host whatever their guest does. `reset-function` has nothing to undo and
 is in no world's steps."""

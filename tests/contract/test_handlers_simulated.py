@@ -45,9 +45,10 @@ from virtfabric.model.errors import (
     VerificationError,
 )
 from virtfabric.model.guest import MemoryMechanism, MemoryRoom, NumaMode
+from virtfabric.model.hugepages import MakeHugePages
 from virtfabric.model.ids import HOST_ITSELF, GuestId
 from virtfabric.model.mark import NO_MARK, PinMark
-from virtfabric.model.memorysteps import AttachMemory, DetachMemory
+from virtfabric.model.memorysteps import AttachDimm, AttachMemory, DetachMemory
 from virtfabric.model.plan import (
     STEP_TYPES,
     Definition,
@@ -103,6 +104,10 @@ ATTACH_MEMORY = AttachMemory(
     guest=TIERED, alias="ua-virtfabric-cxl1", node=1, cell=0, size=GIB, block=2 * MIB,
     before=0, after=512 * MIB,
 )  # fmt: skip
+ATTACH_DIMM = AttachDimm(
+    guest=TIERED, alias="ua-virtfabric-cxl1-dimm0", node=1, cell=0, before=0, after=256 * MIB
+)
+MAKE_PAGES = MakeHugePages(guest=DATABASE, node=0, page=2 * MIB, before=0, after=256, free=260)
 
 
 FILL = AttachMemory(
@@ -120,7 +125,7 @@ class SimulatedWorld:
         self.clock = SimulatedClock()
         tiered = GuestSpec(
             TIERED, "tiered", boot_memory=Bytes(GIB), numa_mode=NumaMode.STRICT,
-            numa_nodes=CpuSet([0]), memory_room=MemoryRoom(1, Bytes(2 * GIB), 0),
+            numa_nodes=CpuSet([0]), memory_room=MemoryRoom(2, Bytes(2 * GIB), 0),
         )  # fmt: skip
         balloon = GuestSpec(
             BALLOON, "balloon", boot_memory=Bytes(GIB), balloon=True,
@@ -134,6 +139,7 @@ class SimulatedWorld:
         self.host.devices.bind(BOUND_VF, "vfio-pci")
         self.host.memory.cxl = CXL
         self.host.memory.make_region(OFFLINE.window, OFFLINE.members, 256 * MIB, 256)
+        self.host.pages.set_pool(MAKE_PAGES.pool, 10)
         self.handlers = self.host.handlers
         for step in (FILL, EMPTY):
             self.apply(step)
@@ -161,9 +167,13 @@ class SimulatedWorld:
             OFFLINE,
             ATTACH_MEMORY,
             DETACH_MEMORY,
+            MAKE_PAGES,
+            ATTACH_DIMM,
         ]  # fmt: skip
 
     def observe(self, step):
+        if isinstance(step, MakeHugePages):
+            return self.host.pages.read_pools().pools[step.pool]
         if isinstance(step, CreateRegion | OnlineMemory):
             return self.host.memory.cxl.region_of(step.window, step.members)
         if step.kind in OF_THE_HOST:
@@ -237,10 +247,14 @@ def test_memory_device_takes_a_port_a_slot_and_its_node(world):
     assert (device.host_nodes, device.size, device.current) == (CpuSet([1]), GIB, 512 * MIB)
     assert (guest.memory_max, guest.memory_current) == (2 * GIB, GIB + 512 * MIB)
     assert guest.mechanism is MemoryMechanism.VIRTIO_MEM
-    assert guest.memory_room == MemoryRoom(0, Bytes(GIB), 0)
+    assert guest.memory_room == MemoryRoom(1, Bytes(GIB), 0)
     assert guest.free_ports == 3
     nodes = world.host.read_topology().nodes
     assert nodes[1].memory_total - nodes[1].memory_free == 512 * MIB
+    world.apply(ATTACH_DIMM)
+    guest = world.host.read_guest(TIERED)
+    assert guest.memory_room == MemoryRoom(0, Bytes(GIB - 256 * MIB), 0)
+    assert guest.free_ports == 3  # it is no PCIe device
     second = replace(ATTACH_MEMORY, alias="ua-virtfabric-cxl0", node=0)
     with pytest.raises(HypervisorError, match="slots"):
         world.apply(second)
@@ -272,7 +286,7 @@ def test_empty_memory_device_that_the_guest_keeps(world):
     world.host.faults.clear()
     world.apply(DETACH_MEMORY)
     guest = world.host.read_guest(EMPTIED)
-    assert (guest.virtio_mem, guest.free_ports, guest.memory_room.slots) == ((), 4, 1)
+    assert (guest.virtio_mem, guest.free_ports, guest.memory_room.slots) == ((), 4, 2)
 
 
 def test_memory_device_that_the_guest_fills_too_little(world):

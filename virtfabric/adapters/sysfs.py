@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from virtfabric.adapters.cxl.nodes import explain_staying, read_access, read_tiers, read_zones
+from virtfabric.adapters.hugepages.pools import read_huge_pages
 from virtfabric.adapters.pci.tree import SysTree
 from virtfabric.model.amounts import Tier
 from virtfabric.model.errors import InvalidValueError
-from virtfabric.model.host import HostTopology, HugePages, NumaNode, Pcpu
+from virtfabric.model.host import HostTopology, NumaNode, Pcpu
 from virtfabric.model.units import Bytes, CpuSet
 
 if TYPE_CHECKING:
@@ -44,7 +45,12 @@ class Sysfs:
         nodes = self.read_nodes(online)
         node_of = {cpu: node.number for node in nodes.values() for cpu in node.cpus}
         pcpus = {cpu: self._read_pcpu(cpu, node_of.get(cpu, 0), online) for cpu in online}
-        return HostTopology(host_id=host_id, nodes=nodes, pcpus=pcpus)
+        return HostTopology(host_id, nodes, pcpus, **self._read_default_page())
+
+    def _read_default_page(self) -> dict[str, Bytes]:
+        """Nothing where the kernel has no huge pages."""
+        page = _parse_meminfo(self._trees[1].text("meminfo") or "").get("Hugepagesize")
+        return {} if page is None else {"huge_page": page}
 
     def read_online(self) -> CpuSet:
         """The online pCPUs."""
@@ -87,7 +93,7 @@ class Sysfs:
             cpus=CpuSet(CpuSet.parse(cpulist.read_text(), field=str(cpulist)) & online),
             memory_total=memory["MemTotal"],
             memory_free=memory["MemFree"],
-            huge_pages=_read_huge_pages(directory / "hugepages"),
+            huge_pages=read_huge_pages(self._trees[0], number),
             distances=dict(zip(numbers, map(int, distances), strict=False)),
         )
 
@@ -98,7 +104,7 @@ class Sysfs:
             cpus=online,
             memory_total=memory["MemTotal"],
             memory_free=memory["MemFree"],
-            huge_pages=_read_huge_pages(self._system.parents[1] / "kernel" / "mm" / "hugepages"),
+            huge_pages=read_huge_pages(self._trees[0], None),
             distances={0: 10},
         )
 
@@ -129,29 +135,14 @@ def _read_text(path: Path, default: str) -> str:
         return default
 
 
+def _parse_meminfo(text: str) -> dict[str, Bytes]:
+    found = re.findall(r"^(?:Node \d+ )?(\w+):\s+(\d+) kB$", text, re.MULTILINE)
+    return {name: Bytes(int(kib) << 10) for name, kib in found}
+
+
 def _read_meminfo(path: Path) -> dict[str, Bytes]:
-    found = re.findall(r"^(?:Node \d+ )?(\w+):\s+(\d+) kB$", path.read_text(), re.MULTILINE)
-    memory = {name: Bytes(int(kib) << 10) for name, kib in found}
+    memory = _parse_meminfo(path.read_text())
     for name in ("MemTotal", "MemFree"):
         if name not in memory:
             raise InvalidValueError(f"{path}: {name}", None, "is missing")
     return memory
-
-
-def _read_huge_pages(directory: Path) -> tuple[HugePages, ...]:
-    """One entry per page size, smallest first."""
-    if not directory.is_dir():
-        return ()
-    sizes = {
-        int(match[1]) << 10: entry
-        for entry in directory.iterdir()
-        if (match := re.fullmatch(r"hugepages-(\d+)kB", entry.name))
-    }
-    return tuple(
-        HugePages(
-            size=Bytes(size),
-            total=int((entry / "nr_hugepages").read_text()),
-            free=int((entry / "free_hugepages").read_text()),
-        )
-        for size, entry in sorted(sizes.items())
-    )

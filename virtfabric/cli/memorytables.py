@@ -173,9 +173,16 @@ def _state(region: Json) -> str:
 
 
 def _huge_pages(node: Json) -> str:
-    """`8 x 2MiB, 3 free`."""
-    there = [pages for pages in node["huge_pages"] if pages["total"]]
-    return "; ".join(f"{p['total']} x {Bytes(p['size'])}, {p['free']} free" for p in there)
+    """`8 x 2MiB, 3 free (1 promised), 4 made for db`."""
+    return "; ".join(_pool(pages) for pages in node["huge_pages"] if pages["total"])
+
+
+def _pool(pages: Json) -> str:
+    parts = [f"{pages['total']} x {Bytes(pages['size'])}", f"{pages['free']} free"]
+    if pages["reserved"]:
+        parts[-1] += f" ({pages['reserved']} promised)"
+    parts += [f"{count} made for {name}" for name, count in pages["made"].items()]
+    return ", ".join(parts)
 
 
 def _speed(node: Json) -> str:

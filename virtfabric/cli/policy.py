@@ -9,7 +9,7 @@ from virtfabric.cli.screen import print_json, print_lines
 from virtfabric.cli.session import DONE, ask, await_job
 from virtfabric.cli.tables import outcome_lines, plan_lines, policy_lines
 from virtfabric.daemon.intake import parse_policy_changes, parse_wish
-from virtfabric.model.policy import Admission, DriftAction, Escalation, Placement, Smt
+from virtfabric.model.policy import Admission, DriftAction, Escalation, Growth, Placement, Smt
 from virtfabric.model.want import DEVICE
 
 if TYPE_CHECKING:
@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     Json = dict[str, Any]
 
 _FIELDS = (
-    "priority", "cpu", "memory", "tiers", "escalate", "shares", "placement", "smt", "admission",
+    "priority", "cpu", "memory", "tiers", "escalate", "growth", "shares", "placement", "smt",
+    "admission",
     "drift",
 )  # fmt: skip
 
@@ -111,6 +112,7 @@ def _add_set(actions: Any) -> None:
         "take them), net.vf:kept, net.vf:0 (no more); may be repeated",
     )  # fmt: skip
     for name, kind, text in (
+        ("growth", Growth, "what is plugged for memory of another node: a DIMM stays for good"),
         ("placement", Placement, "pCPUs of its own, or the shared pool"),
         ("smt", Smt, "what a dedicated guest wants of SMT siblings"),
         ("admission", Admission, "whether it may start while the agent is away"),

@@ -265,7 +265,8 @@ def policy_lines(shown: Json) -> list[str]:
         f"{cpu['shares']}, {cpu['placement']}, smt {cpu['smt']}",
         f"  memory  reservation {_exact_memory(memory['reservation'])}, limit "
         f"{_exact_memory(memory['limit'])}, shares {memory['shares']}, "
-        f"tiers {','.join(memory['tiers'])}, escalate {memory['escalate']}",
+        f"tiers {','.join(memory['tiers'])}, escalate {memory['escalate']}, "
+        f"growth {memory['growth']}",
     ]
     return lines + [
         f"  device  {d['capability']} x {d['count']}"

@@ -18,6 +18,7 @@ from virtfabric.model.capability import capability_of
 from virtfabric.model.devicesteps import AttachFunction, ResetFunction
 from virtfabric.model.errors import InvalidValueError, Reason, Refusal, RefusedError
 from virtfabric.model.guest import RunState
+from virtfabric.model.hugepages import MakeHugePages
 from virtfabric.model.ledger import Holding
 from virtfabric.model.plan import Plan, ResizeVirtioMem, SetBalloon, SetQuota
 from virtfabric.model.policy import Admission as AdmissionRule
@@ -195,7 +196,8 @@ class Admission:
             steps = tuple(
                 step
                 for step in plan.steps
-                if isinstance(step, _BEFORE_START) and step.guest != guest.uuid
+                if (isinstance(step, _BEFORE_START) and step.guest != guest.uuid)
+                or isinstance(step, MakeHugePages)
             )
             return replace(plan, steps=steps, orders={})
 

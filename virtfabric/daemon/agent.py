@@ -80,7 +80,7 @@ class Agent:
         self._ledger = Ledger(books)
         self._observatory = Observatory(
             world.guests, world.devices, self._ledger, topology, capacity, settings.pools,
-            clock=clock, lend_ballooned=settings.lend_ballooned,
+            world.pages, clock=clock, lend_ballooned=settings.lend_ballooned,
         )  # fmt: skip
         self._authority = Authority(settings.group, settings.ceiling_for, settings.polkit)
         self._jobs = Jobs(self._notices)
@@ -109,7 +109,10 @@ class Agent:
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, audit=world.audit, watch=self._lifecycle.devices,
         )  # fmt: skip
-        self._memory = MemoryDesk(world.memory, self._notices, clock, self._judge_memory_soon)
+        self._memory = MemoryDesk(
+            world.memory, world.pages, self._notices, clock, judge=self._judge_memory_soon,
+            name_of=self._observatory.name_of,
+        )  # fmt: skip
         self._memorywatch = MemoryWatch(
             tree=world.memory, observatory=self._observatory, ledger=self._ledger,
             journal=world.journal, audit=world.audit, notices=self._notices, jobs=self._jobs,
@@ -161,6 +164,7 @@ class Agent:
         done.wait()
         self._memorywatch.look()
         self._hostwatch.follow()  # by now it is known which nodes guests name
+        self._lifecycle.pages.sweep()
         self._lifecycle.devices.start()
         self._memory.start(self._look_at_memory_soon)
         self._world.audit.append("agent.started", [], {"version": __version__})

@@ -132,6 +132,7 @@ class Conductor:
         if work.incoming is not None:
             guests = {**snapshot.guests, work.incoming.uuid: work.incoming}
             snapshot = replace(snapshot, guests=guests)
+        snapshot = self._observatory.look_at_pages(snapshot)
         decision: Decision | None = None
         if work.decide is not None:
             answer = self._reclaimer.decide(
@@ -215,9 +216,8 @@ class Conductor:
     ) -> bool:
         """Reserve what was planned, unless guests or ledger are no longer as they were then."""
         snapshot, decision, plan = answer
-        incoming = {work.incoming.uuid} if work.incoming else set()
         with outside:
-            confirmed = self._observatory.confirm(snapshot, touched - incoming)
+            confirmed = self._observatory.confirm(snapshot, touched - work.absent)
             if plan.addresses:
                 # one that came, went or is used by the host now voids the generation
                 self._observatory.refresh_devices_of(plan)

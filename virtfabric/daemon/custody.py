@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from collections.abc import Collection, Iterable, Mapping
 
     from virtfabric.model.device import DeviceInventory, HeldFunction, PciAddress
+    from virtfabric.model.hugepages import HeldPages
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import Books
     from virtfabric.model.plan import Plan
@@ -105,6 +106,16 @@ def with_functions(books: Books, functions: Mapping[GuestId, tuple[HeldFunction,
     return replace(books, holdings=books.holdings | changed) if changed else books
 
 
+def _with_pages(books: Books, pages: Mapping[GuestId, tuple[HeldPages, ...]]) -> Books:
+    """These huge pages in the holdings; a guest without a holding (any more) counts on none."""
+    changed = {
+        guest: replace(holding, pages=pages[guest])
+        for guest, holding in books.holdings.items()
+        if guest in pages
+    }
+    return replace(books, holdings=books.holdings | changed) if changed else books
+
+
 def remedy_for(address: PciAddress) -> str:
     """What an operator does about a function in quarantine."""
     return f"see that it is sane, then: virtfabric devices release {address}"
@@ -158,7 +169,7 @@ def after_plan(
         skipped: optional steps that did not come about, with why.
         at: UNIX seconds.
     """
-    books = with_functions(books, plan.functions)
+    books = _with_pages(with_functions(books, plan.functions), plan.pages)
     ways_back = {f.address: f.found for h in before.holdings.values() for f in h.claims}
     for step, why in skipped:
         if isinstance(step, ResetFunction | BindDriver | SetUpVf):

@@ -14,6 +14,7 @@ from virtfabric.model.policy import (
     DevicePolicy,
     DriftAction,
     Escalation,
+    Growth,
     GuestPolicy,
     MemoryPolicy,
     Placement,
@@ -40,7 +41,7 @@ WANTS: Final = frozenset({"cpu", "memory", "for", "partial", "deadline", "key", 
 CHANGES: Final = frozenset(
     {
         "priority", "cpu", "memory", "shares", "placement", "smt", "admission", "drift", "tiers",
-        "escalate",
+        "escalate", "growth",
     }
 )  # fmt: skip
 MAX_DEADLINE_S: Final = 600.0
@@ -211,6 +212,7 @@ def parse_policy_changes(old: GuestPolicy | None, changes: Mapping[str, str]) ->
             escalate=parse_choice(
                 Escalation, changes.get("escalate", memory.escalate.value), field="escalate"
             ),
+            growth=parse_choice(Growth, changes.get("growth", memory.growth.value), field="growth"),
         ),
         devices=_parse_wishes(base.devices, wishes),
     )

@@ -17,6 +17,7 @@ from virtfabric.daemon.custody import departed
 from virtfabric.daemon.devicewatch import DeviceWatch
 from virtfabric.daemon.errands import Errands
 from virtfabric.daemon.handmade import Handmade
+from virtfabric.daemon.pagekeeper import PageKeeper
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.filter import replace_placement
@@ -84,6 +85,9 @@ class Lifecycle:
             surveyed=self._surveyed, settled=self._last_run_settled, handmade=self._handmade,
         )  # fmt: skip
         self._errands = Errands()
+        self.pages = PageKeeper(
+            observatory=observatory, conductor=conductor, jobs=jobs, notices=notices
+        )
         self.devices = DeviceWatch(
             observatory=observatory, ledger=ledger, conductor=conductor, jobs=jobs,
             notices=notices, journal=journal, audit=audit, clock=clock, errands=self._errands,
@@ -371,6 +375,8 @@ class Lifecycle:
             detail = (job.error or {}).get("detail", "")
             log.warning("%s left, but its loans cannot go home now: %s", name, detail)
             self._forget(guest, f"{name} left, and it could not be given back: {detail}")
+        if view.books.holdings[guest].pages:
+            self.pages.sweep()
         self._notices.publish("guest.stopped", {"guest": guest, "name": name})
         self._rearrange(f"pool after {name} left")
 

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
 
     from virtfabric.daemon.notices import Notices
     from virtfabric.model.cxl import Condition, CxlInventory, Serial
-    from virtfabric.ports import Clock, MemoryTree
+    from virtfabric.model.ids import GuestId
+    from virtfabric.ports import Clock, MemoryTree, PageTree
 
     Json = dict[str, Any]
 
@@ -37,9 +38,12 @@ class MemoryDesk:
     def __init__(
         self,
         tree: MemoryTree,
+        pages: PageTree,
         notices: Notices,
         clock: Clock,
+        *,
         judge: Callable[[Mapping[Serial, Condition]], None],
+        name_of: Callable[[GuestId], str],
     ) -> None:
         """Nothing is read before `start` or `show`.
 
@@ -47,6 +51,8 @@ class MemoryDesk:
         block for long.
         """
         self._tree = tree
+        self._pages = pages
+        self._name_of = name_of
         self._notices = notices
         self._clock = clock
         self._judge = judge
@@ -65,9 +71,8 @@ class MemoryDesk:
         with self._lock:
             conditions, unknown = self._conditions, self._unknown
         notes = (unknown,) if unknown and memory.cxl.memdevs else ()
-        return memory_view(
-            HostMemory(memory.nodes, with_conditions(memory.cxl, conditions)), notes, quarantine
-        )
+        found = HostMemory(memory.nodes, with_conditions(memory.cxl, conditions))
+        return memory_view(found, self._pages.read_pools(), self._name_of, notes, quarantine)
 
     def start(self, changed: Callable[[], None] | None = None) -> None:
         """Note what there is, and follow what changes: `changed`, if given, sees to the look."""

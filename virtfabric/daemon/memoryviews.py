@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from virtfabric.model.cxl import (
         Condition,
@@ -22,6 +22,8 @@ if TYPE_CHECKING:
         Window,
     )
     from virtfabric.model.host import NumaNode
+    from virtfabric.model.hugepages import HugePools
+    from virtfabric.model.ids import GuestId
 
     Json = dict[str, Any]
 
@@ -62,14 +64,19 @@ def _hit(found: CxlInventory, memdev: Memdev) -> str:
 
 
 def memory_view(
-    memory: HostMemory, notes: tuple[str, ...] = (), quarantine: Sequence[Json] = ()
+    memory: HostMemory,
+    pools: HugePools,
+    name_of: Callable[[GuestId], str],
+    notes: tuple[str, ...] = (),
+    quarantine: Sequence[Json] = (),
 ) -> Json:
     """Everything; `notes` are problems beside those of the inventory."""
     cxl = memory.cxl
     regions = cxl.node_regions
     return {
         "nodes": [
-            _node(node, regions.get(number)) for number, node in sorted(memory.nodes.items())
+            _node(node, regions.get(number)) | {"huge_pages": _pools(number, pools, name_of)}
+            for number, node in sorted(memory.nodes.items())
         ],
         "windows": [_window(window, cxl) for window in cxl.windows],
         "regions": [_region(region, cxl) for region in cxl.regions],
@@ -85,14 +92,23 @@ def _node(node: NumaNode, region: Region | None) -> Json:
         "node": node.number, "tier": node.tier.value, "cpus": str(node.cpus),
         "total": int(node.memory_total), "free": int(node.memory_free),
         "offlinable": node.offlinable, "why_not_offlinable": node.why_not_offlinable,
-        "huge_pages": [
-            {"size": int(pages.size), "total": pages.total, "free": pages.free}
-            for pages in node.huge_pages
-        ],
         "distances": {str(other): far for other, far in node.distances.items()},
         "bandwidth": node.access.bandwidth, "latency": node.access.latency,
         "region": region.name if region else None,
     }  # fmt: skip
+
+
+def _pools(node: int, pools: HugePools, name_of: Callable[[GuestId], str]) -> list[Json]:
+    """One entry for each page size, smallest first; what was made is told by the guest's name."""
+    return [
+        {
+            "size": key.page, "total": pool.pages.total, "free": pool.pages.free,
+            "reserved": pool.pages.reserved,
+            "made": {name_of(guest): count for guest, count in sorted(pool.made.items())},
+        }
+        for key, pool in sorted(pools.pools.items())
+        if key.node == node
+    ]  # fmt: skip
 
 
 def _window(window: Window, cxl: CxlInventory) -> Json:

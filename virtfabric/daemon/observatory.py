@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.ids import GuestId, TransactionId
     from virtfabric.model.plan import Plan
-    from virtfabric.ports import Clock, DeviceTree, GuestReader
+    from virtfabric.ports import Clock, DeviceTree, GuestReader, PageTree
 
 GLANCE_S: Final = 5.0
 """How long somebody who asks waits for a fresh look at functions; a client gives up after 25."""
@@ -87,6 +87,7 @@ class Observatory:
         topology: HostTopology,
         capacity: Capacity,
         pools: tuple[DevicePool, ...],
+        pages: PageTree,
         *,
         clock: Clock,
         lend_ballooned: bool,
@@ -104,6 +105,7 @@ class Observatory:
         self._looks: deque[_Look] = deque(maxlen=_LOOKS)
         self._glance = Glance(clock)
         self._lend_ballooned = lend_ballooned
+        self._pages = pages
 
     @property
     def topology(self) -> HostTopology:
@@ -208,6 +210,11 @@ class Observatory:
         """One guest as last read."""
         with self._lock:
             return self._guests.get(guest)
+
+    def name_of(self, guest: GuestId) -> str:
+        """A guest's name, as last read; its id where it is gone."""
+        found = self.guest(guest)
+        return found.name if found else guest
 
     def find(self, name: str) -> GuestState | None:
         """A guest by name or UUID, as last read."""
@@ -315,3 +322,9 @@ class Observatory:
             devices=devices,
             working=view.functions,
         )
+
+    def look_at_pages(self, snapshot: HostSnapshot, *, always: bool = False) -> HostSnapshot:
+        """The same with the huge pages of now, where a guest has any: free ones are telemetry."""
+        if not always and not any(guest.on_huge_pages for guest in snapshot.guests.values()):
+            return snapshot
+        return replace(snapshot, pools=self._pages.read_pools())

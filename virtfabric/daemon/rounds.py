@@ -119,6 +119,7 @@ class Rounds:
         residual = {r.guest for r in self._ledger.view().books.residues}
         for guest in residual - self._ledger.view().busy:
             self._lifecycle.converge([guest], "retry of a residue")
+        self._lifecycle.pages.sweep()
         self._drift.check()
         self.look_at_memory()
 

@@ -18,7 +18,7 @@ from virtfabric.daemon.custody import (
     with_residues,
 )
 from virtfabric.daemon.undertaking import Outcome
-from virtfabric.model.amounts import MEMORY_KEYS
+from virtfabric.model.amounts import CXL_KEY, MEMORY_KEYS
 from virtfabric.model.devicesteps import AttachFunction
 from virtfabric.model.errors import JournalError, Refusal, RefusedError, VirtfabricError
 from virtfabric.model.guest import MemoryMechanism
@@ -94,8 +94,9 @@ class Settlement:
         Raises:
             VirtfabricError: they did not; the caller undoes what was applied.
         """
+        touched = plan.guests - work.absent
         with execution.outside:
-            self._read_back(work, plan)
+            self._read_back(touched, plan)
         now = self._clock.now()
         grant = self._new_grant(work, decision, now)
         loans = (
@@ -117,7 +118,7 @@ class Settlement:
             if work.settle_books is not None:
                 books = work.settle_books(books)
             books = after_plan(books, before, plan, execution.skipped, now)
-            residues = (*execution.residues, *self._residues(books, plan.guests, now))
+            residues = (*execution.residues, *self._residues(books, touched, now))
             return with_residues(books, plan.guests, residues)
 
         def store(books: Books) -> None:
@@ -149,9 +150,8 @@ class Settlement:
         names = {uuid: state.name for uuid, state in self._observatory.guests.items()}
         return sum_up(decision, stopped, names)
 
-    def _read_back(self, work: Undertaking, plan: Plan) -> None:
-        incoming = {work.incoming.uuid} if work.incoming else set()
-        self._observatory.refresh(plan.guests - incoming)
+    def _read_back(self, guests: Collection[GuestId], plan: Plan) -> None:
+        self._observatory.refresh(guests)
         if plan.addresses:
             # a fatal error may be what made somebody give a function back
             self._observatory.refresh_devices_of(plan)
@@ -190,10 +190,9 @@ class Settlement:
         return found
 
     def _memory_residues(self, state: GuestState, holding: Holding, now: float) -> list[Residue]:
-        if state.mechanism is MemoryMechanism.FIXED:
-            return []
         found = []
-        for key in MEMORY_KEYS.values():
+        fixed = state.mechanism is MemoryMechanism.FIXED
+        for key in (CXL_KEY,) if fixed else MEMORY_KEYS.values():
             part = part_of(state, key, self._observatory.topology.cxl_nodes)
             excess = part.current - holding.amounts[key]
             if excess > 0:
@@ -271,7 +270,7 @@ class Settlement:
         if any(isinstance(one.step, AttachFunction) for one in execution.undone):
             self._moved()
         try:
-            self._observatory.refresh(touched)
+            self._observatory.refresh(touched - work.absent)
         except VirtfabricError as again:
             log.warning("cannot read back after an undo: %s", again)
 

@@ -57,6 +57,11 @@ class Undertaking:
     yields: bool = False
     body: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def absent(self) -> frozenset[GuestId]:
+        """Guests that must not be read: the incoming one."""
+        return frozenset({self.incoming.uuid} if self.incoming else ())
+
 
 @dataclass(frozen=True, slots=True)
 class Outcome:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
         HostReader,
         Journal,
         MemoryTree,
+        PageTree,
         PolicyWriter,
         Restarter,
         VfMaker,
@@ -44,6 +45,7 @@ class World:
     guests: GuestReader
     devices: DeviceTree
     memory: MemoryTree
+    pages: PageTree
     vfs: VfMaker
     policies: PolicyWriter
     definitions: DefinitionEditor

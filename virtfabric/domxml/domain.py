@@ -94,7 +94,7 @@ def parse_domain(live_xml: str, config_xml: str | None) -> GuestState:
         config_devices=() if config is None else read_hostdevs(config),
         free_ports=count_free_ports(root),
         locked_memory=root.find("memoryBacking/locked") is not None,
-        fixed_memory=read_fixed_memory(root),
+        fixed_memory=read_fixed_memory(root, boot),
         memory_room=read_memory_room(root),
     )
 

@@ -25,6 +25,7 @@ from virtfabric.model.policy import (
     DevicePolicy,
     DriftAction,
     Escalation,
+    Growth,
     GuestPolicy,
     MemoryPolicy,
     Placement,
@@ -42,7 +43,7 @@ _CAPABILITY: Final = re.compile(r"[a-z][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)+")
 _ATTRIBUTES: Final[Mapping[str, frozenset[str]]] = {
     "policy": frozenset({"version", "priority", "admission", "drift"}),
     "cpu": frozenset({"reservation", "limit", "shares", "placement", "smt"}),
-    "memory": frozenset({"reservation", "limit", "shares", "tiers", "escalate"}),
+    "memory": frozenset({"reservation", "limit", "shares", "tiers", "escalate", "growth"}),
     "device": frozenset({"capability", "count", "reclaimable"}),
 }
 
@@ -143,6 +144,7 @@ def _read_memory(element: etree._Element) -> MemoryPolicy:
         shares=_number(element, "memory", "shares", DEFAULT_SHARES, 1, 10_000),
         tiers=tiers,
         escalate=_word(element, "memory", "escalate", Escalation.PRESS),
+        growth=_word(element, "memory", "growth", Growth.VIRTIO_MEM),
     )
 
 
@@ -193,7 +195,7 @@ def _word(element: etree._Element, part: str, name: str, default: _E) -> _E:
 
 
 def format_policy(policy: GuestPolicy) -> str:
-    """The canonical element: every field spelt out but a limit that is not set."""
+    """The canonical element: all spelt out but limits, escalation and growth that nobody set."""
     cpu, memory = policy.cpu, policy.memory
     return render(
         "policy.xml.j2",
@@ -212,7 +214,9 @@ def format_policy(policy: GuestPolicy) -> str:
             ("limit", None if memory.limit is None else _format_size(memory.limit)),
             ("shares", memory.shares),
             ("tiers", ",".join(memory.tiers)),
-            ("escalate", memory.escalate.value),
+            # what an older agent does not know is not said unless it is wanted
+            ("escalate", None if memory.escalate is Escalation.PRESS else memory.escalate.value),
+            ("growth", None if memory.growth is Growth.VIRTIO_MEM else memory.growth.value),
         ),
         devices=[
             _given(

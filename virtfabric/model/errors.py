@@ -45,6 +45,7 @@ class Reason(StrEnum):
     GROUP_NOT_VIABLE = "group-not-viable"
     MEMORY_LOCK_LIMIT = "memory-lock-limit"
     STRANDS_MEMORY = "strands-memory"
+    NO_HUGE_PAGES = "no-huge-pages"
     SHUTTING_DOWN = "shutting-down"
 
 
@@ -100,6 +101,10 @@ class DeviceError(VirtfabricError):
 
 class DeviceGoneError(DeviceError):
     """The PCI function is not there any more: there is nothing left to change or to undo."""
+
+
+class HugePagesError(VirtfabricError):
+    """The kernel failed, or this agent refused, to change a pool of huge pages."""
 
 
 class CxlError(VirtfabricError):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.units import Bytes, CpuSet
@@ -40,6 +40,10 @@ class NumaMode(StrEnum):
     RESTRICTIVE = "restrictive"
 
 
+SMALL_PAGES: Final = Bytes(0)
+"""Of memory that needs no huge pages. None, in the same place, is the host's default huge size."""
+
+
 @dataclass(frozen=True, slots=True)
 class VirtioMem:
     """One virtio-mem device; sizes in bytes. `current` is what the guest really has.
@@ -47,6 +51,7 @@ class VirtioMem:
     Attributes:
         node: the guest's cell that it belongs to.
         host_nodes: nodes of the host that its `<source>` names; empty: it follows the guest.
+        page: bytes of the huge pages that back it; see `SMALL_PAGES`.
     """
 
     alias: str
@@ -56,6 +61,7 @@ class VirtioMem:
     requested: Bytes
     current: Bytes
     host_nodes: CpuSet = CpuSet()
+    page: Bytes | None = SMALL_PAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,11 +71,13 @@ class FixedMemory:
     Attributes:
         what: `cell 0`, `dimm dimm0`; for people.
         host_nodes: nodes of the host that it is bound to by itself; empty: it follows the guest.
+        page: bytes of the huge pages that back it; see `SMALL_PAGES`.
     """
 
     what: str
     size: Bytes
     host_nodes: CpuSet = CpuSet()
+    page: Bytes | None = SMALL_PAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +89,13 @@ class MemoryRoom:
         size: bytes up to `<maxMemory>`, by the sizes of the devices that are there.
         cell: the guest's cell that they go to: the last one without vCPUs, else the first.
             None for a guest without cells, which can have no memory device.
+        page: bytes of the huge pages that back a device of that cell; see `SMALL_PAGES`.
     """
 
     slots: int = 0
     size: Bytes = Bytes(0)
     cell: int | None = None
+    page: Bytes | None = SMALL_PAGES
 
 
 @dataclass(frozen=True, slots=True)
@@ -174,6 +184,13 @@ class GuestState:
     def managed(self) -> bool:
         """Whether the agent may touch it."""
         return self.policy is not None
+
+    @property
+    def on_huge_pages(self) -> bool:
+        """Whether huge pages back any of its memory."""
+        return any(part.page != SMALL_PAGES for part in self.fixed_memory) or any(
+            device.page != SMALL_PAGES for device in self.virtio_mem
+        )
 
     @property
     def active(self) -> bool:

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from virtfabric.model.amounts import Tier
-from virtfabric.model.units import Bytes, CpuSet
+from virtfabric.model.units import MIB, Bytes, CpuSet
 
 if TYPE_CHECKING:
     from collections.abc import Mapping
@@ -28,11 +28,30 @@ class Pcpu:
 
 @dataclass(frozen=True, slots=True)
 class HugePages:
-    """Huge pages of one size on one node. Source: `/sys/devices/system/node/nodeN/hugepages`."""
+    """Huge pages of one size on one node. Source: `/sys/devices/system/node/nodeN/hugepages`.
+
+    Attributes:
+        total, free: pages; `free` has those that are promised already.
+        reserved: how many of the free ones may be promised to somebody: the kernel counts these for
+            the host as a whole only, and they may all be of this node.
+        surplus: of the total, beyond the pool's size: the kernel takes them when they are free.
+    """
 
     size: Bytes
     total: int
     free: int
+    reserved: int = 0
+    surplus: int = 0
+
+    @property
+    def available(self) -> int:
+        """Free ones that are promised to nobody, at least."""
+        return max(0, self.free - self.reserved)
+
+    @property
+    def persistent(self) -> int:
+        """The size of the pool, as somebody set it."""
+        return self.total - self.surplus
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +95,20 @@ class NumaNode:
 
 @dataclass(frozen=True)
 class HostTopology:
-    """Nodes by id and pCPUs by number (online ones only)."""
+    """Nodes by id and pCPUs by number (online ones only).
+
+    Attributes:
+        huge_page: bytes of the huge pages that whoever names no size gets.
+    """
 
     host_id: HostId
     nodes: dict[int, NumaNode]
     pcpus: dict[int, Pcpu]
+    huge_page: Bytes = Bytes(2 * MIB)
+
+    def page_of(self, page: Bytes | None) -> Bytes:
+        """Of memory that names huge pages of no size (None) the default; `SMALL_PAGES` stays."""
+        return self.huge_page if page is None else page
 
     @cached_property
     def cpus(self) -> CpuSet:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.device import DeviceInventory, HeldFunction
+from virtfabric.model.hugepages import HeldPages, HugePools
 from virtfabric.model.ids import GrantId, GuestId, LoanId, RequestId
 from virtfabric.model.reclaim import Recall
 from virtfabric.model.units import CpuSet
@@ -30,6 +31,7 @@ class Holding:
         functions: PCIe functions that are its own, whether attached already or not.
         named: functions that its own XML names; they count in no amount, and nothing but its end
             takes them away.
+        pages: huge pages that it has, or counts on until it runs, as far as this agent saw to them.
     """
 
     guest: GuestId
@@ -37,6 +39,7 @@ class Holding:
     order: tuple[int, ...] = ()
     functions: tuple[HeldFunction, ...] = ()
     named: tuple[HeldFunction, ...] = ()
+    pages: tuple[HeldPages, ...] = ()
 
     @property
     def cpus(self) -> CpuSet:
@@ -54,6 +57,7 @@ class Holding:
             "guest": self.guest, "amounts": self.amounts.to_json(), "order": list(self.order),
             "functions": [f.to_json() for f in self.functions],
             "named": [f.to_json() for f in self.named],
+            "pages": [p.to_json() for p in self.pages],
         }  # fmt: skip
 
     @classmethod
@@ -63,6 +67,7 @@ class Holding:
             GuestId(data["guest"]), Amounts.from_json(data["amounts"]), tuple(data["order"]),
             tuple(HeldFunction.from_json(f) for f in data.get("functions", ())),
             tuple(HeldFunction.from_json(f) for f in data.get("named", ())),
+            tuple(HeldPages.from_json(p) for p in data.get("pages", ())),
         )  # fmt: skip
 
 
@@ -182,6 +187,7 @@ class HostSnapshot:
         devices: the host's PCIe functions and pools.
         working: functions that a running plan touches (`Plan.addresses`); not chosen by another.
         recall: how memory that leaves guests is to leave them.
+        pools: huge pages of now; None where nobody looked, as no guest needs any.
     """
 
     generation: int
@@ -195,3 +201,4 @@ class HostSnapshot:
     devices: DeviceInventory = field(default_factory=DeviceInventory)
     working: frozenset[PciAddress] = frozenset()
     recall: Recall = field(default_factory=Recall)
+    pools: HugePools | None = None

@@ -23,6 +23,7 @@ class AttachMemory(Step):
         cell: of the guest.
         size: the most that it can hold.
         tier: of the node.
+        page: bytes of the huge pages that back it; 0 for small ones.
     """
 
     kind: ClassVar[str] = "attach-memory"
@@ -35,18 +36,62 @@ class AttachMemory(Step):
     before: int
     after: int
     tier: str = "cxl"
+    page: int = 0
     tolerance: int = 4 << 20
     deadline_s: float = 30.0
 
     def describe(self) -> str:
         """One line for a person."""
         where = f"{self.tier.upper()} node {self.node}"
+        if self.page:
+            where += f" in pages of {Bytes(self.page)}"
         if self.after:
             return (
                 f"{self.name}: attach virtio-mem {self.alias} ({Bytes(self.size)}, {where}) "
                 f"with {Bytes(self.after)}"
             )
         return f"{self.name}: detach virtio-mem {self.alias} ({where})"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class AttachDimm(Step):
+    """Plug a DIMM whose memory comes from one node of the host.
+
+    `before` and `after` are its bytes, 0 is none. It comes whole, and the guest's kernel brings it
+    online or does not. It goes only as a whole, when the guest has nothing on it that cannot move:
+    that is asked for by an undo alone.
+
+    Attributes:
+        alias: the device's.
+        node: of the host; the memory is bound to it.
+        cell: of the guest.
+        tier: of the node.
+        page: bytes of the huge pages that back it; 0 for small ones.
+    """
+
+    kind: ClassVar[str] = "attach-dimm"
+    needs_guest: ClassVar[bool] = True
+    alias: str
+    node: int
+    cell: int
+    before: int
+    after: int
+    tier: str = "cxl"
+    page: int = 0
+    deadline_s: float = 30.0
+
+    @property
+    def size(self) -> int:
+        """Bytes of the DIMM, whether it comes or goes."""
+        return max(self.before, self.after)
+
+    def describe(self) -> str:
+        """One line for a person."""
+        verb = "attach" if self.after else "detach"
+        where = f"{self.tier.upper()} node {self.node}"
+        if self.page:
+            where += f" in pages of {Bytes(self.page)}"
+        return f"{self.name}: {verb} DIMM {self.alias} ({Bytes(self.size)}, {where})"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +108,7 @@ class DetachMemory(Step):
         cell: of the guest.
         size: the most that it can hold.
         tier: of the node.
+        page: bytes of the huge pages that back it; 0 for small ones.
     """
 
     kind: ClassVar[str] = "detach-memory"
@@ -75,6 +121,7 @@ class DetachMemory(Step):
     before: Presence = Presence.ATTACHED
     after: Presence = Presence.ABSENT
     tier: str = "cxl"
+    page: int = 0
     deadline_s: float = 30.0
 
     def describe(self) -> str:

@@ -24,9 +24,10 @@ from virtfabric.model.devicesteps import (
     SetUpVf,
 )
 from virtfabric.model.errors import InvalidValueError
+from virtfabric.model.hugepages import MakeHugePages
 from virtfabric.model.ids import GuestId
 from virtfabric.model.mark import PinMark
-from virtfabric.model.memorysteps import AttachMemory, DetachMemory
+from virtfabric.model.memorysteps import AttachDimm, AttachMemory, DetachMemory
 from virtfabric.model.step import Step
 from virtfabric.model.units import Bytes, CpuSet, MilliCpu
 
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Mapping
 
     from virtfabric.model.device import HeldFunction
+    from virtfabric.model.hugepages import HeldPages
     from virtfabric.model.ids import RequestId
 
 
@@ -206,7 +208,8 @@ STEP_TYPES: dict[str, type[Step]] = {
     for t in (
         ResizeVirtioMem, SetBalloon, SetVcpuCount, PinVcpu, PinEmulator, SetQuota, SetShares,
         SetNodeset, MarkPins, SetPolicy, BindDriver, SetUpVf, AttachFunction, ResetFunction,
-        LimitLink, CreateRegion, OnlineMemory, AttachMemory, DetachMemory,
+        LimitLink, CreateRegion, OnlineMemory, AttachMemory, DetachMemory, AttachDimm,
+        MakeHugePages,
     )
 }  # fmt: skip
 
@@ -346,7 +349,8 @@ class Plan:
         retired: functions that a guest had once and nobody gets again until an operator releases
             them (`one_time_use`).
         node_needs: memory that it takes of single nodes (`memory@node:2`), beyond what it frees
-            there: no other plan may count on that meanwhile.
+            there: no other plan may count on that meanwhile. Huge pages, too, by their pools.
+        pages: huge pages afterwards of each guest whose pages change.
     """
 
     request: RequestId
@@ -357,6 +361,7 @@ class Plan:
     functions: dict[GuestId, tuple[HeldFunction, ...]] = field(default_factory=dict)
     retired: tuple[PciAddress, ...] = ()
     node_needs: Amounts = Amounts()
+    pages: dict[GuestId, tuple[HeldPages, ...]] = field(default_factory=dict)
 
     @property
     def guests(self) -> frozenset[GuestId]:

@@ -34,6 +34,14 @@ class Smt(StrEnum):
     """One vCPU a core; the siblings stay empty (of managed guests)."""
 
 
+class Growth(StrEnum):
+    """By which kind of device memory comes to a guest that has none on the node yet."""
+
+    VIRTIO_MEM = "virtio-mem"
+    DIMM = "dimm"
+    """For a guest that has no virtio-mem driver. It is not expected to give one back."""
+
+
 class Admission(StrEnum):
     """What happens at start when the agent is away or the policy is invalid."""
 
@@ -80,6 +88,7 @@ class MemoryPolicy:
     shares: int = DEFAULT_SHARES
     tiers: tuple[str, ...] = ("dram",)
     escalate: Escalation = Escalation.PRESS
+    growth: Growth = Growth.VIRTIO_MEM
 
 
 @dataclass(frozen=True, slots=True)

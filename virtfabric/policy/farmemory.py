@@ -24,8 +24,11 @@ from virtfabric.policy.stock import device_amounts
 from virtfabric.policy.tiers import device_nodes, node_key, node_rooms, part_of, used_nodes
 from virtfabric.policy.tierterms import (
     NEW_BLOCK,
+    grows_by_dimm,
     has_functions,
+    new_block,
     new_nodes,
+    new_page,
     open_nodes,
     why_no_device,
 )
@@ -36,9 +39,9 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState, VirtioMem
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
-    from virtfabric.model.memorysteps import AttachMemory, DetachMemory
+    from virtfabric.model.memorysteps import AttachDimm, AttachMemory, DetachMemory
 
-    FarStep = ResizeVirtioMem | AttachMemory | DetachMemory
+    FarStep = ResizeVirtioMem | AttachMemory | DetachMemory | AttachDimm
 
 
 @dataclass(frozen=True, slots=True)
@@ -192,7 +195,8 @@ class _Deal:
             if nodes & self.snapshot.recall.nodes and not after.get(
                 device.alias, int(device.requested)
             ):
-                self._add(self._stepper(state).detach_memory(device, min(nodes)))
+                page = self.snapshot.topology.page_of(device.page)
+                self._add(self._stepper(state).detach_memory(device, min(nodes), page))
 
     # -- more -----------------------------------------------------------------------------------
 
@@ -223,10 +227,11 @@ class _Deal:
             room = min(self.rooms.get(node, 0), int(device.size) - int(device.requested))
             if node in nodes and room >= block:
                 found.append(self._spot(state, node, room // block * block, need, device))
+        block = new_block(state, self.snapshot)
         for node in new_nodes(state, nodes) if budget.devices > 0 else ():
-            room = min(self.rooms.get(node, 0), budget.size)
-            if room >= NEW_BLOCK:
-                found.append(self._spot(state, node, room // NEW_BLOCK * NEW_BLOCK, need, None))
+            room = min(self.rooms.get(node, 0), budget.size, need)
+            if room >= block:
+                found.append(self._spot(state, node, room // block * block, need, None))
         return sorted(found, key=lambda spot: spot.cost)
 
     def _spot(
@@ -242,10 +247,15 @@ class _Deal:
         if device is not None:
             return step.resize(device, int(device.requested) + part, Tier.CXL)
         there = int(self.snapshot.capacity.cxl[spot.node])
-        size = max(part, min(there, budget.size - rest) // NEW_BLOCK * NEW_BLOCK)
+        block = new_block(step.state, self.snapshot)
+        size = max(part, min(there, budget.size - rest) // block * block)
+        page = new_page(step.state, self.snapshot)
         budget.devices -= 1
+        if grows_by_dimm(step.state):
+            budget.size -= part
+            return step.attach_dimm(spot.node, part, page)
         budget.size -= size
-        return step.attach_memory(spot.node, size, NEW_BLOCK, part)
+        return step.attach_memory(spot.node, size, block, part, page)
 
     def _tell(self, state: GuestState, spots: list[Spot], need: int) -> None:
         for spot in spots:
@@ -253,7 +263,7 @@ class _Deal:
             self.offers.append(Offer(state.uuid, (), spot.cost, self._why(spot, need), chosen))
 
     def _why(self, spot: Spot, need: int) -> str:
-        how = "a device is attached" if spot.device is None else f"resizes {spot.device.alias}"
+        how = f"resizes {spot.device.alias}" if spot.device else "a device is attached"
         free = Bytes(self.rooms[spot.node])
         text = f"CXL node {spot.node}: {free} free, {spot.cost[2]} from its CPUs; {how}"
         if spot.room < need:
@@ -319,4 +329,5 @@ class _Budget:
         room = state.memory_room
         able = not why_no_device(state, snapshot, ports=ports)
         pinned = wanted > 0 or has_functions(state, snapshot)
-        return cls(min(room.slots, ports) if able else 0, int(room.size), pinned)
+        most = room.slots if grows_by_dimm(state) else min(room.slots, ports)
+        return cls(most if able else 0, int(room.size), pinned)

@@ -71,11 +71,12 @@ def remoteness(snapshot: HostSnapshot, guest: GuestId, address: PciAddress) -> i
 def pullable_nodes(snapshot: HostSnapshot, state: GuestState, memory: int) -> frozenset[int]:
     """Nodes that a movable guest's memory of so many bytes may follow to; empty for any other.
 
-    None once it has a function: vfio-pci pins all its pages where they are.
+    None once it has a function: vfio-pci pins all its pages where they are. None on huge pages:
+    each of them needs one there, and the pools' sizes would change with every pull.
     """
     nodes = snapshot.topology.nodes
     home = frozenset((state.numa_nodes or state.config_numa_nodes) & frozenset(nodes))
-    if state.numa_mode is not NumaMode.RESTRICTIVE or state.devices:
+    if state.numa_mode is not NumaMode.RESTRICTIVE or state.devices or state.on_huge_pages:
         return frozenset()
     if not all(nodes[n].cpus for n in home):
         return frozenset()  # memory on a CPU-less node is there on purpose

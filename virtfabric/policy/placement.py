@@ -28,6 +28,7 @@ from virtfabric.policy.farmemory import FarMemory, choose_far_memory, mend_far_m
 from virtfabric.policy.functionrepairs import choose_repairs, held_after
 from virtfabric.policy.functions import choose_functions
 from virtfabric.policy.functionsteps import FunctionSteps
+from virtfabric.policy.hugepages import with_pages
 from virtfabric.policy.intent import (
     UNCAPPED,
     intended_pins,
@@ -48,7 +49,7 @@ if TYPE_CHECKING:
     from virtfabric.model.decision import Decision
     from virtfabric.model.ids import GuestId, RequestId
     from virtfabric.model.ledger import HostSnapshot
-    from virtfabric.model.memorysteps import AttachMemory
+    from virtfabric.model.memorysteps import AttachDimm, AttachMemory
     from virtfabric.model.plan import ResizeVirtioMem, SetBalloon
     from virtfabric.model.step import Step
     from virtfabric.policy.functions import Allotment
@@ -89,7 +90,7 @@ def plan_decision(
         if after is not None:
             draft.bring(guest, memory=before[MEMORY_KEY] != after[MEMORY_KEY])
     draft.disturb({*changed, decision.guest})
-    return draft.plan(decision.request)
+    return with_pages(snapshot, draft.plan(decision.request), amounts)
 
 
 def plan_convergence(
@@ -121,7 +122,7 @@ def plan_convergence(
         awake = state is not None and state.state is RunState.RUNNING
         draft.bring(guest, memory=awake, guest_answers=awake)
     draft.disturb(mended)
-    return draft.plan(request_id)
+    return with_pages(snapshot, draft.plan(request_id), amounts, mend=True)
 
 
 def plan_lift(snapshot: HostSnapshot, guest: GuestId, request_id: RequestId) -> Plan:
@@ -206,7 +207,7 @@ class _Draft:
         self._mark(step, intended.pins, intended.emulator, plugged=guest_answers)
 
     def _memory(self, step: Stepper, intended: Intended, *, due: bool) -> None:
-        changes: list[ResizeVirtioMem | SetBalloon | AttachMemory] = []
+        changes: list[ResizeVirtioMem | SetBalloon | AttachMemory | AttachDimm] = []
         if intended.memory and (due or memory_differs(intended, step.state)):
             near = part_of(step.state, MEMORY_KEY, intended.cxl_nodes)
             least = self.snapshot.recall.least_of(intended.guest)

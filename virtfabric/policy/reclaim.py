@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
-    from virtfabric.model.memorysteps import AttachMemory
+    from virtfabric.model.memorysteps import AttachDimm, AttachMemory
     from virtfabric.model.plan import ResizeVirtioMem, SetBalloon
     from virtfabric.model.reclaim import Claim, MemoryReport
     from virtfabric.policy.sources import Source
@@ -43,7 +43,7 @@ MARGIN: Final = 32 * MIB
 LEAST_WAIT_S: Final = 3.0
 """Shortest time for one device: QEMU tells of a size once a second at most."""
 
-_S = TypeVar("_S", bound="ResizeVirtioMem | SetBalloon | AttachMemory")
+_S = TypeVar("_S", bound="ResizeVirtioMem | SetBalloon | AttachMemory | AttachDimm")
 
 
 # -- victims ------------------------------------------------------------------------------------

@@ -11,17 +11,19 @@ Source: Documentation/admin-guide/mm/memory-hotplug.rst (ZONE_MOVABLE, what cann
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.model.amounts import Tier
 from virtfabric.model.guest import MemoryMechanism
-from virtfabric.model.units import Bytes, CpuSet
+from virtfabric.model.units import GIB, Bytes, CpuSet
 from virtfabric.policy.tiers import device_nodes, fixed_parts
 from virtfabric.policy.tierterms import has_functions
 
 if TYPE_CHECKING:
     from virtfabric.model.guest import FixedMemory, GuestState
     from virtfabric.model.ledger import HostSnapshot
+
+_POOLED: Final = "it is on huge pages ({}): what the guest gives is good for their pool only"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +85,9 @@ def held_memory(guest: GuestState, snapshot: HostSnapshot) -> tuple[HeldMemory, 
     found = [_fixed(guest, part, part.size, snapshot) for part in fixed_parts(guest)]
     for device in guest.virtio_mem:
         nodes, what = device_nodes(guest, device), f"virtio-mem {device.alias}".rstrip()
-        found.append(_held(guest, what, device.current, nodes, "", snapshot))
+        page = snapshot.topology.page_of(device.page)
+        why = _POOLED.format(page) if page else ""
+        found.append(_held(guest, what, device.current, nodes, why, snapshot, page))
     return tuple(part for part in found if part.size)
 
 
@@ -106,13 +110,16 @@ def _ballooned(guest: GuestState, snapshot: HostSnapshot) -> tuple[HeldMemory, .
         share = int(guest.memory_current) * int(part.size) // whole
         size = left if number == len(parts) else share
         left -= size
-        found.append(_held(guest, part.what, Bytes(size), part.host_nodes, why, snapshot))
+        page = snapshot.topology.page_of(part.page)
+        found.append(_held(guest, part.what, Bytes(size), part.host_nodes, why, snapshot, page))
     return tuple(part for part in found if part.size)
 
 
 def _why_no_balloon(guest: GuestState, snapshot: HostSnapshot) -> str:
     if has_functions(guest, snapshot):
         return "a PCIe function pins it, a balloon would free nothing"
+    if guest.on_huge_pages:
+        return "it is on huge pages, of which a balloon frees hardly any"
     if not snapshot.lend_ballooned:
         return "only its balloon could free it, and nothing enforces that (memory.lend_ballooned)"
     return ""
@@ -122,15 +129,32 @@ def _fixed(guest: GuestState, part: FixedMemory, size: Bytes, snapshot: HostSnap
     why = "the guest booted with it"
     if part.what.startswith("dimm"):
         why = "the guest may have pages on the DIMM that cannot move"
-    return _held(guest, part.what, size, part.host_nodes, why, snapshot)
+    page = snapshot.topology.page_of(part.page)
+    return _held(guest, part.what, size, part.host_nodes, why, snapshot, page)
 
 
 def _held(
-    guest: GuestState, what: str, size: Bytes, nodes: CpuSet, why: str, snapshot: HostSnapshot
+    guest: GuestState,
+    what: str,
+    size: Bytes,
+    nodes: CpuSet,
+    why: str,
+    snapshot: HostSnapshot,
+    page: Bytes,
 ) -> HeldMemory:
     cxl = snapshot.topology.cxl_nodes
     tier = Tier.CXL if nodes and nodes <= cxl else Tier.DRAM
-    return HeldMemory(what, size, tier, nodes, why, _why_not_offlinable(guest, nodes, snapshot))
+    stays = _why_not_offlinable(guest, nodes, snapshot) or _why_page_stays(page)
+    return HeldMemory(what, size, tier, nodes, why, stays)
+
+
+def _why_page_stays(page: Bytes) -> str:
+    """Source: mm/hugetlb.c and mm/memory_hotplug.c (Linux 6.1), do_migrate_range."""
+    if page >= GIB:
+        return f"it is on gigantic pages ({page}), which cannot move"
+    if page:
+        return f"it is on huge pages ({page}), which move only where another node has such pages"
+    return ""
 
 
 def _why_not_offlinable(guest: GuestState, nodes: CpuSet, snapshot: HostSnapshot) -> str:

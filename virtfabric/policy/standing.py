@@ -17,7 +17,7 @@ from virtfabric.model.units import MIB
 from virtfabric.policy.deviceterms import device_bounds
 from virtfabric.policy.stock import Stock, device_amounts
 from virtfabric.policy.tiers import Part, block_of, part_of, used_nodes
-from virtfabric.policy.tierterms import NEW_BLOCK, addable, may_have
+from virtfabric.policy.tierterms import NEW_BLOCK, addable, may_have, new_block
 
 if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
@@ -108,8 +108,8 @@ def line_of(guest: GuestState, key: Key, snapshot: HostSnapshot) -> Line:
         return Line(held, *device_bounds(guest, key, held, snapshot), 1, 1)
     part = part_of(guest, key, snapshot.topology.cxl_nodes)
     if key == CXL_KEY:
-        more = addable(guest, snapshot)
-        bounds = far_bounds(guest, part, besides=amounts[MEMORY_KEY], addable=more)
+        more, block = addable(guest, snapshot), new_block(guest, snapshot)
+        bounds = far_bounds(guest, part, besides=amounts[MEMORY_KEY], addable=more, new_block=block)
         return Line(held, *bounds, policy.memory.shares, part.boot)
     virtio, balloon = guest.mechanism is _VIRTIO_MEM, guest.mechanism is _BALLOON
     return Line(
@@ -163,7 +163,8 @@ def memory_bounds(
     elif guest.mechanism is _BALLOON:
         granule = BALLOON_STEP
         # vfio-pci pins all of it: an inflated balloon would free nothing
-        lends = lends and not guest.devices
+        # and of huge pages it frees hardly any
+        lends = lends and not guest.devices and not guest.on_huge_pages
         floor = min(max(int(policy.reservation), LEAST_BALLOONED), most) if lends else most
     else:
         floor, granule = max(most, part.current), BALLOON_STEP
@@ -171,7 +172,12 @@ def memory_bounds(
 
 
 def far_bounds(
-    guest: GuestState, part: Part, *, besides: int = 0, addable: int = 0
+    guest: GuestState,
+    part: Part,
+    *,
+    besides: int = 0,
+    addable: int = 0,
+    new_block: int = NEW_BLOCK,
 ) -> tuple[int, int, int]:
     """Floor, ceiling and granule of CXL memory: nothing of it is reserved.
 
@@ -180,12 +186,13 @@ def far_bounds(
         part: what it has of CXL memory.
         besides: what it holds of DRAM.
         addable: what devices could hold that it does not have yet.
+        new_block: by what these would change.
     """
     limit = (guest.policy or _NO_POLICY).memory.limit
     most = part.most + addable if may_have(guest, Tier.CXL) else part.most
     if limit is not None:
         most = min(most, limit - besides)
-    granule = block_of(part.devices, NEW_BLOCK)
+    granule = block_of(part.devices, new_block)
     return part.boot, part.boot + max(0, most - part.boot) // granule * granule, granule
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 from virtfabric.model.amounts import Tier
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.mark import NO_MARK
-from virtfabric.model.memorysteps import AttachMemory, DetachMemory
+from virtfabric.model.memorysteps import AttachDimm, AttachMemory, DetachMemory
 from virtfabric.model.plan import (
     MarkPins,
     PinEmulator,
@@ -152,22 +152,36 @@ class Stepper:
             before=int(device.requested), after=size, deadline_s=self.deadline_s, tier=tier.value,
         )  # fmt: skip
 
-    def attach_memory(self, node: int, size: int, block: int, after: int) -> AttachMemory:
+    def attach_memory(
+        self, node: int, size: int, block: int, after: int, page: int = 0
+    ) -> AttachMemory:
         """Plug a device on a CXL node; the guest has room for it (`tierterms.why_no_device`)."""
         cell = self.state.memory_room.cell
         assert cell is not None
         return AttachMemory(
             guest=self.state.uuid, name=self.state.name, alias=f"ua-virtfabric-cxl{node}",
             node=node, cell=cell, size=size, block=block, before=0, after=after,
-            deadline_s=self.deadline_s,
+            deadline_s=self.deadline_s, page=page,
         )  # fmt: skip
 
-    def detach_memory(self, device: VirtioMem, node: int) -> DetachMemory:
+    def attach_dimm(self, node: int, size: int, page: int) -> AttachDimm:
+        """Plug a DIMM on a CXL node, beside those that are there."""
+        cell = self.state.memory_room.cell
+        assert cell is not None
+        taken = {part.what for part in self.state.fixed_memory}
+        names = (f"ua-virtfabric-cxl{node}-dimm{n}" for n in range(len(taken) + 1))
+        return AttachDimm(
+            guest=self.state.uuid, name=self.state.name,
+            alias=next(name for name in names if f"dimm {name}" not in taken),
+            node=node, cell=cell, before=0, after=size, deadline_s=self.deadline_s, page=page,
+        )  # fmt: skip
+
+    def detach_memory(self, device: VirtioMem, node: int, page: int) -> DetachMemory:
         """Unplug a device that is empty by then; that it stays is no reason to undo the rest."""
         return DetachMemory(
             guest=self.state.uuid, name=self.state.name, alias=device.alias, node=node,
             cell=device.node, size=int(device.size), block=int(device.block),
-            deadline_s=self.deadline_s, optional=True,
+            deadline_s=self.deadline_s, optional=True, page=page,
         )  # fmt: skip
 
 

@@ -83,7 +83,7 @@ def fixed_parts(guest: GuestState) -> tuple[FixedMemory, ...]:
     home = guest.numa_nodes or guest.config_numa_nodes
     own = guest.numa_mode is not NumaMode.RESTRICTIVE
     return tuple(
-        part if own and part.host_nodes else FixedMemory(part.what, part.size, home)
+        part if own and part.host_nodes else FixedMemory(part.what, part.size, home, part.page)
         for part in parts
     )
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final
 from virtfabric.model.amounts import CXL_KEY, Tier
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.guest import MemoryMechanism, NumaMode
+from virtfabric.model.policy import Growth
 from virtfabric.model.units import MIB, CpuSet
 from virtfabric.policy.deviceterms import spare_ports
 from virtfabric.policy.stock import functions_of
@@ -22,6 +23,15 @@ if TYPE_CHECKING:
 
 NEW_BLOCK: Final = 2 * MIB
 """Bytes; the block size of a virtio-mem device that this agent makes."""
+
+
+DIMM_BLOCK: Final = 128 * MIB
+"""Bytes; Linux brings memory online by no less on x86-64 (SECTION_SIZE_BITS)."""
+
+
+def grows_by_dimm(guest: GuestState) -> bool:
+    """Whether its policy asks for DIMMs where a device has to be plugged."""
+    return guest.policy is not None and guest.policy.memory.growth is Growth.DIMM
 
 
 def may_have(guest: GuestState, tier: Tier) -> bool:
@@ -46,9 +56,22 @@ def open_nodes(guest: GuestState, snapshot: HostSnapshot, *, pinned: bool) -> Cp
 
 
 def new_nodes(guest: GuestState, nodes: CpuSet) -> CpuSet:
-    """Of these, the ones that the guest has no device on."""
+    """Of these, the ones that a device can come to; a virtio-mem device can grow, so one each."""
+    if grows_by_dimm(guest):
+        return nodes
     taken = {n for device in guest.virtio_mem for n in device_nodes(guest, device)}
     return CpuSet(nodes - taken)
+
+
+def new_page(guest: GuestState, snapshot: HostSnapshot) -> int:
+    """Bytes of the huge pages that back a device that comes; 0 for small ones."""
+    return int(snapshot.topology.page_of(guest.memory_room.page))
+
+
+def new_block(guest: GuestState, snapshot: HostSnapshot) -> int:
+    """By what a device that comes is sized: QEMU takes no block that is smaller than its pages."""
+    least = DIMM_BLOCK if grows_by_dimm(guest) else NEW_BLOCK
+    return max(least, new_page(guest, snapshot))
 
 
 def addable(guest: GuestState, snapshot: HostSnapshot) -> int:
@@ -57,11 +80,12 @@ def addable(guest: GuestState, snapshot: HostSnapshot) -> int:
         return 0
     nodes = open_nodes(guest, snapshot, pinned=has_functions(guest, snapshot))
     there = sum(int(snapshot.capacity.cxl[n]) for n in new_nodes(guest, nodes))
-    return min(there, int(guest.memory_room.size)) // NEW_BLOCK * NEW_BLOCK
+    block = new_block(guest, snapshot)
+    return min(there, int(guest.memory_room.size)) // block * block
 
 
 def why_no_device(guest: GuestState, snapshot: HostSnapshot, *, ports: int | None = None) -> str:
-    """Why no virtio-mem device can be attached to it now, with the remedy; empty if one can.
+    """Why no memory device can be attached to it now, with the remedy; empty if one can.
 
     Args:
         guest: a running one.
@@ -78,8 +102,10 @@ def why_no_device(guest: GuestState, snapshot: HostSnapshot, *, ports: int | Non
         return "it has no <numa> cell; give it one and <maxMemory>, and start it anew"
     if guest.mechanism is MemoryMechanism.BALLOON and guest.memory_current < guest.boot_memory:
         return "its balloon holds memory, and one mechanism is enough; deflate it first"
-    if room.slots <= 0 or room.size < NEW_BLOCK:
+    if room.slots <= 0 or room.size < new_block(guest, snapshot):
         return f"<maxMemory> leaves {room.slots} slots and {room.size}; raise it and start it anew"
+    if grows_by_dimm(guest):
+        return ""  # it is no PCIe device
     if (spare_ports(guest, snapshot) if ports is None else ports) <= 0:
         return (
             f"it has no free PCIe root port: virtfabric ports add {guest.name} --count 1 gives it "
@@ -169,7 +195,10 @@ def reachable(guest: GuestState, snapshot: HostSnapshot) -> int:
         total += max(0, min(room, int(device.size) - int(device.requested))) // block * block
     if why_no_device(guest, snapshot):
         return total
-    count = min(guest.memory_room.slots, spare_ports(guest, snapshot))
+    count = guest.memory_room.slots
+    if not grows_by_dimm(guest):
+        count = min(count, spare_ports(guest, snapshot))
     free = sorted((max(0, rooms.get(n, 0)) for n in new_nodes(guest, nodes)), reverse=True)
-    more = sum(room // NEW_BLOCK * NEW_BLOCK for room in free[:count])
-    return total + min(more, int(guest.memory_room.size) // NEW_BLOCK * NEW_BLOCK)
+    block = new_block(guest, snapshot)
+    more = sum(room // block * block for room in free[:count])
+    return total + min(more, int(guest.memory_room.size) // block * block)

@@ -23,7 +23,7 @@ from virtfabric.policy.standing import (
 )
 from virtfabric.policy.stock import Stock
 from virtfabric.policy.tiers import part_of
-from virtfabric.policy.tierterms import reachable
+from virtfabric.policy.tierterms import grows_by_dimm, reachable
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Container, Iterable, Mapping
@@ -237,6 +237,8 @@ def _withheld(guest: GuestState, *, lends: bool) -> Verdict | None:
     """Why its memory cannot be had; None when it can."""
     if guest.mechanism is not _VIRTIO_MEM and not (lends and guest.mechanism is _BALLOON):
         return Verdict.NO_MECHANISM
+    if guest.on_huge_pages:
+        return Verdict.NO_MECHANISM  # what it gives goes to their pool, and is no good to others
     # Only a guest that runs can let go of memory; a paused one still loses CPU by its quota.
     return None if guest.state is _RUNNING else _BUSY
 
@@ -280,6 +282,8 @@ class Market:
 
     def survey(self, key: Key) -> Survey:
         """Every other guest, looked at once."""
+        if key == CXL_KEY and grows_by_dimm(self.borrower):
+            return Survey(key, [], [])  # it could never give the loan back
         if key not in self._surveys:
             self._surveys[key] = survey(self.snapshot, self.counted, self.borrower, key, self.caps)
         return self._surveys[key]

@@ -12,6 +12,7 @@ import pytest
 from lxml import etree
 
 from virtfabric.adapters.cgroups import Cgroups
+from virtfabric.adapters.libvirt.dimm import DimmHandler
 from virtfabric.adapters.libvirt.handler import Surroundings
 from virtfabric.adapters.libvirt.memlock import LockedMemory
 from virtfabric.adapters.libvirt.memorydevice import DetachMemoryHandler, MemoryDeviceHandler
@@ -28,7 +29,7 @@ from virtfabric.model.errors import (
     VerificationError,
 )
 from virtfabric.model.ids import GuestId
-from virtfabric.model.memorysteps import AttachMemory, DetachMemory
+from virtfabric.model.memorysteps import AttachDimm, AttachMemory, DetachMemory
 from virtfabric.model.units import GIB, MIB
 
 if TYPE_CHECKING:
@@ -82,6 +83,7 @@ class Host:
         )  # fmt: skip
         self.handler = MemoryDeviceHandler(around)
         self.detaching = DetachMemoryHandler(around)
+        self.dimms = DimmHandler(around)
 
     def write_maps(self) -> None:
         lines = ["7f00 default heap anon=8 N0=8 kernelpagesize_kB=4"]
@@ -281,3 +283,49 @@ def test_bound(tmp_path):
     assert not is_bound(tmp_path, 1, 2)
     with pytest.raises(GuestGoneError):
         is_bound(tmp_path, 2, 3)
+
+
+# -- DIMMs ------------------------------------------------------------------------------------
+
+DIMM = AttachDimm(
+    guest=GUEST, name="db", alias="ua-virtfabric-cxl2-dimm0", node=2, cell=0, before=0,
+    after=256 * MIB, deadline_s=0.3,
+)  # fmt: skip
+
+
+def test_dimm_there_and_back(host):
+    with pytest.raises(VerificationError, match="256MiB expected, 0B in the live XML"):
+        host.dimms.verify(DIMM)
+    host.dimms.apply(DIMM, Context())
+    host.dimms.verify(DIMM)
+    host.dimms.apply(DIMM, Context())  # once more attaches nothing
+    assert host.calls == ["attach at port None with None KiB, flags 1"]
+    assert host.dimms.undo(DIMM) == 0
+    assert host.dimms.undo(DIMM) == 0
+    assert host.calls[1:] == ["detach ua-virtfabric-cxl2-dimm0, flags 1"]
+    host.dimms.verify(DIMM.inverse())
+
+
+def test_dimm_that_the_guest_keeps_is_a_residue(host, monkeypatch):
+    monkeypatch.setattr("virtfabric.adapters.libvirt.dimm._UNDO_WAIT_S", 0.1)
+    host.dimms.apply(DIMM, Context())
+    host.obeys = False
+    assert host.dimms.undo(DIMM) == 256 * MIB
+    with pytest.raises(ShortfallError, match="it has pages on it that cannot move") as caught:
+        host.dimms.apply(DIMM.inverse(), Context())
+    assert caught.value.reached == 256 * MIB
+
+
+@pytest.mark.parametrize("policy", ["bind:0", "default"])
+def test_dimm_that_qemu_did_not_bind_to_the_node(host, policy):
+    host.binds = policy
+    host.dimms.apply(DIMM, Context())
+    with pytest.raises(VerificationError, match="has no memory bound to node 2"):
+        host.dimms.verify(DIMM)
+
+
+def test_dimm_of_a_guest_that_stopped(host):
+    host.running = False
+    with pytest.raises(GuestGoneError):
+        host.dimms.apply(DIMM, Context())
+    assert host.dimms.undo(DIMM) == 0

@@ -67,6 +67,27 @@ def test_nodes(smt_host: Path) -> None:
     assert nodes[2].huge_pages == ()
 
 
+def test_promised_pages_may_be_of_any_node(smt_host: Path) -> None:
+    """The kernel tells of reservations for the host as a whole only."""
+    write(
+        smt_host,
+        {
+            "kernel/mm/hugepages/hugepages-2048kB/resv_hugepages": "5\n",
+            "devices/system/node/node0/hugepages/hugepages-2048kB/surplus_hugepages": "2\n",
+        },
+    )
+    pages = Sysfs(smt_host).read_topology(HOST).nodes[0].huge_pages[0]
+    assert (pages.free, pages.reserved, pages.available) == (3, 3, 0)
+    assert (pages.total, pages.surplus, pages.persistent) == (8, 2, 6)
+
+
+def test_the_hosts_default_huge_page(tmp_path: Path, smt_host: Path) -> None:
+    proc = tmp_path / "proc"
+    assert Sysfs(smt_host, proc).read_topology(HOST).huge_page == 2 << 20
+    write(proc, {"meminfo": "MemTotal: 1 kB\nHugepagesize:  1048576 kB\n"})
+    assert Sysfs(smt_host, proc).read_topology(HOST).huge_page == 1 << 30
+
+
 def test_pcpus(smt_host: Path) -> None:
     topology = Sysfs(smt_host).read_topology(HOST)
     assert topology.host_id == HOST

@@ -49,7 +49,7 @@ def inside(served, capsys):
             ["memory"],
             [
                 "0x150000000",
-                "8 x 2MiB, 3 free",
+                "8 x 2MiB, 3 free (1 promised), 4 made for db",
                 "by hand",
                 "problem: memdev 0x100",
                 "quarantine: memdev 0x100 is poisoned: 64B at 0x0; to do: when it is sane",

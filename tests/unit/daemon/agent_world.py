@@ -138,10 +138,11 @@ class LeapingClock(SystemClock):
 
 _PREPARE_XML = """<domain type="kvm" id="1">
   <name>{name}</name><uuid>{uuid}</uuid><metadata>{policy}</metadata>
-  <memory unit="b">{boot}</memory><vcpu current="{vcpus}">{vcpus_max}</vcpu>
+  <memory unit="b">{boot}</memory>{backing}<vcpu current="{vcpus}">{vcpus_max}</vcpu>
   <cpu><numa><cell id="0" cpus="0" memory="{boot}" unit="b"/></numa></cpu>
   <devices>{devices}<memballoon model="{balloon}"/></devices>
 </domain>"""
+_BACKING_XML = '<memoryBacking><hugepages><page size="{}" unit="b"/></hugepages></memoryBacking>'
 _PORT_XML = '<controller type="pci" index="{}" model="pcie-root-port"/>'
 _DEVICE_XML = """<memory model="virtio-mem"><source>{source}</source><target><node>{node}</node>
   <size unit="b">{size}</size><block unit="b">{block}</block>
@@ -154,6 +155,7 @@ def format_prepare(spec: GuestSpec) -> str:
         name=spec.name, uuid=spec.uuid, policy=format_policy(spec.policy) if spec.policy else "",
         boot=int(spec.boot_memory), vcpus=spec.vcpus, vcpus_max=spec.vcpus_max,
         balloon="virtio" if spec.balloon else "none",
+        backing=_BACKING_XML.format(int(spec.page)) if spec.page else "",
         devices="".join(_PORT_XML.format(n + 1) for n in range(spec.ports)) + "".join(
             _DEVICE_XML.format(
                 node=d.node, size=int(d.size), block=int(d.block), initial=int(d.initial),
@@ -289,6 +291,7 @@ class AgentWorld:
         world = World(
             host=host, guests=host, devices=self._process.wrap(self.host.devices, GONE),
             memory=self._process.wrap(self.host.memory, GONE),
+            pages=self._process.wrap(self.host.pages, GONE),
             vfs=self._process.wrap(self.host.devices, GONE), policies=host,
             events=self.host.events,
             definitions=self.host.definitions,

@@ -58,7 +58,7 @@ def observatory(tree: SlowTree) -> Observatory:
     world = aw.AgentWorld()
     return Observatory(
         world.host, tree, Ledger(Books()), world.topology, world.capacity, (),
-        clock=SystemClock(), lend_ballooned=False,
+        world.host.pages, clock=SystemClock(), lend_ballooned=False,
     )  # fmt: skip
 
 

@@ -98,7 +98,7 @@ POLICY = {
     },
     "memory": {
         "reservation": GIB // 2, "limit": None, "shares": 100, "tiers": ["dram"],
-        "escalate": "press",
+        "escalate": "press", "growth": "virtio-mem",
     },
     "devices": [],
 }  # fmt: skip
@@ -159,7 +159,9 @@ MEMORY = {
         {
             "node": 1, "tier": "cxl", "cpus": "", "total": 268435456, "free": 268435456,
             "offlinable": True, "why_not_offlinable": "", "distances": {"0": 20, "1": 10},
-            "huge_pages": [{"size": 2097152, "total": 8, "free": 3}], "bandwidth": 0,
+            "huge_pages": [
+                {"size": 2097152, "total": 8, "free": 3, "reserved": 1, "made": {"db": 4}}
+            ], "bandwidth": 0,
             "latency": 0, "region": "region0",
         }
     ],

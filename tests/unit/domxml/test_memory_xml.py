@@ -95,3 +95,72 @@ def test_field_that_makes_no_sense_is_named(wrong, field):
     with pytest.raises(InvalidValueError) as caught:
         parse_domain(text.replace(*wrong), None)
     assert caught.value.field == field
+
+
+HUGE = """<memoryBacking><hugepages>
+  <page size='1' unit='GiB' nodeset='0'/><page size='2048' unit='KiB'/>
+  <page size='4' unit='KiB' nodeset='3'/></hugepages></memoryBacking>"""
+HUGES = "<memoryBacking><hugepages><page {}/></hugepages></memoryBacking>"
+
+
+def parse_huge(backing, *, cells=CELLS, devices=DIMM + VIRTIO_MEM):
+    text = FRAME.format(limit=LIMIT, cells=cells, devices=devices)
+    return parse_domain(text.replace("<cpu>", f"{backing}<cpu>"), None)
+
+
+def pages(state):
+    parts = (*state.fixed_memory, *state.virtio_mem)
+    return [None if part.page is None else part.page // MIB for part in parts]
+
+
+def test_pages_by_cell_and_those_of_a_device_by_its_cell():
+    # two cells, a DIMM of cell 0, a virtio-mem device of cell 1
+    state = parse_huge(HUGE)
+    assert pages(state) == [1024, 2, 1024, 2]
+    assert state.memory_room.page == 2 * MIB
+    assert state.on_huge_pages
+
+
+def test_a_device_may_name_its_own():
+    own = VIRTIO_MEM.replace("<source>", "<source><pagesize unit='KiB'>4</pagesize>")
+    assert pages(parse_huge(HUGE, devices=own))[-1] == 0
+    own = VIRTIO_MEM.replace("<source>", "<source><pagesize unit='MiB'>2</pagesize>")
+    state = parse(devices=own)
+    assert pages(state) == [0, 0, 2]
+    assert state.on_huge_pages
+
+
+def test_no_size_is_the_hosts_default():
+    state = parse_huge("<memoryBacking><hugepages/></memoryBacking>")
+    assert pages(state) == [None] * 4
+    assert state.on_huge_pages
+
+
+def test_cells_that_no_entry_names_have_small_pages():
+    one = HUGES.format("size='2' unit='M' nodeset='1'")
+    assert pages(parse_huge(one)) == [0, 2, 0, 2]
+
+
+@pytest.mark.parametrize("size", ["4", "0"])
+def test_pages_of_the_kernels_own_size_are_none(size):
+    state = parse_huge(HUGES.format(f"size='{size}' unit='KiB'"))
+    assert pages(state) == [0] * 4
+    assert not state.on_huge_pages
+
+
+def test_without_cells_all_of_it_is_one_part():
+    state = parse_huge("<memoryBacking><hugepages/></memoryBacking>", cells="", devices="")
+    assert state.fixed_memory == (FixedMemory("boot memory", Bytes(1408 * MIB), page=None),)
+
+
+@pytest.mark.parametrize(
+    ("entry", "field"),
+    [
+        ("<page size='big' unit='KiB'/>", "memoryBacking.hugepages.page.size"),
+        ("<page size='2' unit='M' nodeset='x'/>", "memoryBacking.hugepages.page.nodeset"),
+    ],
+)
+def test_garbage_names_its_field(entry, field):
+    with pytest.raises(InvalidValueError) as caught:
+        parse_huge(f"<memoryBacking><hugepages>{entry}</hugepages></memoryBacking>")
+    assert caught.value.field == field

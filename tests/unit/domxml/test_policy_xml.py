@@ -18,6 +18,8 @@ from virtfabric.model.policy import (
     CpuPolicy,
     DevicePolicy,
     DriftAction,
+    Escalation,
+    Growth,
     GuestPolicy,
     MemoryPolicy,
     Placement,
@@ -44,7 +46,7 @@ GOLDEN = """\
 <virtfabric:policy xmlns:virtfabric="urn:virtfabric:policy:1" version="1" priority="80" \
 admission="strict" drift="repair">
   <cpu reservation="1" limit="4" shares="100" placement="dedicated" smt="require"/>
-  <memory reservation="512MiB" limit="4GiB" shares="100" tiers="dram,cxl" escalate="press"/>
+  <memory reservation="512MiB" limit="4GiB" shares="100" tiers="dram,cxl"/>
   <device capability="net.vf" count="2" reclaimable="yes"/>
 </virtfabric:policy>"""
 
@@ -107,15 +109,26 @@ cpus = st.integers(min_value=0, max_value=8_192_000)
     priority=st.integers(0, 100),
     shares=st.integers(1, 10_000),
     limited=st.booleans(),
+    escalate=st.sampled_from(Escalation),
+    growth=st.sampled_from(Growth),
 )
 def test_round_trip(
-    cpu: list[int], memory: list[int], priority: int, shares: int, limited: bool
+    cpu: list[int],
+    memory: list[int],
+    priority: int,
+    shares: int,
+    limited: bool,
+    escalate: Escalation,
+    growth: Growth,
 ) -> None:
     policy = GuestPolicy(
         priority=priority,
         cpu=CpuPolicy(MilliCpu(cpu[0]), MilliCpu(cpu[1]) if limited else None, shares),
-        memory=MemoryPolicy(Bytes(memory[0]), Bytes(memory[1]) if limited else None, shares),
-    )
+        memory=MemoryPolicy(
+            Bytes(memory[0]), Bytes(memory[1]) if limited else None, shares,
+            escalate=escalate, growth=growth,
+        ),
+    )  # fmt: skip
     assert parse_policy(format_policy(policy)) == policy
 
 
@@ -141,6 +154,7 @@ def test_round_trip(
         ("4GiB", "4MiB", "memory.limit", "4MiB"),
         ("dram,cxl", "dram,tape", "memory.tiers", "dram,tape"),
         ('tiers="dram,cxl"', 'escalate="kill"', "memory.escalate", "kill"),
+        ('tiers="dram,cxl"', 'growth="wild"', "memory.growth", "wild"),
         ("net.vf", "Net", "device.capability", "Net"),
         ('count="2"', 'count="0"', "device.count", "0"),
         ('reclaimable="yes"', 'reclaimable="perhaps"', "device.reclaimable", "perhaps"),

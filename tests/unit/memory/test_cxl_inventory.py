@@ -25,6 +25,7 @@ from virtfabric.model.cxl import (
     PortKind,
     Serial,
 )
+from virtfabric.model.hugepages import HugePools
 from virtfabric.model.units import GIB, MIB
 from virtfabric.policy.regions import check_region
 
@@ -216,7 +217,7 @@ def test_a_memdev_that_was_pulled_out_of_its_region(busy: Machine) -> None:
     assert any("region2" in text for text in found.problems) or (
         found.regions[2].members == (Serial(0x100), Serial(0x101))
     )
-    memory_view(HostMemory({}, found))
+    memory_view(HostMemory({}, found), HugePools(), str)
 
 
 def test_a_window_that_tells_garbage_takes_no_region(idle: Machine) -> None:
@@ -259,7 +260,7 @@ def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Machine:
 )
 def test_no_garbage_stops_the_inventory(laid_out: Machine, wrong: dict[str, str | None]) -> None:
     found = read_inventory(Garbled(laid_out.sys, wrong))
-    assert json.dumps(memory_view(HostMemory({}, found)))
+    assert json.dumps(memory_view(HostMemory({}, found), HugePools(), str))
     for serial, memdev in found.usable.items():
         assert memdev.problems == ()
         assert [m.serial for m in found.memdevs].count(serial) == 1

@@ -20,6 +20,7 @@ from virtfabric.daemon.memoryviews import memory_view, with_conditions
 from virtfabric.daemon.notices import Notices
 from virtfabric.model.cxl import Condition, HostMemory, PoisonRecord, Serial
 from virtfabric.model.errors import CxlError
+from virtfabric.model.hugepages import HugePools
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -34,7 +35,7 @@ POISON = Condition("ok", (PoisonRecord(0, 64, "Internal"),))
 def shown(machine: Machine, conditions: Mapping[str, Condition] | None = None) -> dict[str, Any]:
     memory = machine.memory().read_memory()
     known = with_conditions(memory.cxl, conditions or {})
-    return json.loads(json.dumps(memory_view(HostMemory(memory.nodes, known))))  # type: ignore[no-any-return]
+    return json.loads(json.dumps(memory_view(HostMemory(memory.nodes, known), HugePools(), str)))  # type: ignore[no-any-return]
 
 
 # -- the document -------------------------------------------------------------------------------
@@ -173,13 +174,16 @@ class Watched:
 
     def __init__(self, machine: Machine) -> None:
         self.clock = clock = SimulatedClock()
-        self.memory: SimulatedMemory = small_host(clock).memory
+        host = small_host(clock)
+        self.memory: SimulatedMemory = host.memory
         self.memory.cxl = machine.read()
         self.notices = Notices(clock)
         self.judged: list[Mapping[Serial, Condition]] = []
         self.told: list[tuple[str, Mapping[str, Any]]] = []
         self.notices.subscribe(lambda notice: self.told.append((notice.kind, notice.body)))
-        self.desk = MemoryDesk(self.memory, self.notices, clock, self.judged.append)
+        self.desk = MemoryDesk(
+            self.memory, host.pages, self.notices, clock, judge=self.judged.append, name_of=str
+        )
         self.asked = threading.Event()
         self.ask = self.memory.read_conditions
 

@@ -15,9 +15,9 @@ from host_data import (
 
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.errors import Reason, Refusal
-from virtfabric.model.guest import NumaMode
+from virtfabric.model.guest import FixedMemory, NumaMode
 from virtfabric.model.policy import Smt
-from virtfabric.model.units import MIB, CpuSet
+from virtfabric.model.units import MIB, Bytes, CpuSet
 from virtfabric.policy.layout import Layout, choose_layout
 
 A, B, C = guest_id(1), guest_id(2), guest_id(3)
@@ -170,11 +170,15 @@ def test_memory_on_a_node_without_pcpus_does_not_confuse():
     assert found.nodes[A] == CpuSet((1,)), "it is there on purpose"
 
 
-@pytest.mark.parametrize(("config", "expected"), [("", 1), ("0-1", 1), ("0", 0)])
-def test_a_movable_guest_is_pulled_whole_within_the_operators_nodes(config, expected):
+@pytest.mark.parametrize(
+    ("config", "page", "expected"), [("", 0, 1), ("0-1", 0, 1), ("0", 0, 0), ("", 2 * MIB, 0)]
+)
+def test_a_movable_guest_is_pulled_whole_within_the_operators_nodes(config, page, expected):
+    """One on huge pages is not: each of them would need one on the other node."""
     movable = make_guest(
         1, dedicated=True, numa_mode=NumaMode.RESTRICTIVE, numa_nodes=CpuSet((0,)),
         config_numa_nodes=CpuSet.parse(config),
+        fixed_memory=(FixedMemory("cell 0", Bytes(MIB), page=Bytes(page)),),
     )  # fmt: skip
     full = make_guest(2, dedicated=True, vcpus_max=32)
     node0 = tuple(c for c in load_host("two-sockets").nodes[0].cpus if c not in (3, 19))

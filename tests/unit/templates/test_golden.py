@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -16,16 +17,18 @@ from virtfabric.domxml.hostdev import (
     format_vf_interface,
     format_vf_network,
 )
-from virtfabric.domxml.memory import format_memory_device
+from virtfabric.domxml.memory import format_dimm, format_memory_device
 from virtfabric.domxml.policy import format_policy, parse_policy
 from virtfabric.model.device import PciAddress, VfSettings
 from virtfabric.model.ids import GuestId
-from virtfabric.model.memorysteps import AttachMemory
+from virtfabric.model.memorysteps import AttachDimm, AttachMemory
 from virtfabric.model.policy import (
     Admission,
     CpuPolicy,
     DevicePolicy,
     DriftAction,
+    Escalation,
+    Growth,
     GuestPolicy,
     MemoryPolicy,
     Placement,
@@ -60,6 +63,9 @@ MEMORY = AttachMemory(
     guest=GuestId("00000000-0000-4000-8000-000000000001"), alias="ua-virtfabric-cxl2", node=2,
     cell=1, size=4 * GIB, block=2 * MIB, before=0, after=GIB,
 )  # fmt: skip
+DIMM = AttachDimm(
+    guest=MEMORY.guest, alias="ua-virtfabric-cxl2-dimm0", node=2, cell=1, before=0, after=GIB
+)
 MDEV = "00000000-0000-4000-8000-00000000aaaa"
 VFS = (PciAddress("0000:01:10.0"), PciAddress("10000:01:10.2"))
 
@@ -119,6 +125,15 @@ CASES = {
     "policy.xml": lambda: format_policy(POLICY),
     "policy-default.xml": lambda: format_policy(GuestPolicy()),
     "memory.xml": lambda: format_memory_device(MEMORY, None),
+    "memory-huge-pages.xml": lambda: format_memory_device(
+        replace(MEMORY, block=GIB, page=GIB), None
+    ),
+    "memory-dimm.xml": lambda: format_dimm(DIMM),
+    "memory-dimm-huge-pages.xml": lambda: format_dimm(replace(DIMM, page=2 * MIB)),
+    "policy-no-escalation.xml": lambda: format_policy(
+        GuestPolicy(memory=MemoryPolicy(escalate=Escalation.NO, growth=Growth.DIMM))
+    ),
+    "policy-dimm.xml": lambda: format_policy(GuestPolicy(memory=MemoryPolicy(growth=Growth.DIMM))),
     "memory-behind-a-port.xml": lambda: format_memory_device(MEMORY, 5),
     "hostdev-pci.xml": lambda: format_function(PciAddress("0000:01:10.2")),
     "hostdev-pci-behind-a-port.xml": lambda: format_function(PciAddress("0000:02:00.0"), 4),

@@ -16,6 +16,7 @@ from virtfabric import __version__
 from virtfabric.adapters.cxl.daxdevices import MEMORY
 from virtfabric.adapters.cxl.inventory import read_inventory
 from virtfabric.adapters.cxl.nodes import read_access, read_tiers, read_zones
+from virtfabric.adapters.hugepages.pools import GLOBAL
 from virtfabric.adapters.pci.record import TREE, record_tree
 
 if TYPE_CHECKING:
@@ -54,8 +55,9 @@ def _read(sys: SysTree, proc: SysTree) -> Reading:
         for name in ("cpulist", "distance", "meminfo"):
             sys.text(f"{home}/{name}")
         for size in sys.names(f"{home}/hugepages", re.compile(r"hugepages-\d+kB")):
-            for count in ("nr_hugepages", "free_hugepages"):
+            for count in ("nr_hugepages", "free_hugepages", "surplus_hugepages"):
                 sys.text(f"{home}/hugepages/{size}/{count}")
+            sys.text(f"{GLOBAL}/{size}/resv_hugepages")
         read_access(sys, int(node.removeprefix("node")))
     return read_inventory(sys), read_tiers(sys), read_zones(proc)
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from virtfabric.adapters.cgroups import Cgroups
 from virtfabric.adapters.cxl.handlers import cxl_handlers
+from virtfabric.adapters.hugepages.handler import huge_page_handlers
 from virtfabric.adapters.libvirt.connection import LibvirtConnection
 from virtfabric.adapters.libvirt.definitions import LibvirtDefinitions
 from virtfabric.adapters.libvirt.events import LibvirtEvents
@@ -103,7 +104,12 @@ def open_libvirt(
         policy=LibvirtPolicyWriter(connection),
         definitions=LibvirtDefinitions(connection),
         handlers=HandlerRegistry(
-            (*libvirt_handlers(around), *pci_handlers(sys, proc), *cxl_handlers(sys, proc))
+            (
+                *libvirt_handlers(around),
+                *pci_handlers(sys, proc),
+                *cxl_handlers(sys, proc),
+                *huge_page_handlers(sys, proc),
+            )
         ),
         stats=LibvirtStats(connection),
         vfs=VfPools(functions, CurrentUses(sys, proc)),

@@ -11,6 +11,7 @@ from virtfabric.adapters.libvirt.cpu import (
     SharesHandler,
     VcpuCountHandler,
 )
+from virtfabric.adapters.libvirt.dimm import DimmHandler
 from virtfabric.adapters.libvirt.hostdev import FunctionHandler
 from virtfabric.adapters.libvirt.mark import MarkHandler
 from virtfabric.adapters.libvirt.memory import BalloonHandler, NodesetHandler, VirtioMemHandler
@@ -29,4 +30,5 @@ def libvirt_handlers(host: Surroundings) -> tuple[StepHandler, ...]:
         PinVcpuHandler(host), PinEmulatorHandler(host), QuotaHandler(host), SharesHandler(host),
         NodesetHandler(host), MarkHandler(host), PolicyHandler(host),
         FunctionHandler(host), MemoryDeviceHandler(host), DetachMemoryHandler(host),
+        DimmHandler(host),
     )  # fmt: skip

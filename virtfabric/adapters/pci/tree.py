@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 _MOST: Final = 1 << 16
+_MISSING: Final = (OSError, ValueError)
+"""ValueError: a path with a NUL, made of what a garbled file said."""
 
 
 class SysTree:
@@ -37,7 +39,7 @@ class SysTree:
         """`size` bytes of a file from `offset` on, fewer where it ends; None as for `data`."""
         try:
             descriptor = os.open(self._above + path, os.O_RDONLY)
-        except OSError:
+        except _MISSING:
             return None
         try:
             return os.pread(descriptor, size, offset)
@@ -50,7 +52,7 @@ class SysTree:
         """A file's text without the blanks around it; None where it cannot be read."""
         try:
             descriptor = os.open(self._above + path, os.O_RDONLY)
-        except OSError:
+        except _MISSING:
             return None
         content = b""
         try:
@@ -70,7 +72,7 @@ class SysTree:
         """
         try:
             target = os.readlink(self._above + path)  # noqa: PTH115
-        except OSError:
+        except _MISSING:
             return None
         return posixpath.normpath(posixpath.join(posixpath.dirname(path), target))
 
@@ -87,5 +89,5 @@ class SysTree:
         try:
             with os.scandir(self._above + path) as entries:
                 return {e.name: e.inode() for e in entries if pattern.fullmatch(e.name)}
-        except OSError:
+        except _MISSING:
             return {}

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Final
 from virtfabric.domxml.policy import format_bare_policy, parse_bare_policy
 from virtfabric.model.device import GuestDevice
 from virtfabric.model.guest import (
+    SMALL_PAGES,
+    FixedMemory,
     GuestState,
     MemoryMechanism,
     MemoryRoom,
@@ -20,6 +22,7 @@ from virtfabric.model.guest import (
     SchedulerState,
     VirtioMem,
 )
+from virtfabric.model.hugepages import PoolKey
 from virtfabric.model.mark import NO_MARK, PinMark
 from virtfabric.model.units import MIB, Bytes, CpuSet
 
@@ -70,6 +73,7 @@ class GuestSpec:
         functions: PCI functions that its definition names by hand.
         ports: PCIe ports for devices that come while it runs.
         memory_room: slots and bytes for memory devices that come while it runs.
+        page: bytes of the huge pages that back all of its memory; 0 for small ones.
     """
 
     uuid: GuestId
@@ -90,6 +94,7 @@ class GuestSpec:
     locked_memory: bool = False
     persistent: bool = True
     running: bool = True
+    page: Bytes = SMALL_PAGES
 
     @property
     def mechanism(self) -> MemoryMechanism:
@@ -109,6 +114,7 @@ class Hardware:
         functions: PCI functions that came while it runs, with their aliases.
         came: memory devices that came while it runs.
         gone: aliases of those that it is defined with and let go while it runs.
+        dimms: DIMMs that came while it runs.
     """
 
     vcpus: int
@@ -124,6 +130,7 @@ class Hardware:
     functions: dict[PciAddress, str] = field(default_factory=dict)
     came: tuple[MemoryDevice, ...] = ()
     gone: frozenset[str] = frozenset()
+    dimms: tuple[FixedMemory, ...] = ()
 
     def copy(self) -> Hardware:
         """An independent copy."""
@@ -137,7 +144,8 @@ class Hardware:
     @property
     def memory(self) -> int:
         """Bytes in all."""
-        return self.boot_memory + sum(self.devices.values())
+        dimms = sum(dimm.size for dimm in self.dimms)
+        return self.boot_memory + dimms + sum(self.devices.values())
 
 
 class SimulatedGuest:
@@ -205,9 +213,10 @@ class SimulatedGuest:
     @property
     def memory_room(self) -> MemoryRoom:
         """For memory devices that can still come."""
-        room, came, gone = self.spec.memory_room, self.real.came, self.real.gone
-        left = [d for d in self.spec.devices if d.alias in gone]
-        size = Bytes(room.size - sum(d.size for d in came) + sum(d.size for d in left))
+        room = self.spec.memory_room
+        came = [d.size for d in self.real.came] + [d.size for d in self.real.dimms]
+        left = [d.size for d in self.spec.devices if d.alias in self.real.gone]
+        size = Bytes(room.size - sum(came) + sum(left))
         return replace(room, slots=room.slots - len(came) + len(left), size=size)
 
     def _devices(self) -> tuple[GuestDevice, ...]:
@@ -215,19 +224,42 @@ class SimulatedGuest:
         return (*self.spec.functions, *came)
 
     def nodes_used(self, first_node: int) -> dict[int, int]:
-        """Bytes taken on each node."""
-        if self.state is RunState.SHUTOFF:
+        """Bytes taken on each node; what is on huge pages is in the pools'."""
+        if self.state is RunState.SHUTOFF or self.spec.page:
             return {}
-        home = min(self.real.nodes, default=first_node)
-        used = {home: self.real.boot_memory}
-        for device in self.memory_devices:
-            used[device.home] = used.get(device.home, 0) + self.real.devices[device.alias]
+        return self._nodes_of(self.real, first_node)
+
+    def pages_used(self, first_node: int) -> dict[PoolKey, int]:
+        """Huge pages taken of each pool."""
+        if self.state is RunState.SHUTOFF or not self.spec.page:
+            return {}
+        return self._pages_of(self._nodes_of(self.real, first_node))
+
+    def pages_wanted(self, first_node: int) -> dict[PoolKey, int]:
+        """Huge pages that its start takes."""
+        if not self.spec.page:
+            return {}
+        return self._pages_of(self._nodes_of(self._fresh(), first_node))
+
+    def _pages_of(self, used: dict[int, int]) -> dict[PoolKey, int]:
+        page = int(self.spec.page)
+        return {PoolKey(node, page): -(-size // page) for node, size in used.items() if size}
+
+    def _nodes_of(self, hardware: Hardware, first_node: int) -> dict[int, int]:
+        home = min(hardware.nodes, default=first_node)
+        used = {home: hardware.boot_memory}
+        for device in (*self.spec.devices, *hardware.came):
+            used[device.home] = used.get(device.home, 0) + hardware.devices.get(device.alias, 0)
+        for dimm in hardware.dimms:
+            home = min(dimm.host_nodes)
+            used[home] = used.get(home, 0) + int(dimm.size)
         return used
 
     def read(self) -> GuestState:
         """As libvirt describes it. `scheduler.shares` are policy shares (100 is the default)."""
         spec, said, real = self.spec, self.said, self.real
         active = self.state is not RunState.SHUTOFF
+        plugged = sum(dimm.size for dimm in real.dimms)
         return GuestState(
             uuid=spec.uuid,
             name=spec.name,
@@ -241,15 +273,17 @@ class SimulatedGuest:
             else {},
             emulator_affinity=said.emulator if active else CpuSet(),
             scheduler=SchedulerState(said.shares, PERIOD_US, said.quota_us),
-            boot_memory=spec.boot_memory,
+            boot_memory=Bytes(spec.boot_memory + plugged),
             memory_current=Bytes(real.memory),
-            memory_max=Bytes(spec.boot_memory + sum(d.size for d in self.memory_devices)),
+            memory_max=Bytes(
+                spec.boot_memory + plugged + sum(d.size for d in self.memory_devices)
+            ),
             mechanism=MemoryMechanism.VIRTIO_MEM if said.came else spec.mechanism,
             virtio_mem=tuple(
                 VirtioMem(
                     d.alias, d.node, d.size, d.block,
                     Bytes(said.devices.get(d.alias, 0)), Bytes(real.devices[d.alias]),
-                    d.host_nodes,
+                    d.host_nodes, spec.page,
                 )
                 for d in self.memory_devices
             ),
@@ -269,7 +303,13 @@ class SimulatedGuest:
             free_ports=self.free_ports,
             locked_memory=spec.locked_memory,
             halted=self.halted,
-            memory_room=self.memory_room,
+            fixed_memory=(
+                FixedMemory("cell 0", spec.boot_memory, page=spec.page),
+                *said.dimms,
+            )
+            if spec.page or said.dimms
+            else (),
+            memory_room=replace(self.memory_room, page=spec.page),
         )  # fmt: skip
 
     def _fresh(self) -> Hardware:

@@ -20,6 +20,7 @@ from virtfabric.adapters.simulated.events import SimulatedEvents
 from virtfabric.adapters.simulated.faults import Faults
 from virtfabric.adapters.simulated.guest import GuestSpec, Hardware, SimulatedGuest, write_policy
 from virtfabric.adapters.simulated.handlers import SimulatedHandler, simulated_handlers
+from virtfabric.adapters.simulated.hugepages import SimulatedPages, page_handlers
 from virtfabric.adapters.simulated.memory import SimulatedMemory
 from virtfabric.adapters.simulated.memoryhandlers import memory_handlers
 from virtfabric.model.errors import (
@@ -104,6 +105,7 @@ class SimulatedHost:
         events, stats, load, handlers: `ports.EventSource`, `GuestStats`, `HostLoad`, `Handlers`.
         devices: `ports.DeviceTree`.
         memory: `ports.MemoryTree`.
+        pages: `ports.PageTree`.
         definitions: `ports.DefinitionEditor`.
         faults: what goes wrong.
         clock: what deadlines are measured by.
@@ -118,6 +120,7 @@ class SimulatedHost:
         self.lock = threading.RLock()
         self.devices = SimulatedDevices(self.lock, functions)
         self.memory = SimulatedMemory(self.lock, self.read_topology)
+        self.pages = SimulatedPages(self)
         self.clock: Clock = clock or SimulatedClock()
         self.faults = Faults()
         self.events = SimulatedEvents()
@@ -129,6 +132,7 @@ class SimulatedHost:
                 *device_handlers(self),
                 *cxl_handlers(self),
                 *memory_handlers(self),
+                *page_handlers(self),
             )
         )
         self.definitions = SimulatedDefinitions(self)
@@ -145,6 +149,11 @@ class SimulatedHost:
         """Every online pCPU."""
         return self._topology.cpus
 
+    @property
+    def node_numbers(self) -> frozenset[int]:
+        """Every node."""
+        return frozenset(self._topology.nodes | self.memory.nodes())
+
     def read_topology(self) -> HostTopology:
         """The topology, with the memory that is free now."""
         with self.lock:
@@ -157,7 +166,10 @@ class SimulatedHost:
                     used[node] = used.get(node, 0) + amount
             nodes = {
                 number: replace(
-                    node, memory_free=Bytes(max(0, node.memory_free - used.get(number, 0)))
+                    node,
+                    memory_free=Bytes(
+                        max(0, node.memory_free - used.get(number, 0) - self.pages.taken(number))
+                    ),
                 )
                 for number, node in sorted(there.items())
             }
@@ -223,6 +235,7 @@ class SimulatedHost:
             found = self.defined(guest)
             if found.state is not RunState.SHUTOFF:
                 raise HypervisorError(f"{found.spec.name}: domain is already running")
+            self.pages.check_start(found)
             self._adopt_functions(found)
             self._pid += _PIDS_APART
             found.start(self._pid)

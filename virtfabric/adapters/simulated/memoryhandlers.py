@@ -8,7 +8,8 @@ from virtfabric.adapters.simulated.guest import MemoryDevice
 from virtfabric.adapters.simulated.handlers import SimulatedHandler, memory_difference
 from virtfabric.model.devicesteps import Presence
 from virtfabric.model.errors import HypervisorError, ShortfallError
-from virtfabric.model.memorysteps import AttachMemory, DetachMemory
+from virtfabric.model.guest import FixedMemory
+from virtfabric.model.memorysteps import AttachDimm, AttachMemory, DetachMemory
 from virtfabric.model.units import Bytes, CpuSet
 from virtfabric.ports import EventKind
 
@@ -135,6 +136,53 @@ def _unplug(guest: SimulatedGuest, alias: str) -> None:
             hardware.gone |= {alias}
 
 
+class _AttachDimm(SimulatedHandler[AttachDimm]):
+    step_type = AttachDimm
+    event = EventKind.MEMORY
+
+    def bring(self, guest: SimulatedGuest, step: AttachDimm, *, lost: bool) -> None:
+        self.host.check_nodes(CpuSet((step.node,)))
+        room = guest.memory_room
+        if step.after and not _dimm(guest, step) and (room.slots < 1 or room.size < step.size):
+            raise HypervisorError(f"{guest.spec.name}: memory device exceeds slots or space")
+        if not lost:
+            self._put(guest, step, step.after)
+            if not step.after and _dimm(guest, step):
+                raise ShortfallError(f"{step.describe()}: the guest keeps it", reached=step.before)
+
+    def differs(self, guest: SimulatedGuest, step: AttachDimm) -> str:
+        found = _dimm(guest, step)
+        size, nodes = (int(found.size), found.host_nodes) if found else (0, CpuSet())
+        if size != step.after:
+            return f"{Bytes(size)} found"
+        return "" if not found or nodes == CpuSet((step.node,)) else f"is on node {nodes}"
+
+    def give_back(self, guest: SimulatedGuest, step: AttachDimm) -> int:
+        self._put(guest, step, step.before)
+        found = _dimm(guest, step)
+        return max(0, (int(found.size) if found else 0) - step.before)
+
+    def _put(self, guest: SimulatedGuest, step: AttachDimm, size: int) -> None:
+        """A guest that has a budget of what it gives lets go of none that is larger."""
+        found = _dimm(guest, step)
+        if size and not found:
+            dimm = FixedMemory(
+                f"dimm {step.alias}", Bytes(size), CpuSet((step.node,)), Bytes(step.page)
+            )
+            for hardware in (guest.said, guest.real):
+                hardware.dimms = (*hardware.dimms, dimm)
+        elif found and not size:
+            whole = int(found.size)
+            if self.host.moved(step.guest, whole, 0, whole):
+                return
+            for hardware in (guest.said, guest.real):
+                hardware.dimms = tuple(d for d in hardware.dimms if d.what != found.what)
+
+
+def _dimm(guest: SimulatedGuest, step: AttachDimm) -> FixedMemory | None:
+    return next((d for d in guest.real.dimms if d.what == f"dimm {step.alias}"), None)
+
+
 def memory_handlers(host: SimulatedHost) -> tuple[StepHandler, ...]:
     """One handler for each step type of `memorysteps`."""
-    return (_AttachMemory(host), _DetachMemory(host))
+    return (_AttachMemory(host), _DetachMemory(host), _AttachDimm(host))
