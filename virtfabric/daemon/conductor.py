@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from virtfabric.model.ids import GuestId, RequestId
     from virtfabric.model.ledger import HostSnapshot
     from virtfabric.model.plan import Plan
+    from virtfabric.model.step import Step
     from virtfabric.ports import AuditLog, Clock, Handlers, Journal
 
 
@@ -124,11 +125,20 @@ class Conductor:
         without: TransactionId | None = None,
         caps: Caps | None = None,
         stuck: Mapping[tuple[GuestId, str], int] | None = None,
+        done: tuple[Step, ...] = (),
     ) -> tuple[HostSnapshot, Decision | None, Plan] | Refusal:
-        """Decide and place on the present snapshot; nothing is reserved (`--dry-run`)."""
+        """Decide and place on the present snapshot; nothing is reserved (`--dry-run`).
+
+        Args:
+            work: what is to be done.
+            without: the transaction that is decided anew.
+            caps: as `Shortfalls.caps`.
+            stuck: as `Shortfalls.stuck`.
+            done: as `HostSnapshot.done`.
+        """
         snapshot = self._observatory.snapshot(without)
         recall = replace(work.recall, stuck={**work.recall.stuck, **(stuck or {})})
-        snapshot = replace(snapshot, recall=recall)
+        snapshot = replace(snapshot, recall=recall, done=done)
         if work.incoming is not None:
             guests = {**snapshot.guests, work.incoming.uuid: work.incoming}
             snapshot = replace(snapshot, guests=guests)
@@ -296,7 +306,7 @@ class Conductor:
             self._audit.append(
                 "plan.topped-up", subjects_of(work, txn, decision), {"why": short.detail}
             )
-            decision, plan = self._replan(work, txn, shortfalls, short)
+            decision, plan = self._replan(work, txn, shortfalls, short, execution)
             self._audit.append(
                 "plan.replanned", subjects_of(work, txn, decision),
                 {
@@ -309,12 +319,20 @@ class Conductor:
         return decision, plan
 
     def _replan(
-        self, work: Undertaking, txn: TransactionId, shortfalls: Shortfalls, short: Shortfall
+        self,
+        work: Undertaking,
+        txn: TransactionId,
+        shortfalls: Shortfalls,
+        short: Shortfall,
+        execution: Execution,
     ) -> tuple[Decision | None, Plan]:
         """Decide again with what the guest did give; the same transaction goes on."""
         for _ in range(8):
-            self._observatory.refresh([short.step.guest])
-            answer = self.consider(work, without=txn, caps=shortfalls.caps, stuck=shortfalls.stuck)
+            self._observatory.refresh(execution.touched - work.absent)
+            answer = self.consider(
+                work, without=txn, caps=shortfalls.caps, stuck=shortfalls.stuck,
+                done=shortfalls.came_about(execution.applied),
+            )  # fmt: skip
             if isinstance(answer, Refusal):
                 raise RefusedError(_uncooperative(short)._replace(considered=answer.considered))
             snapshot, decision, plan = answer

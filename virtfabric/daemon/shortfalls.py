@@ -85,6 +85,16 @@ class Shortfalls:
             self.stopped[guest, key] = max(before, asked[key]), short.detail
         self.caps[guest] = old.with_value(key, most)
 
+    def came_about(self, applied: Sequence[Step]) -> tuple[Step, ...]:
+        """Of these, with where those ended that stopped short."""
+        reached = {id(step): size for step, size in self._short}
+        return tuple(
+            replace(one, after=reached[id(one)])
+            if id(one) in reached and isinstance(one, ResizeVirtioMem | SetBalloon)
+            else one
+            for one in applied
+        )
+
     def _memory_given(self, step: Step, applied: Sequence[Step]) -> int:
         """What came home by all of its devices, those that stopped short included."""
         tier = getattr(step, "tier", Tier.DRAM)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.memoryquarantine import MemoryQuarantine
+    from virtfabric.model.step import Step
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +188,7 @@ class HostSnapshot:
         devices: the host's PCIe functions and pools.
         working: functions that a running plan touches (`Plan.addresses`); not chosen by another.
         recall: how memory that leaves guests is to leave them.
+        done: steps of the transaction that is decided anew which came about, as far as they did.
         pools: huge pages of now; None where nobody looked, as no guest needs any.
     """
 
@@ -201,4 +203,5 @@ class HostSnapshot:
     devices: DeviceInventory = field(default_factory=DeviceInventory)
     working: frozenset[PciAddress] = frozenset()
     recall: Recall = field(default_factory=Recall)
+    done: tuple[Step, ...] = ()
     pools: HugePools | None = None

@@ -32,6 +32,7 @@ from virtfabric.policy.standing import (
 )
 from virtfabric.policy.starting import starting_amounts
 from virtfabric.policy.stock import Stock, device_amounts
+from virtfabric.policy.tiers import node_rooms
 from virtfabric.policy.victims import Market
 
 if TYPE_CHECKING:
@@ -222,7 +223,15 @@ def _homecoming(snapshot: HostSnapshot, borrower: GuestId, given: Amounts) -> Ho
         return Homecoming(snapshot, Amounts())
     functions = device_amounts(given)
     passable = Stock(snapshot).passable(borrower, functions) if functions else {}
-    return Homecoming(snapshot, free(snapshot).positive(), passable)
+    return Homecoming(snapshot, free(snapshot).positive(), passable, _room_elsewhere(snapshot))
+
+
+def _room_elsewhere(snapshot: HostSnapshot) -> int | None:
+    """Bytes that CXL nodes have room for which are not called home; None where none is called."""
+    called = snapshot.recall.nodes
+    if not called:
+        return None
+    return sum(max(0, room) for node, room in node_rooms(snapshot).items() if node not in called)
 
 
 def _holdings(

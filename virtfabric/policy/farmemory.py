@@ -92,13 +92,14 @@ def choose_far_memory(
 
     Returns:
         `NO_PLACEMENT` where the tier has enough, but not on nodes that the first guest can use.
-        What comes home to others is placed as far as it goes; the rest is drift, mended later.
+        What comes home to others is placed as far as it goes, and what the first one lacks already
+        is no reason to keep it from giving; the rest is drift, mended later.
     """
     deal = _Deal(snapshot, amounts, deadline_s)
     order = list(guests)
     lacking = deal.carry_out(order)
     before = held_of(snapshot, order[0])[CXL_KEY]
-    if order[0] in lacking and amounts[order[0]][CXL_KEY] != before:
+    if order[0] in lacking and amounts[order[0]][CXL_KEY] > before:
         return lacking[order[0]]
     return deal.finish()
 

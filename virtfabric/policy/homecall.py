@@ -13,8 +13,9 @@ from virtfabric.model.amounts import CXL_KEY
 from virtfabric.model.guest import RunState
 from virtfabric.model.units import Bytes
 from virtfabric.policy.reclaim import plan_reclaim, victim_of
+from virtfabric.policy.returnability import why_it_stays
 from virtfabric.policy.standing import held_of, line_of
-from virtfabric.policy.tiers import device_nodes, fixed_parts, part_of
+from virtfabric.policy.tiers import bytes_on, device_nodes, fixed_parts, part_of
 from virtfabric.policy.victims import pressure_of
 
 if TYPE_CHECKING:
@@ -41,17 +42,6 @@ class Homecall(NamedTuple):
     plan: ReclaimPlan
     empty: tuple[tuple[GuestId, str], ...]
     others: tuple[str, ...]
-
-
-def bytes_on(guest: GuestState, node: int) -> tuple[int, int]:
-    """Of a guest's memory that is bound to a node: what it boots with, what its devices hold."""
-    fixed = sum(int(part.size) for part in fixed_parts(guest) if node in part.host_nodes)
-    moving = sum(
-        max(int(device.requested), int(device.current))
-        for device in guest.virtio_mem
-        if node in device_nodes(guest, device)
-    )
-    return fixed, moving
 
 
 def size_on(snapshot: HostSnapshot, node: int) -> int:
@@ -91,14 +81,13 @@ def plan_homecall(
     assert node is not None
     victims, empty, others = [], [], []
     for guest in _in_order(snapshot):
-        fixed, moving = bytes_on(guest, node)
+        _, moving = bytes_on(guest, node)
         idle = [
             (guest.uuid, device.alias)
             for device in guest.virtio_mem
             if node in device_nodes(guest, device) and not (device.requested or device.current)
         ]
-        if fixed:
-            others.append(f"{guest.name}: {Bytes(fixed)} stay: it booted with them")
+        others += _staying(guest, node)
         if not moving and not idle:
             continue
         if why := _why_not(guest):
@@ -122,6 +111,15 @@ def _in_order(snapshot: HostSnapshot) -> list[GuestState]:
         return priority, pressure_of(line.held - line.floor, line.shares), guest.uuid
 
     return sorted((g for g in snapshot.guests.values() if g.active), key=turn)
+
+
+def _staying(guest: GuestState, node: int) -> list[str]:
+    """What of its memory of the node cannot be asked for, as it is no virtio-mem."""
+    return [
+        f"{guest.name}: {part.size} stay ({part.what}): {why_it_stays(part)}"
+        for part in fixed_parts(guest)
+        if node in part.host_nodes
+    ]
 
 
 def _why_not(guest: GuestState) -> str:

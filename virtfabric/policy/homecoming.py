@@ -9,13 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-from virtfabric.model.amounts import Amounts
+from virtfabric.model.amounts import CXL_KEY, Amounts
 from virtfabric.model.capability import capability_of
 from virtfabric.model.decision import Return
 from virtfabric.policy.deviceterms import check_taker, spare_ports
 from virtfabric.policy.loans import total_of
 from virtfabric.policy.standing import line_of
 from virtfabric.policy.stock import device_amounts
+from virtfabric.policy.tierterms import reachable
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -36,6 +37,8 @@ class Homecoming:
         spare: what of free capacity may top up a return (a victim of whole CPUs gave more than
             the borrower got; the rest became free then and is needed again now).
         passable: how many of the functions given up can go to another guest, by capability.
+        elsewhere: bytes of CXL memory that other nodes have room for than those that are called
+            home; None where none is.
         arrived: by victim.
         returns: in the order they are paid.
     """
@@ -43,6 +46,7 @@ class Homecoming:
     snapshot: HostSnapshot
     spare: Amounts
     passable: dict[Key, int] = field(default_factory=dict)
+    elsewhere: int | None = None
     arrived: dict[GuestId, Amounts] = field(default_factory=dict)
     returns: list[Return] = field(default_factory=list)
 
@@ -66,6 +70,8 @@ class Homecoming:
                 budget[key] -= amount
                 if key in self.passable:
                     self.passable[key] -= amount
+                if key == CXL_KEY and self.elsewhere is not None:
+                    self.elsewhere -= amount
         unused = Amounts({key: min(added[key], max(0, budget[key])) for key in budget})
         self.spare = self.spare - (added - unused)
 
@@ -85,6 +91,9 @@ class Homecoming:
             line = line_of(victim, key, self.snapshot)
             room = line.ceiling - line.held - arrived[key]
             most = max(0, min(owed, budget.get(key, 0), room))
+            if key == CXL_KEY and self.elsewhere is not None:
+                room = reachable(victim, self.snapshot) - arrived[key]
+                most = max(0, min(most, self.elsewhere, room))
             if capability_of(key) is not None:
                 most = min(most, self._passing(victim, key, arrived, paid))
             paid[key] = most // line.granule * line.granule

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from virtfabric.model.plan import Plan
     from virtfabric.model.step import Step
 
+_Sizing = ResizeVirtioMem | AttachMemory | AttachDimm
 _MOVES_MEMORY = (ResizeVirtioMem, SetBalloon, AttachMemory, AttachDimm)
 
 
@@ -67,7 +68,8 @@ def with_pages(
     refusal = deal.start(after)
     if refusal is not None:
         return refusal
-    for guest in sorted(plan.guests & snapshot.guests.keys()):
+    touched = plan.guests | {step.guest for step in snapshot.done}
+    for guest in sorted(touched & snapshot.guests.keys()):
         refusal = deal.follow(snapshot.guests[guest], plan.steps)
         if refusal is not None:
             if not mend:
@@ -112,21 +114,23 @@ def strays(snapshot: HostSnapshot) -> tuple[MakeHugePages, ...]:
 
 
 def _changes_of(guest: GuestState, steps: Sequence[Step], snapshot: HostSnapshot) -> Iterator[Need]:
-    """What the steps of a plan change of a running guest's huge pages."""
+    """What steps change of a running guest's huge pages, device by device."""
     devices = {device.alias: device for device in guest.virtio_mem}
+    first: dict[str, _Sizing] = {}
+    last: dict[str, _Sizing] = {}
     for step in steps:
-        if step.guest != guest.uuid or not isinstance(
-            step, ResizeVirtioMem | AttachMemory | AttachDimm
-        ):
-            continue
-        device = devices.get(step.alias)
+        if step.guest == guest.uuid and isinstance(step, _Sizing):
+            first.setdefault(step.alias, step)
+            last[step.alias] = step
+    for alias, step in first.items():
+        device = devices.get(alias)
         if device is not None:
             page, nodes = int(snapshot.topology.page_of(device.page)), device_nodes(guest, device)
         elif isinstance(step, AttachMemory | AttachDimm):
             page, nodes = step.page, CpuSet((step.node,))
         else:
             continue
-        if page and (count := -(-step.after // page) - -(-step.before // page)):
+        if page and (count := -(-last[alias].after // page) - -(-step.before // page)):
             yield Need(nodes, page, count)
 
 
@@ -151,16 +155,25 @@ class _Deal:
     free: dict[PoolKey, int] = field(init=False)
     takes: dict[tuple[GuestId, PoolKey], _Take] = field(default_factory=dict)
     gifts: dict[tuple[GuestId, PoolKey], _Take] = field(default_factory=dict)
+    had: dict[tuple[GuestId, PoolKey], int] = field(default_factory=dict)
     names: dict[GuestId, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.free = unclaimed(self.snapshot, self.pools)
 
     def follow(self, guest: GuestState, steps: Sequence[Step]) -> Refusal | None:
-        """What a plan changes of a running guest; what it gives counts even if it cannot grow."""
-        needs = list(_changes_of(guest, steps, self.snapshot))
-        self.give(guest.uuid, guest.name, [need for need in needs if need.pages < 0])
-        return self.take(guest, [need for need in needs if need.pages > 0])
+        """What a plan changes of a running guest; what it gives counts even if it cannot grow.
+
+        Of a transaction that is decided anew nothing went back yet, and what was made is there.
+        """
+        done = [step for step in self.snapshot.done if step.guest == guest.uuid]
+        given = _changes_of(guest, [*done, *steps], self.snapshot)
+        self.give(guest.uuid, guest.name, [need for need in given if need.pages < 0])
+        for made in (step for step in done if isinstance(step, MakeHugePages)):
+            self.names[guest.uuid] = guest.name
+            self.had[guest.uuid, made.pool] = self.had.get((guest.uuid, made.pool), 0) + made.free
+        taken = _changes_of(guest, steps, self.snapshot)
+        return self.take(guest, [need for need in taken if need.pages > 0])
 
     # -- more -----------------------------------------------------------------------------------
 
@@ -195,7 +208,8 @@ class _Deal:
             )
             return Refusal(Reason.NO_HUGE_PAGES, detail)
         anywhere = self.snapshot.topology.nodes.keys() - self.snapshot.topology.cxl_nodes
-        nodes = [n for n in sorted(need.nodes or anywhere) if n in there]
+        sound = (need.nodes or anywhere) - self.snapshot.capacity.withheld.keys()
+        nodes = [n for n in sorted(sound) if n in there]
         left = need.pages
         for node in sorted(nodes, key=lambda n: (-self.free[PoolKey(n, need.page)], n)):
             key = PoolKey(node, need.page)
@@ -252,6 +266,8 @@ class _Deal:
             )
             if not self._can_be_made(node, need.page):
                 lines[-1] += ", all movable: the kernel makes no such pages there"
+        withheld = self.snapshot.capacity.withheld
+        lines += [f"node {n}: {withheld[n]}" for n in need.nodes if n in withheld]
         where = "; ".join(lines) or f"node {need.nodes}: it has no such pool"
         detail = (
             f"{guest.name}: needs {need.pages} huge pages of {page}, {need.pages - left} are to be "
@@ -313,11 +329,14 @@ class _Deal:
 
     @property
     def _pairs(self) -> set[tuple[GuestId, PoolKey]]:
-        return {*self.takes, *self.gifts}
+        return {*self.takes, *self.gifts, *self.had}
 
     def _afterwards(self, guest: GuestId) -> tuple[HeldPages, ...]:
         counts = {held.key: held.count for held in _pages_of(self.snapshot, guest)}
         made = self.pools.made_for(guest)
+        for (whose, key), count in self.had.items():
+            if whose == guest:
+                counts[key] = counts.get(key, 0) + count
         for (whose, key), take in self.takes.items():
             if whose == guest:
                 counts[key] = counts.get(key, 0) + take.count

@@ -9,16 +9,17 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from virtfabric.model.amounts import CXL_KEY, Tier
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.memoryquarantine import MemoryFault, MemoryQuarantine
 from virtfabric.model.units import Bytes
 from virtfabric.policy.regionplans import users_of_node
+from virtfabric.policy.tiers import bytes_on
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Iterator, Mapping, Sequence
 
     from virtfabric.model.cxl import Condition, CxlInventory, HostMemory, Region, Serial
+    from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
 
@@ -277,19 +278,22 @@ def _users(snapshot: HostSnapshot, nodes: Iterable[int]) -> str:
 
 
 def _take_away(snapshot: HostSnapshot, nodes: Iterable[int]) -> str:
-    """Grants of CXL memory of the guests that are hit; whoever has none shuts down."""
-    hit = {name for node in nodes for name in users_of_node(snapshot, node)}
-    guests = {uuid: g.name for uuid, g in snapshot.guests.items() if g.name in hit}
-    grants = {
-        grant.id: guests[grant.guest]
-        for grant in snapshot.books.grants.values()
-        if grant.guest in guests and grant.amounts[CXL_KEY] > 0
-    }
-    ways = [f"virtfabric release {one} ({name})" for one, name in sorted(grants.items())]
-    rest = sorted(hit - set(grants.values()))
-    if rest:
-        ways.append(f"shut down {', '.join(rest)}, or give it less {Tier.CXL.upper()} memory")
+    """Called home from whoever can give it; all others shut down."""
+    ways, stuck = [], set()
+    for node in nodes:
+        able = {g.name for g in snapshot.guests.values() if g.active and _gives(g, node)}
+        if able:
+            ways.append(f"virtfabric memory reclaim {node} --detach")
+        stuck |= users_of_node(snapshot, node).keys() - able
+        stuck |= {g.name for g in snapshot.guests.values() if g.active and bytes_on(g, node)[0]}
+    if stuck:
+        ways.append(f"shut down {', '.join(sorted(stuck))}")
     return "take the memory away from them: " + ", ".join(ways)
+
+
+def _gives(guest: GuestState, node: int) -> bool:
+    """Whether it has memory of the node that it can be asked for."""
+    return guest.managed and bytes_on(guest, node)[1] > 0
 
 
 def describe_broken_dram(number: int, pages: int, snapshot: HostSnapshot) -> str:

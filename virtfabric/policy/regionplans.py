@@ -14,11 +14,10 @@ from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.plan import Plan
 from virtfabric.model.units import Bytes
 from virtfabric.policy.regions import check_region, order_members
-from virtfabric.policy.tiers import device_nodes, fixed_parts, node_key
+from virtfabric.policy.tiers import bytes_on, node_key
 
 if TYPE_CHECKING:
     from virtfabric.model.cxl import CxlInventory, HostMemory, Region, Serial, Window
-    from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import RequestId
     from virtfabric.model.ledger import HostSnapshot
 
@@ -142,15 +141,6 @@ def users_of_node(snapshot: HostSnapshot, node: int) -> dict[str, int]:
     What is bound to several nodes counts in full: nobody says which part is where.
     """
     found = {
-        guest.name: _bytes_on(guest, node) for guest in snapshot.guests.values() if guest.active
+        guest.name: sum(bytes_on(guest, node)) for guest in snapshot.guests.values() if guest.active
     }
     return {name: size for name, size in found.items() if size}
-
-
-def _bytes_on(guest: GuestState, node: int) -> int:
-    fixed = sum(int(part.size) for part in fixed_parts(guest) if node in part.host_nodes)
-    return fixed + sum(
-        max(int(device.requested), int(device.current))
-        for device in guest.virtio_mem
-        if node in device_nodes(guest, device)
-    )

@@ -125,12 +125,16 @@ def _why_no_balloon(guest: GuestState, snapshot: HostSnapshot) -> str:
     return ""
 
 
-def _fixed(guest: GuestState, part: FixedMemory, size: Bytes, snapshot: HostSnapshot) -> HeldMemory:
-    why = "the guest booted with it"
+def why_it_stays(part: FixedMemory) -> str:
+    """Why nobody can make a guest give it."""
     if part.what.startswith("dimm"):
-        why = "the guest may have pages on the DIMM that cannot move"
+        return "the guest may have pages on the DIMM that cannot move"
+    return "the guest booted with it"
+
+
+def _fixed(guest: GuestState, part: FixedMemory, size: Bytes, snapshot: HostSnapshot) -> HeldMemory:
     page = snapshot.topology.page_of(part.page)
-    return _held(guest, part.what, size, part.host_nodes, why, snapshot, page)
+    return _held(guest, part.what, size, part.host_nodes, why_it_stays(part), snapshot, page)
 
 
 def _held(

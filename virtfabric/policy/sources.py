@@ -69,7 +69,7 @@ def sources_of(
 
     A device that was asked and did not go below a size keeps that (`Recall.stuck`). A balloon is
     the last resort: of a guest that has no virtio-mem, where `memory.lend_ballooned` is set, and
-    not under PCIe functions, which pin all of its pages.
+    not under PCIe functions, which pin all of its pages, nor on huge pages, of which it frees few.
     """
     part = part_of(state, key, snapshot.topology.cxl_nodes)
     if part.devices and state.mechanism is MemoryMechanism.VIRTIO_MEM:
@@ -80,7 +80,7 @@ def sources_of(
         )
         least = snapshot.recall.least_of(state.uuid)
         return tuple(_source(state, device, least.get(device.alias, 0)) for device in devices)
-    lends = snapshot.lend_ballooned and not state.devices
+    lends = snapshot.lend_ballooned and not state.devices and not state.on_huge_pages
     if key == MEMORY_KEY and lends and state.mechanism is MemoryMechanism.BALLOON:
         has = int(state.memory_current)
         least_balloon = snapshot.recall.least_of(state.uuid).get("", 0)

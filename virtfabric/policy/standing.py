@@ -315,9 +315,10 @@ def _stuck(snapshot: HostSnapshot) -> int:
     """CXL memory that guests have on nodes of which nothing more is granted (quarantine).
 
     It counts as long as they have it: it is in use as well, and must take nothing from what other
-    nodes can give.
+    nodes can give. What is called home is nobody's any more: no loan goes home of it.
     """
-    stuck = snapshot.topology.cxl_nodes & snapshot.capacity.withheld.keys()
+    kept = snapshot.capacity.withheld.keys() - snapshot.recall.nodes
+    stuck = snapshot.topology.cxl_nodes & kept
     if not stuck:
         return 0
     active = [guest for guest in snapshot.guests.values() if guest.active]

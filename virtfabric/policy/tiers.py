@@ -95,6 +95,17 @@ def device_nodes(guest: GuestState, device: VirtioMem) -> CpuSet:
     return guest.numa_nodes or guest.config_numa_nodes
 
 
+def bytes_on(guest: GuestState, node: int) -> tuple[int, int]:
+    """Of a guest's memory that is bound to a node: cells and DIMMs, what its devices hold."""
+    fixed = sum(int(part.size) for part in fixed_parts(guest) if node in part.host_nodes)
+    moving = sum(
+        max(int(device.requested), int(device.current))
+        for device in guest.virtio_mem
+        if node in device_nodes(guest, device)
+    )
+    return fixed, moving
+
+
 def used_nodes(guest: GuestState) -> dict[int, int]:
     """Bytes of a guest by the node that they are bound to, the first one where it is several.
 

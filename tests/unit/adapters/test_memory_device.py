@@ -228,6 +228,13 @@ def test_empty_device_leaves_and_comes_back_empty(host):
     assert host.calls[1:] == ATTACHED[:1]
 
 
+def test_empty_device_on_huge_pages_comes_back_on_huge_pages(host):
+    assert host.detaching.undo(replace(DETACH, page=2 * MIB)) == 0
+    assert [e.get("unit") + e.text for e in etree.fromstring(host.device).iter("pagesize")] == [
+        "KiB2048"
+    ]
+
+
 def test_empty_device_that_the_guest_does_not_let_go_is_asked_for_once(host):
     apply(host, replace(STEP, after=2 * MIB))
     host.updateDeviceFlags(host.device.replace(">2048</requested>", ">0</requested>"), 1)

@@ -20,6 +20,7 @@ from virtfabric.adapters.sqlite.journal import SqliteJournal
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.device import HeldFunction, PciAddress, Quarantine
 from virtfabric.model.errors import JournalCorruptError, JournalError
+from virtfabric.model.hugepages import HeldPages
 from virtfabric.model.ids import GrantId, GuestId, RequestId, TransactionId
 from virtfabric.model.ledger import Books, Grant, Holding
 from virtfabric.model.memoryquarantine import MemoryFault, MemoryQuarantine
@@ -39,7 +40,7 @@ STEPS = [
 ]
 BOOKS = Books(
     3,
-    {GUEST: Holding(GUEST, Amounts.of(cpu=2000))},
+    {GUEST: Holding(GUEST, Amounts.of(cpu=2000), pages=(HeldPages(0, 2 << 20, 30, 12),))},
     {GrantId("g"): Grant(GrantId("g"), GUEST, Amounts.of(cpu=1000), RequestId("r"), 1.0)},
     quarantine={VF: Quarantine(VF, "reset failed", "power cycle", 1.0)},
     memory_quarantine={
@@ -179,7 +180,7 @@ def test_older_schema_is_upgraded(tmp_path):
     [cut_off], books = content(path)
     assert (cut_off.id, cut_off.steps[0].step) == (TXN, STEPS[1])
     assert books.quarantine == {}
-    assert books.holdings[GUEST].functions == ()
+    assert (books.holdings[GUEST].functions, books.holdings[GUEST].pages) == ((), ())
     assert (len(books.grants), len(books.loans), len(books.residues)) == (1, 1, 1)
     held = (HeldFunction("net.vf", VF),)
     books = replace(

@@ -78,16 +78,15 @@ def held(world, name):
 
 
 def test_poison_is_told_with_region_serial_guests_and_the_way_out(world):
-    (grant,) = world.agent.grants(aw.ROOT)
     poison(world)
     text = alert(world, "0x100 is poisoned")
     assert text == (
         "memdev 0x100 is poisoned: 64B at 0x0 (injected); it is part of the CXL region of 0x100 in "
         "window 0x1000000000, node 1; guests with memory there: db 512MiB; done: nothing more of "
         "node 1 is granted, no region is made of 0x100; they were not moved; to do: take the "
-        f"memory away from them: virtfabric release {grant['id']} (db), then virtfabric memory "
-        "region destroy region0, then mend or replace the memdev, then when it is sane: "
-        "virtfabric memory release 0x100"
+        "memory away from them: virtfabric memory reclaim 1 --detach, then virtfabric memory "
+        "region destroy region0, then mend or replace the memdev, then when it is sane: virtfabric "
+        "memory release 0x100"
     )
     assert quarantined(world)["0x100"]["nodes"] == [1]
     lines = "\n".join(world.agent.explain(aw.ROOT, aw.uuid_of(90))["lines"])
@@ -187,7 +186,7 @@ def test_a_memdev_that_is_pulled_while_in_use(world):
     world.settle()
     text = alert(world, "0x100 was taken out while it was in use")
     assert "node 1; guests with memory there: db 512MiB" in text
-    assert "virtfabric release" in text
+    assert "virtfabric memory reclaim 1 --detach" in text
     assert "reboot the host" in text
     # it shows as a node like any other now, and must not pass for DRAM
     memory = {m["node"]: m for m in world.agent.host(aw.ROOT)["memory"]}

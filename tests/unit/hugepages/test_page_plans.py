@@ -252,3 +252,55 @@ def test_mending_goes_as_far_as_it_can():
 def test_without_a_look_nothing_is_done():
     db = guest((10, [0]))
     assert with_pages(snapshot(None, db), plan(), {DB: HELD}) == plan()
+
+
+def withheld(view, node):
+    return replace(view, capacity=view.capacity.without({node: "in quarantine: it is poisoned"}))
+
+
+def test_pages_of_a_withheld_node_are_neither_promised_nor_made():
+    state = guest((30, [0, 1]))
+    view = withheld(snapshot(pools(far=100), state), 1)
+    assert made(with_pages(view, plan(), {DB: HELD})) == {NEAR: (0, 30, 30)}
+    anywhere = guest((30, []))
+    view = withheld(snapshot(pools(near=10, far=100), anywhere), 1)
+    assert made(with_pages(view, plan(), {DB: HELD})) == {NEAR: (0, 20, 30)}
+
+
+def test_a_guest_that_is_bound_to_a_withheld_node_is_told_why():
+    state = guest((30, [1]))
+    answer = with_pages(withheld(snapshot(pools(far=100), state), 1), plan(), {DB: HELD})
+    assert isinstance(answer, Refusal)
+    assert answer.reason is Reason.NO_HUGE_PAGES
+    assert "node 1: in quarantine: it is poisoned" in answer.detail
+
+
+def resize(before, after):
+    return ResizeVirtioMem(guest=DB, alias="a", before=before * PAGE, after=after * PAGE)
+
+
+def anew(state, found, holding, *done):
+    """What becomes of a guest's pages where a transaction is decided anew, without more for it."""
+    view = replace(snapshot(found, state, holdings=[holding]), done=done)
+    answer = with_pages(view, plan(), {DB: HELD})
+    assert isinstance(answer, Plan)
+    return [(s.before, s.after, s.free) for s in answer.steps], answer.pages
+
+
+def test_what_a_guest_gave_before_the_plan_was_made_anew_goes_back():
+    state = guest((5, [0]), devices=(device("a", 6, 0),), active=True)
+    found = pools(near=15, made={NEAR: {DB: 15}})
+    holding = Holding(DB, HELD, pages=(HeldPages(0, PAGE, 15, 15),))
+    assert anew(state, found, holding, resize(10, 6)) == (
+        [(15, 11, 0)], {DB: (HeldPages(0, PAGE, 11, 11),)},
+    )  # fmt: skip
+
+
+def test_what_was_made_before_the_plan_was_made_anew_is_the_guests():
+    state = guest((5, [0]), devices=(device("a", 10, 0),), active=True)
+    found = pools(near=15, made={NEAR: {DB: 8}})
+    holding = Holding(DB, HELD, pages=(HeldPages(0, PAGE, 9, 2),))
+    step = MakeHugePages(guest=DB, node=0, page=PAGE, before=2, after=8, free=6)
+    assert anew(state, found, holding, step, resize(4, 10)) == (
+        [], {DB: (HeldPages(0, PAGE, 15, 8),)},
+    )  # fmt: skip

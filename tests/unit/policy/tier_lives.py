@@ -42,7 +42,7 @@ if TYPE_CHECKING:
     from collections import Counter
 
     from virtfabric.model.decision import Decision
-    from virtfabric.model.host import HostTopology
+    from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.ids import GuestId
     from virtfabric.model.step import Step
 
@@ -124,6 +124,7 @@ class Life:
         self.guests = dict(self.defined)
         self.books = Books(7)
         self.now = 0
+        self.quarantine: set[int] = set()
         offlinable = draw.choice((frozenset(CXL), frozenset(CXL), frozenset((2,))))
         self.topology = four_nodes(offlinable=offlinable)
         dram = len(self.guests) * (BOOT_MEMORY + 12 * BLOCK)
@@ -135,7 +136,10 @@ class Life:
 
     def snapshot(self, **fields: object) -> HostSnapshot:
         base = snapshot_of(self.topology, self.guests.values())
-        return replace(base, capacity=self.capacity, books=self.books, **fields)
+        return replace(base, **{"capacity": self.grantable(), "books": self.books} | fields)
+
+    def grantable(self) -> Capacity:
+        return self.capacity.without(dict.fromkeys(self.quarantine, "in quarantine"))
 
     # -- what people do ---------------------------------------------------------------------
 
@@ -224,9 +228,8 @@ class Life:
         """All of a node comes back, guest by guest, and what is empty leaves."""
         node = self.draw.choice(CXL)
         detach = self.draw.randint(0, 2) > 0
-        others = {n: size for n, size in self.capacity.cxl.items() if n != node}
         fields = {
-            "capacity": replace(self.capacity, cxl=others),
+            "capacity": self.grantable().without({node: "called home"}),
             "recall": Recall(frozenset({node}), detach),
         }
         claim = Claim(CXL_KEY, self.draw.choice((2 * BLOCK, 100 * BLOCK)), node, detach=detach)
@@ -245,12 +248,19 @@ class Life:
             assert not isinstance(decision, Refusal), decision
             plan = plan_decision(snapshot, decision)
             assert not isinstance(plan, Refusal), plan
-            has = self.on_node(node)
+            has, lacking = self.on_node(node), sum(map(self.lacks, self.books.holdings))
             self.commit(decision, plan)
             assert self.on_node(node) == has - gift, "it came from the node, all of it"
+            assert sum(map(self.lacks, self.books.holdings)) <= lacking, "went home to nowhere"
             left -= gift
             self.seen["called home"] += 1
         assert self.on_node(node) == max(0, before - claim.size), "no more and no less"
+
+    def fail(self) -> None:
+        """A node goes to quarantine, or leaves it; nobody's memory moves for that."""
+        self.quarantine = set() if self.quarantine else {self.draw.choice(CXL)}
+        self.seen["in quarantine"] += len(self.quarantine)
+        self.check()
 
     def start(self) -> None:
         waiting = sorted(g for g, s in self.guests.items() if not s.active)
@@ -327,9 +337,11 @@ class Life:
         """All memory steps, in order; and on the way back, what was there before."""
         moves = [s for s in steps if isinstance(s, ResizeVirtioMem | AttachMemory | DetachMemory)]
         before = _by_alias(self.guests)
+        has = {node: self.on_node(node) for node in self.quarantine}
         for step in moves:
             self.run(step)
             self.check_nodes()
+        assert all(self.on_node(n) <= size for n, size in has.items()), "more in quarantine"
         after = dict(self.guests)
         for step in reversed(moves):
             self.run(step.inverse())
@@ -423,6 +435,10 @@ class Life:
             int(d.requested) for d in guest.virtio_mem if (self.home(guest, d) in CXL) == far
         )
 
+    def lacks(self, guest: GuestId) -> int:
+        """CXL memory that it is entitled to, and has not."""
+        return self.books.holdings[guest].amounts[CXL_KEY] - self.has(self.guests[guest], CXL_KEY)
+
     def check_nodes(self) -> None:
         """No byte of a node is with two guests."""
         for node in CXL:
@@ -433,17 +449,20 @@ class Life:
         snapshot = self.snapshot()
         left, total = free(snapshot), capacity_of(snapshot)
         assert total[MEMORY_KEY] == sum(self.capacity.memory.values()) - RESERVE
-        assert total[CXL_KEY] == sum(self.capacity.cxl.values())
+        sound = sum(size for n, size in self.capacity.cxl.items() if n not in self.quarantine)
+        assert total[CXL_KEY] == sound + sum(self.on_node(n) for n in self.quarantine)
         for key in (MEMORY_KEY, CXL_KEY):
             held = sum(h.amounts[key] for h in self.books.holdings.values())
-            assert left[key] >= 0, key
+            # who has lost memory of a node in quarantine is entitled to it, and gets it back
+            waits = sum(self.lacks(g) for g in self.books.holdings) if self.quarantine else 0
+            assert left[key] >= (-waits if key == CXL_KEY else 0), key
             assert left[key] + held == total[key], f"{key}: lost, or there twice"
         for guest, holding in self.books.holdings.items():
             self.check_guest(self.guests[guest], holding.amounts)
 
     def check_guest(self, guest: GuestState, held: Amounts) -> None:
         assert self.has(guest, MEMORY_KEY) == held[MEMORY_KEY]
-        lacks = held[CXL_KEY] - self.has(guest, CXL_KEY)
+        lacks = self.lacks(guest.uuid)
         assert lacks >= 0, "has more than it holds"
         if lacks:  # came home where its nodes are full by now
             self.seen["waits for room"] += 1
@@ -493,7 +512,7 @@ class Life:
 
 ACTIONS = (
     ("allocate", "climb") * 5 + ("allocate_two_at_once",) * 3 + ("release", "start") * 3
-    + ("stop", "meddle", "mend", "call_home", "call_home")
+    + ("stop", "meddle", "mend", "call_home", "call_home", "fail")
 )  # fmt: skip
 
 
@@ -507,6 +526,7 @@ def live(seed: int, seen: Counter[str]) -> None:
         getattr(life, action)()
     for guest in life.running():
         life.depart(guest)
+    life.quarantine.clear()
     assert not life.books.holdings
     assert not life.books.loans
     assert free(life.snapshot()) == capacity_of(life.snapshot())
