@@ -17,20 +17,16 @@ from virtfabric.daemon.conductor import Conductor
 from virtfabric.daemon.devicedesk import DeviceDesk
 from virtfabric.daemon.drift import DriftWatch
 from virtfabric.daemon.guestpolicy import PolicyDesk, policy_view
-from virtfabric.daemon.hostwatch import HostWatch
 from virtfabric.daemon.jobs import Jobs
 from virtfabric.daemon.leases import LeaseWatch
 from virtfabric.daemon.ledger import Ledger
 from virtfabric.daemon.lifecycle import Lifecycle
-from virtfabric.daemon.memorydesk import MemoryDesk
-from virtfabric.daemon.memorywatch import MemoryWatch
+from virtfabric.daemon.memoryparts import wire_memory
 from virtfabric.daemon.notices import Notices
 from virtfabric.daemon.observatory import Observatory
 from virtfabric.daemon.portdesk import PortDesk
-from virtfabric.daemon.reclaimdesk import ReclaimDesk
 from virtfabric.daemon.reclaimer import Reclaimer
 from virtfabric.daemon.recovery import recover
-from virtfabric.daemon.regiondesk import RegionDesk
 from virtfabric.daemon.rounds import Rounds
 from virtfabric.daemon.vfcounts import make_vfs
 from virtfabric.daemon.views import grants_view, guests_view, host_view, loans_view
@@ -109,30 +105,13 @@ class Agent:
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, audit=world.audit, watch=self._lifecycle.devices,
         )  # fmt: skip
-        self._memory = MemoryDesk(
-            world.memory, world.pages, self._notices, clock, judge=self._judge_memory_soon,
-            name_of=self._observatory.name_of,
+        parts = wire_memory(
+            world, settings, observatory=self._observatory, ledger=self._ledger,
+            conductor=self._conductor, jobs=self._jobs, notices=self._notices,
+            reclaimer=reclaimer, look_soon=self._look_at_memory_soon,
+            judge_soon=self._judge_memory_soon,
         )  # fmt: skip
-        self._memorywatch = MemoryWatch(
-            tree=world.memory, observatory=self._observatory, ledger=self._ledger,
-            journal=world.journal, audit=world.audit, notices=self._notices, jobs=self._jobs,
-            clock=clock, follow=lambda: self._hostwatch.follow(),
-        )  # fmt: skip
-        self._hostwatch = HostWatch(
-            host=world.host, observatory=self._observatory, ledger=self._ledger,
-            notices=self._notices, audit=world.audit, restarter=world.restarter,
-            capacity_of=settings.capacity_of, quarantined=self._memorywatch.withheld,
-        )  # fmt: skip
-        self._regions = RegionDesk(
-            tree=world.memory, observatory=self._observatory, conductor=self._conductor,
-            jobs=self._jobs, hostwatch=self._hostwatch,
-            look_soon=self._look_at_memory_soon,
-        )  # fmt: skip
-        self._reclaim = ReclaimDesk(
-            observatory=self._observatory, conductor=self._conductor, jobs=self._jobs,
-            hostwatch=self._hostwatch, reclaimer=reclaimer, audit=world.audit,
-            deadline_s=settings.deadline_s,
-        )  # fmt: skip
+        self._memory, self._memorywatch, self._hostwatch, self._regions, self._reclaim = parts
         self._ports = PortDesk(world.definitions, world.audit)
         self._archive = Archive(world.audit, self._observatory, self._jobs)
         self._rounds = Rounds(
