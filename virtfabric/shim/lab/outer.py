@@ -20,7 +20,6 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.shim.cache import BuildError, cache_root, ensure_built
 from virtfabric.shim.lab.debian import unpack_debian
-from virtfabric.shim.lab.mend import mend_file
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -144,11 +143,9 @@ def _unpacked(suite: str, report: Callable[[str], None]) -> OuterQemu:
         report(f"unpacking QEMU from Debian {suite} into the cache")
         tree = scratch / suite
         unpack_debian(suite, ["qemu-system-x86"], tree, report=report, variant="essential")
-        if not mend_file(tree / "usr/bin" / _NAME):
-            report("nothing to mend in this QEMU: guests in a lab may hang now and then")
         return tree
 
-    tree = ensure_built(cache_root() / "lab" / "qemu" / f"{suite}-mended", build)
+    tree = ensure_built(cache_root() / "lab" / "qemu" / suite, build)
     libraries = tree / _LIBRARIES
     firmware = (part for path in _FIRMWARE for part in ("-L", str(tree / path)))
     return OuterQemu(
