@@ -77,12 +77,13 @@ def _attach(guest: str, address: str) -> dict[str, float]:
     _run("virsh", "-q", "detach-device", guest, str(xml), "--live")
     _await(guest, "VFDEV gone net", gone + 1)
     deadline = time.monotonic() + _PATIENCE_S
-    while (driver := (function / "driver").resolve()).name == "vfio-pci":
+    while "<hostdev" in _run("virsh", "-q", "dumpxml", guest):
         if time.monotonic() > deadline:
             raise SystemExit(f"{guest} did not let go of {address}")
-    # libvirt has the host's driver probed, where VFs are; the next round begins with none again
-    if driver.name != "driver":
-        (driver / "unbind").write_text(address)
+    # libvirt leaves a function on vfio-pci that had no driver; the next round begins with none
+    if (function / "driver").exists():
+        (function / "driver" / "unbind").write_text(address)
+    (function / "driver_override").write_text("\n")
     return took
 
 
