@@ -37,9 +37,11 @@ class IdleHandler:
 def main() -> int:
     """Runs the agent with idle handlers."""
     idle = tuple(IdleHandler(kind) for kind in STEP_TYPES)
-    for name, handlers in (("libvirt_handlers", idle), ("pci_handlers", ()), ("cxl_handlers", ())):
-        if not hasattr(real, name):
-            sys.exit(f"noop_agent: virtfabric.adapters.libvirt has no {name} now")
+    every = [name for name in vars(real) if name.endswith("_handlers")]
+    if "libvirt_handlers" not in every:
+        sys.exit("noop_agent: virtfabric.adapters.libvirt has no libvirt_handlers now")
+    for name in every:
+        handlers = idle if name == "libvirt_handlers" else ()
         setattr(real, name, lambda *_where, handlers=handlers: handlers)
     return agentd.main()
 
