@@ -55,8 +55,8 @@ MODULES = (
 # the guest panics with "IO-APIC + timer doesn't work" (seen once in some 20 boots at load 5).
 # iommu=noaperture: on QEMU's AMD processor (family 15) the kernel looks for an AGP bridge in 8192
 # places, which is half of the boot of a KVM guest in an emulated host (0.5 ms each, measured).
-# nopvspin: in an emulated host a kick to a vCPU that waits for a paravirtual spinlock can get lost;
-# it then sleeps for ever with interrupts off (kvm_wait, seen by its RIP), and the guest hangs.
+# nopvspin: a vCPU that waits for a lock that nobody gives back is then seen to spin; asleep in
+# kvm_wait it looks idle. It does not end the hangs in an emulated host (docs/lab.md).
 # unknown_nmi_panic: a fault to inject, `virsh inject-nmi`.
 CMDLINE = (
     "console=ttyS0 quiet panic=-1 memhp_default_state=online_movable swiotlb=noforce "
