@@ -193,6 +193,7 @@ class AgentClient:
             UnreachableError: the agent or the bus went away.
         """
         self._subscribe(f"path_namespace='{ROOT}'")
+        self._find_agent()  # another may have come before we were told of it
         return self._heard()
 
     def _heard(self) -> Iterator[Heard]:

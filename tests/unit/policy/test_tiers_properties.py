@@ -23,7 +23,7 @@ FIRST: Final = int(
     )
 )
 LEAST: Final = {
-    "grows on cxl": 100, "takes of cxl": 10, "returns of cxl": 6, "attached": 60, "at once": 30,
+    "grows on cxl": 100, "takes of cxl": 10, "returns of cxl": 7, "attached": 60, "at once": 30,
     "meddled": 50, "called home": 20, "in quarantine": 40, "detached": 20,
     Reason.STRANDS_MEMORY: 20,
     Reason.NO_CAPACITY: 20, Reason.NO_MECHANISM: 100, Reason.NOT_ALLOWED: 50,

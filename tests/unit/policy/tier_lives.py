@@ -452,8 +452,8 @@ class Life:
 
 
 ACTIONS = (
-    ("allocate", "climb") * 5 + ("allocate_two_at_once",) * 3 + ("release", "start") * 3
-    + ("stop", "meddle", "mend", "call_home", "call_home", "fail")
+    ("allocate", "climb") * 9 + ("allocate_two_at_once",) * 3 + ("release", "start") * 4
+    + ("stop", "meddle", "meddle", "mend", "call_home", "call_home", "call_home", "fail")
 )  # fmt: skip
 
 
