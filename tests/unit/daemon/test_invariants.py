@@ -495,7 +495,7 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(
-    max_examples=int(os.environ.get("VIRTFABRIC_LIVES", "14")),
+    max_examples=int(os.environ.get("VIRTFABRIC_LIVES", "20")),
     stateful_step_count=int(os.environ.get("VIRTFABRIC_STEPS", "12")),
     derandomize="VIRTFABRIC_LIVES" not in os.environ,
     database=None,

@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from page_lives import Life, live
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 def test_whatever_happens(seed):
     live(seed, 40)
@@ -14,7 +14,7 @@ def test_whatever_happens(seed):
 def test_lives_are_eventful():
     """They come to every event with an effect, or the property says nothing."""
     seen = set()
-    for seed in range(15):
+    for seed in range(30):
         life = Life(seed)
         for _ in range(40):
             life.step()

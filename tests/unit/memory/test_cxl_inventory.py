@@ -252,7 +252,7 @@ def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     return Machine("lab-cxl-regions", tmp_path_factory.mktemp("lab"))
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(
     wrong=st.dictionaries(
         st.sampled_from(PATHS), st.none() | st.text(max_size=12), min_size=1, max_size=9

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 KEYS = (Key(CPU), Key(MEMORY))
 CROWDS = settings(
-    max_examples=25, deadline=None,
+    max_examples=40, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large,
                            HealthCheck.filter_too_much],
 )  # fmt: skip

@@ -20,7 +20,7 @@ from virtfabric.policy.arbiter import choose_allocation, choose_departure, choos
 from virtfabric.policy.loans import depart, settle
 
 HISTORIES = settings(
-    max_examples=40, deadline=None,
+    max_examples=60, deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 

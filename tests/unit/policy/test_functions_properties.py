@@ -16,7 +16,7 @@ from function_lives import live
 
 from virtfabric.model.errors import Reason
 
-LIVES: Final = int(os.environ.get("VIRTFABRIC_FUNCTION_LIVES", "80"))
+LIVES: Final = int(os.environ.get("VIRTFABRIC_FUNCTION_LIVES", "120"))
 FIRST: Final = int(
     os.environ.get(
         "VIRTFABRIC_FUNCTION_SEED",

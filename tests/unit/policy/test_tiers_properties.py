@@ -15,7 +15,7 @@ from tier_lives import live
 
 from virtfabric.model.errors import Reason
 
-LIVES: Final = int(os.environ.get("VIRTFABRIC_TIER_LIVES", "100"))
+LIVES: Final = int(os.environ.get("VIRTFABRIC_TIER_LIVES", "150"))
 FIRST: Final = int(
     os.environ.get(
         "VIRTFABRIC_TIER_SEED",
