@@ -38,6 +38,14 @@ def test_signals_of_a_job_and_of_notices(agent, bus):
     assert "job.progress" not in kinds
 
 
+def test_an_agent_that_came_meanwhile_is_heard(agent, bus):
+    with both(agent, bus) as client:
+        client._owner = ":1.4711"  # who had the name before the client asked to be told
+        signals = client.signals()
+        agent.notices.alert("topic", "look at this")
+        assert heard_until(signals, {"Alert"})
+
+
 def test_a_burst_of_notices_does_not_break_the_bus(agent, bus):
     numbers = []
     with both(agent, bus) as client:
