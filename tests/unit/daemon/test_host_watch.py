@@ -273,8 +273,9 @@ def test_no_restart_beneath_a_job_of_libvirt(restarting):
 
 def test_no_restart_beneath_a_plan(restarting):
     world, restarter = restarting
+    world.settle()  # an errand of the start that waits for the plan would keep us to its deadline
     hold = world.host.faults.add(Fault(Effect.HOLD, guest=aw.uuid_of(90)))
-    job = world.agent.allocate(aw.ROOT, "db", {"memory": "+64M"})["job"]
+    job = world.agent.allocate(aw.ROOT, "db", {"memory": "+64M", "deadline": "60"})["job"]
     assert hold.reached.wait(aw.DEADLINE_S)
     world.host.memory.make_region(BASE, (Serial(0x100),), GIB, 256)
     assert world.agent._lifecycle._errands.drain(aw.DEADLINE_S)
