@@ -1,7 +1,8 @@
 """Gives back the huge pages that were made for guests which have no use for them any more.
 
 Most go back with the plan that ends or shrinks their guest. Some were in use at that moment, or a
-crash came in between: of these it takes care here, whenever somebody looks.
+crash came in between: of these it takes care here, whenever somebody looks. What another guest
+counts on by now stays until that one has no use for it either.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.model.plan import Plan
-from virtfabric.policy.hugepages import strays
+from virtfabric.policy.hugepages import returnable, strays
 
 if TYPE_CHECKING:
     from virtfabric.daemon.conductor import Conductor
@@ -18,7 +19,6 @@ if TYPE_CHECKING:
     from virtfabric.daemon.notices import Notices
     from virtfabric.daemon.observatory import Observatory
     from virtfabric.model.decision import Decision
-    from virtfabric.model.hugepages import MakeHugePages
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
 
@@ -38,16 +38,17 @@ class PageKeeper:
 
     def sweep(self) -> None:
         """Give back what can be; say what cannot yet. Cheap when there is nothing."""
-        snapshot = self._look(self._observatory.snapshot())
-        free = {step.guest for step in strays(snapshot) if _can_go(step, snapshot)}
-        for guest in sorted(free):
+        free = returnable(self._look(self._observatory.snapshot()))
+        for guest in sorted({step.guest for step in free}):
             self._start(self._return_of(guest)).ended.wait()
         left = strays(self._look(self._observatory.snapshot()))
         if left:
             text = "; ".join(
                 f"{step.before - step.after} {step.pool}, made for {step.name}" for step in left
             )
-            self._notices.alert(_ALERT, f"in use by others, given back as soon as free: {text}")
+            self._notices.alert(
+                _ALERT, f"used or counted on by others, given back as soon as free: {text}"
+            )
         else:
             self._notices.settle(_ALERT)
 
@@ -63,7 +64,7 @@ class PageKeeper:
         request = new_request()
 
         def place(snapshot: HostSnapshot, _: Decision | None) -> Plan:
-            steps = tuple(s for s in strays(self._look(snapshot)) if s.guest == guest)
+            steps = tuple(s for s in returnable(self._look(snapshot)) if s.guest == guest)
             return Plan(request, snapshot.generation, steps)
 
         state = self._observatory.guest(guest)
@@ -75,8 +76,3 @@ class PageKeeper:
             incoming=state if state and not state.active else None,
             body={"guest": guest, "name": name, "origin": "agent"},
         )
-
-
-def _can_go(step: MakeHugePages, snapshot: HostSnapshot) -> bool:
-    pools = snapshot.pools.pools if snapshot.pools else {}
-    return step.pool in pools and pools[step.pool].pages.available > 0

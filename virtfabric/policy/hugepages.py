@@ -95,7 +95,7 @@ def needs_of(guest: GuestState, snapshot: HostSnapshot) -> list[Need]:
 
 
 def strays(snapshot: HostSnapshot) -> tuple[MakeHugePages, ...]:
-    """Steps that give back what was made for guests that have no use for it any more.
+    """What was made for guests that have no use for it any more, as steps that give all of it back.
 
     Pages that were in use when they should have gone back, or that a crash left. Not of a guest
     that runs and holds nothing: it has them still.
@@ -110,6 +110,17 @@ def strays(snapshot: HostSnapshot) -> tuple[MakeHugePages, ...]:
             if made > due:
                 name = state.name if state else guest
                 steps.append(_step(guest, name, key, made, due, optional=True))
+    return tuple(steps)
+
+
+def returnable(snapshot: HostSnapshot) -> tuple[MakeHugePages, ...]:
+    """Of `strays`, as much as nobody uses or counts on by now."""
+    free, steps = unclaimed(snapshot, snapshot.pools or HugePools()), []
+    for step in strays(snapshot):
+        back = min(step.before - step.after, free[step.pool])
+        if back > 0:
+            free[step.pool] -= back
+            steps.append(replace(step, after=step.before - back))
     return tuple(steps)
 
 

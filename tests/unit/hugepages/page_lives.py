@@ -23,7 +23,7 @@ from virtfabric.model.ids import GuestId, RequestId
 from virtfabric.model.ledger import Books, Holding, HostSnapshot
 from virtfabric.model.plan import Plan, ResizeVirtioMem
 from virtfabric.model.units import MIB, Bytes, CpuSet
-from virtfabric.policy.hugepages import strays, with_pages
+from virtfabric.policy.hugepages import returnable, with_pages
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -154,7 +154,7 @@ class Life:
             self.host.pages.set_pool(key, size)
 
     def sweep(self, _: GuestId) -> None:
-        self._carry_out(strays(self.snapshot()))
+        self._carry_out(returnable(self.snapshot()))
 
     # -- how ------------------------------------------------------------------------------------
 
