@@ -1,4 +1,8 @@
-"""Labs for tests: brought up by the real command, one for a module, taken down at its end."""
+"""Labs for tests: brought up by the real command, one for a module, taken down at its end.
+
+A test that fails while the emulator under its lab has failed (`virtfabric lab status --probe`) is
+run again in a new lab, and the summary says so. One that fails in a lab that is sound has failed.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from _pytest.runner import runtestprotocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from running_lab import RunningLab, bring_up
+from running_lab import RunningLab, bring_up, find_faults
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Generator, Iterator
+
+ATTEMPTS = 3
+_FAULTS = pytest.StashKey[list[str]]()
 
 
 @pytest.fixture(scope="module")
@@ -29,3 +37,52 @@ def cxl() -> Iterator[RunningLab]:
 @pytest.fixture(scope="module")
 def passthrough() -> Iterator[RunningLab]:
     yield from bring_up("passthrough")
+
+
+# -- emulators that fail ---------------------------------------------------------------------------
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Look at the lab while it is there: at once after what failed."""
+    report = yield
+    if report.failed and call.when != "teardown":
+        item.stash[_FAULTS] = find_faults()
+        if item.stash[_FAULTS]:
+            report.sections.append(("the emulator", "\n".join(item.stash[_FAULTS])))
+    return report
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> bool:
+    """As pytest's own, in a new lab where the emulator has failed."""
+    item.ihook.pytest_runtest_logstart(nodeid=item.nodeid, location=item.location)
+    for left in reversed(range(ATTEMPTS)):
+        item.stash[_FAULTS] = []
+        reports = runtestprotocol(item, nextitem=nextitem, log=False)
+        again = item.stash[_FAULTS] and left
+        for report in reports:
+            if again and report.failed:
+                report.outcome = "rerun"  # type: ignore[assignment]
+            item.ihook.pytest_runtest_logreport(report=report)
+        if not again:
+            break
+        # the lab, and all that was set up in it
+        item.session._setupstate.teardown_exact(None)
+    item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
+    return True
+
+
+def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
+    """R, in a line of dots."""
+    return ("rerun", "R", "RERUN") if str(report.outcome) == "rerun" else None
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was run again, and why."""
+    for report in terminalreporter.getreports("rerun"):
+        why = dict(report.sections).get("the emulator", "")
+        terminalreporter.write_line(f"run again in a new lab: {report.nodeid}: {why}")
+        terminalreporter.write_line(report.longreprtext[-2000:])

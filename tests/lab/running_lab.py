@@ -56,16 +56,34 @@ class RunningLab:
         return done.stdout
 
 
+LABS: list[RunningLab] = []
+"""Those that `bring_up` holds up now."""
+
+
+def find_faults() -> list[str]:
+    """What has hung or fallen over in the labs that are up, by no doing of what runs there."""
+    found = []
+    for lab in LABS:
+        done = lab_command("status", lab.name, "--probe", "--json", timeout_s=400)
+        found += [f"{lab.name}: {fault}" for fault in json.loads(done.stdout)["faults"]]
+    return found
+
+
 def bring_up(topology: str) -> Iterator[RunningLab]:
     """A lab of this topology, under a name of its own, for as long as the caller holds it."""
-    name = f"t{os.getpid()}-{topology}"
+    lab = RunningLab(f"t{os.getpid()}-{topology}")
+    LABS.append(lab)
     try:
-        done = lab_command("up", topology, "--name", name, timeout_s=UP_S)
+        done = lab_command("up", topology, "--name", lab.name, timeout_s=UP_S)
+        if done.returncode:  # an emulator that falls over does so in a boot as well
+            print(done.stderr)
+            done = lab_command("up", topology, "--name", lab.name, timeout_s=UP_S)
         assert done.returncode == 0, done.stderr
-        yield RunningLab(name)
+        yield lab
     finally:
+        LABS.remove(lab)
         # pytest shows this beside a failure; a lab that died has said why here
-        print(lab_command("console", "--log", name).stdout[-6000:])
-        print(lab_command("status", name).stdout)
-        gone = lab_command("down", name)
+        print(lab_command("console", "--log", lab.name).stdout[-6000:])
+        print(lab_command("status", lab.name).stdout)
+        gone = lab_command("down", lab.name)
         assert gone.returncode == 0, gone.stderr

@@ -140,8 +140,9 @@ def _status(args: argparse.Namespace) -> int:
     if not place.directory.exists():
         raise InvalidValueError("lab", args.lab, "does not exist", advice="virtfabric lab list")
     status = labs.read_status(place)
+    faults = labs.find_faults(status) if args.probe else None
     if args.json:
-        print_json(_to_json(status))
+        print_json(_to_json(status) | ({} if faults is None else {"faults": faults}))
         return DONE
     lines = [f"lab {status.name}: {status.state}", f"directory: {place.directory}"]
     if status.record:
@@ -153,6 +154,10 @@ def _status(args: argparse.Namespace) -> int:
     lines += ["boot:", *(f"  {line}" for line in status.told)]
     if status.last_words:
         lines += ["its QEMU said last:", *(f"  {line}" for line in status.last_words)]
+    if faults is not None:
+        lines += ["the emulator:", *(f"  {line}" for line in faults or ["nothing hangs"])]
+    if faults:
+        lines.append(f"way out: virtfabric lab down {status.name}, and up (docs/lab.md says why)")
     print_lines(lines)
     return DONE
 
@@ -300,7 +305,13 @@ def add_parsers(subparsers: Any) -> None:
         parser.add_argument("lab", metavar="LAB")
         return parser
 
-    add_for_lab("status", "what one lab is doing", _status, "virtfabric lab status cxl")
+    status = add_for_lab(
+        "status", "what one lab is doing", _status, "virtfabric lab status cxl --probe"
+    )
+    status.add_argument(
+        "--probe", action="store_true",
+        help="see also whether a processor of it, or of a guest in it, hangs; takes seconds",
+    )  # fmt: skip
     add_for_lab("shell", "a root shell in a lab", _shell, "virtfabric lab shell cxl")
     import argparse as words
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.shim.guestimage import ensure_guest_image
 from virtfabric.shim.kvmprobe import probe_kvm
+from virtfabric.shim.lab import health
 from virtfabric.shim.lab.boot import (
     end_qemu,
     is_ready,
@@ -139,6 +140,15 @@ def read_status(place: Place) -> Status:
     last_words = read_last_words(place) if state is State.DEAD else ()
     told = tuple(read_told(place))
     return Status(place.name, state, pid, place.read_record(), told, tuple(last_words))
+
+
+def find_faults(status: Status) -> list[str]:
+    """What of a lab has hung or fallen over by no doing of what runs in it (`health`)."""
+    if status.state is State.DEAD:
+        return ["the lab's QEMU has ended", *status.last_words]
+    if status.state is State.STARTING or status.record is None:
+        return []
+    return health.find_faults(Remote(place_of(status.name), status.record, ensure_keys()))
 
 
 def read_labs() -> list[Status]:
