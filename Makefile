@@ -4,7 +4,12 @@ VENV := .venv/bin
 # what fits CI of the lab tests; `make lab` runs all
 CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life cxl_lab passthrough_lab small_lab)
 
-.PHONY: help demo demo-cxl demo-passthrough test check lab lab-agent vagrant-box bench bench-passthrough clean setup setup-checks setup-lab setup-vagrant
+# of the examples of property tests, `make test` looks at all and `make check` at a part
+EXAMPLES ?= 1
+
+.NOTPARALLEL:
+
+.PHONY: help demo demo-cxl demo-passthrough test check checks lab lab-agent vagrant-box bench bench-passthrough clean setup setup-checks setup-lab setup-vagrant
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -31,13 +36,16 @@ demo-cxl: setup-lab  ## CXL memory of a running guest, in a nested lab; in work,
 	@$(VENV)/python demo/cxl.py
 
 check: setup-checks  ## lint, types, layers, unit and contract tests (under a minute)
+	@$(MAKE) --no-print-directory checks EXAMPLES=0.2
+
+checks:
 	$(VENV)/ruff format --check .
 	$(VENV)/ruff check .
 	$(VENV)/mypy
 	$(VENV)/lint-imports
-	$(VENV)/pytest -q -n 2 tests/unit tests/contract
+	VIRTFABRIC_EXAMPLES=$(EXAMPLES) $(VENV)/pytest -q -n 3 tests/unit tests/contract
 
-test: setup-lab check  ## checks, integration tests on real guests, the labs that fit CI
+test: setup-lab checks  ## checks, integration tests on real guests, the labs that fit CI
 	$(VENV)/pytest -q tests/integration
 	$(VENV)/pytest -q --timeout 1200 $(CI_LABS)
 

@@ -3,6 +3,13 @@
 from __future__ import annotations
 
 import signal
+import sys
+from pathlib import Path
+
+# importlib mode puts no test directory on the path
+sys.path.insert(0, str(Path(__file__).parent))
+
+import examples as _shares  # noqa: F401 (the profile of property tests)
 
 # A shell starts what it puts into the background with SIGINT ignored, and children inherit that:
 # the tests that interrupt a command would wait for an interrupt that never comes.

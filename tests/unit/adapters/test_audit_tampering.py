@@ -11,6 +11,7 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -363,7 +364,7 @@ class Chain:
                 self.honest.append((record.sequence, record.at, "x", '["s"]', body, record.mac))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(actions=ACTIONS)
 def test_any_sequence_of_tampering_is_found(tmp_path_factory, actions):
     chain = Chain(tmp_path_factory.mktemp("chain"))

@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -124,7 +125,7 @@ def test_commits_are_durable(path):
         journal.store_books(BOOKS)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=examples(120), deadline=None)
 @given(where=st.floats(0, 1, exclude_max=True), bit=st.integers(0, 7), length=st.integers(1, 3))
 def test_flipped_bytes_are_found_or_harmless(pristine, tmp_path_factory, where, bit, length):
     path = tmp_path_factory.mktemp("flip") / "journal.db"

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 import agent_world as aw
+from examples import examples
 from hypothesis import HealthCheck, settings
 from hypothesis import Phase as Search
 from hypothesis import strategies as st
@@ -495,7 +496,7 @@ class Life(RuleBasedStateMachine):
 
 TestLife = Life.TestCase
 TestLife.settings = settings(
-    max_examples=int(os.environ.get("VIRTFABRIC_LIVES", "20")),
+    max_examples=int(os.environ.get("VIRTFABRIC_LIVES", str(examples(20)))),
     stateful_step_count=int(os.environ.get("VIRTFABRIC_STEPS", "12")),
     derandomize="VIRTFABRIC_LIVES" not in os.environ,
     database=None,

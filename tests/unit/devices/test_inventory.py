@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from examples import examples
 from fakesys import FakeSys
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -299,7 +300,9 @@ def test_this_machine() -> None:
 
 
 ANYTHING = settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=examples(60),
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 
 

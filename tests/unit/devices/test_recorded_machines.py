@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -106,7 +107,7 @@ PATHS = [
 ]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     wrong=st.dictionaries(st.sampled_from(PATHS[0]), st.none() | st.binary(max_size=8), max_size=9),
     wrong_proc=st.dictionaries(st.sampled_from(PATHS[1]), st.none() | st.binary(max_size=40)),

@@ -1,11 +1,12 @@
 """No page promised twice, none lost, the administrator's pool untouched: whatever happens."""
 
+from examples import examples
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from page_lives import Life, live
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(seed=st.integers(0, 1 << 32))
 @example(seed=368)  # a guest that waits counts on what was made for one that was forgotten
 def test_whatever_happens(seed):

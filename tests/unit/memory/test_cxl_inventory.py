@@ -6,6 +6,7 @@ import json
 from typing import TYPE_CHECKING
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from machine import MACHINES, Machine
@@ -252,7 +253,7 @@ def laid_out(tmp_path_factory: pytest.TempPathFactory) -> Machine:
     return Machine("lab-cxl-regions", tmp_path_factory.mktemp("lab"))
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 @given(
     wrong=st.dictionaries(
         st.sampled_from(PATHS), st.none() | st.text(max_size=12), min_size=1, max_size=9

@@ -14,6 +14,7 @@ from arbiter_strategies import (
     memory_bounds,
     used,
 )  # fmt: skip
+from examples import examples
 from hypothesis import HealthCheck, assume, settings
 
 from virtfabric.model.amounts import CPU, MEMORY, Amounts, Key
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
 
 KEYS = (Key(CPU), Key(MEMORY))
 CROWDS = settings(
-    max_examples=40, deadline=None,
+    max_examples=examples(40), deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large,
                            HealthCheck.filter_too_much],
 )  # fmt: skip

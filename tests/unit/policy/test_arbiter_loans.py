@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from arbiter_strategies import RESERVE, cpu_bounds, memory_bounds, snapshots, used
+from examples import examples
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -20,7 +21,7 @@ from virtfabric.policy.arbiter import choose_allocation, choose_departure, choos
 from virtfabric.policy.loans import depart, settle
 
 HISTORIES = settings(
-    max_examples=60, deadline=None,
+    max_examples=examples(60), deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )  # fmt: skip
 

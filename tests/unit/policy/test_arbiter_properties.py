@@ -24,6 +24,7 @@ from arbiter_strategies import (
     any_case,
     hopeful_cases,
 )  # fmt: skip
+from examples import examples
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
@@ -230,7 +231,7 @@ def test_every_guest_is_told_why(case: tuple[HostSnapshot, Request]) -> None:
         assert all(c.pays == 0 for c in entries if c.verdict is not Verdict.PAYS)
 
 
-@settings(CROWDS, max_examples=15)
+@settings(CROWDS, max_examples=examples(15))
 @given(hopeful_cases(), st.integers(0, 300))
 def test_caps_bound_what_a_victim_gives(case: tuple[HostSnapshot, Request], cap: int) -> None:
     snapshot, request = case

@@ -12,11 +12,12 @@ from collections import Counter
 from typing import Final
 
 import pytest
+from examples import WHOLE, examples
 from function_lives import live
 
 from virtfabric.model.errors import Reason
 
-LIVES: Final = int(os.environ.get("VIRTFABRIC_FUNCTION_LIVES", "120"))
+LIVES: Final = int(os.environ.get("VIRTFABRIC_FUNCTION_LIVES", str(examples(120))))
 FIRST: Final = int(
     os.environ.get(
         "VIRTFABRIC_FUNCTION_SEED",
@@ -49,4 +50,4 @@ def test_functions_are_never_lost_leaked_or_shared() -> None:
             error.add_note(f"seed {seed}")
             raise
     rare = {what: seen[what] for what, least in LEAST.items() if seen[what] * 100 < least * LIVES}
-    assert not rare, f"in {LIVES} lives from {FIRST}: {dict(seen)}"
+    assert not rare or not WHOLE, f"in {LIVES} lives from {FIRST}: {dict(seen)}"

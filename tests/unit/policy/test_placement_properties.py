@@ -4,6 +4,7 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 
 import pytest
+from examples import examples as share
 from host_data import (
     BLOCK,
     BOOT_MEMORY,
@@ -250,7 +251,7 @@ def on_all_hosts(strategy, examples=15):
         @pytest.mark.parametrize("name", HOSTS)
         def test(name):
             @settings(
-                max_examples=examples, deadline=None, derandomize=True, database=None,
+                max_examples=share(examples), deadline=None, derandomize=True, database=None,
                 suppress_health_check=list(HealthCheck),
             )  # fmt: skip
             @given(strategy(name))
@@ -427,7 +428,7 @@ def test_lift_frees_a_guest(snapshot):
     assert plan.guests <= {guest}
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=share(60), deadline=None, derandomize=True, database=None)
 @given(
     sizes=st.lists(st.integers(0, 32), min_size=1, max_size=4),
     target=st.integers(0, 128),

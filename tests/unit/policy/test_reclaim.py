@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import arbiter_host as ah
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -158,7 +159,7 @@ def victims(draw):
     return found
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(size=st.integers(1, 3000), found=victims(), detach=st.booleans())
 def test_no_byte_is_counted_twice_and_none_is_lost(size, found, detach):
     claim = Claim(size=size * MIB, node=2, detach=detach, deadline_s=30.0)
@@ -202,7 +203,7 @@ def test_no_byte_is_counted_twice_and_none_is_lost(size, found, detach):
                 assert left < one.granule
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(parts=st.lists(st.integers(1, 64), min_size=1, max_size=4), whole=st.floats(1, 600))
 def test_time_of_a_guest_is_shared_and_none_of_it_is_made_up(parts, whole):
     plan = reclaim(sum(parts), victim(ONE, 999, *(
@@ -213,7 +214,7 @@ def test_time_of_a_guest_is_shared_and_none_of_it_is_made_up(parts, whole):
     assert sum(times) <= whole + LEAST_WAIT_S * (len(times) - 1) + 1e-6
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 @given(
     devices=st.lists(st.tuples(st.integers(0, 16), st.integers(0, 16)), min_size=1, max_size=4),
     wanted=st.integers(0, 64),
@@ -252,7 +253,7 @@ def small_host(*, escalate=Escalation.PRESS, web=Escalation.PRESS, **fields):
     )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 @given(
     want=st.integers(1, 256).map(lambda n: 2 * n),
     batch=st.none() | st.integers(0, 700),
@@ -281,7 +282,7 @@ def test_victims_pay_exactly_what_the_planner_says(want, batch, web, escalate):
         assert (one.asked, one.freed, one.out) == (paid[one.guest], paid[one.guest], 0)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=examples(50), deadline=None)
 @given(st.dictionaries(st.sampled_from([ah.BATCH, ah.WEB]), st.integers(0, 512), min_size=1))
 def test_partial_results_sum_up(stopped):
     """What is asked of a guest is what came and what is out, whoever made up for it."""

@@ -11,11 +11,12 @@ import time
 from collections import Counter
 from typing import Final
 
+from examples import WHOLE, examples
 from tier_lives import live
 
 from virtfabric.model.errors import Reason
 
-LIVES: Final = int(os.environ.get("VIRTFABRIC_TIER_LIVES", "150"))
+LIVES: Final = int(os.environ.get("VIRTFABRIC_TIER_LIVES", str(examples(150))))
 FIRST: Final = int(
     os.environ.get(
         "VIRTFABRIC_TIER_SEED",
@@ -41,4 +42,4 @@ def test_no_byte_is_granted_twice_or_lost() -> None:
             error.add_note(f"seed {seed}")
             raise
     rare = {what: seen[what] for what, least in LEAST.items() if seen[what] * 100 < least * LIVES}
-    assert not rare, f"in {LIVES} lives from {FIRST}: {dict(seen)}"
+    assert not rare or not WHOLE, f"in {LIVES} lives from {FIRST}: {dict(seen)}"

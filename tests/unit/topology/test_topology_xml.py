@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 import libvirt
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from lxml import etree
 from topologies import topologies
@@ -49,7 +50,7 @@ def test_libvirt_takes_what_is_shipped(name: str, connection: libvirt.virConnect
         domain.undefine()
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=examples(30), deadline=None)
 @given(topologies())
 def test_libvirt_takes_any_other(topology: Topology) -> None:
     connection = libvirt.open("test:///default")

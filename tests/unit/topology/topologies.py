@@ -6,6 +6,7 @@ import copy
 import json
 from typing import Any
 
+from examples import examples
 from hypothesis import settings
 from hypothesis import strategies as st
 
@@ -29,7 +30,7 @@ from virtfabric.shim.topology.model import (
     Window,
 )
 
-SOME = settings(max_examples=40, deadline=None)
+SOME = settings(max_examples=examples(40), deadline=None)
 
 WHOLE: dict[str, Any] = {
     "version": 1,
