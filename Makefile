@@ -7,6 +7,9 @@ CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life cxl_lab passthrough_lab sma
 # of the examples of property tests, `make test` looks at all and `make check` at a part
 EXAMPLES ?= 1
 
+# compiled once: the tests start a thousand interpreters
+unexport PYTHONDONTWRITEBYTECODE
+
 .NOTPARALLEL:
 
 .PHONY: help demo demo-cxl demo-passthrough test check checks lab lab-agent vagrant-box bench bench-passthrough clean setup setup-checks setup-lab setup-vagrant
@@ -43,7 +46,7 @@ checks:
 	$(VENV)/ruff check .
 	$(VENV)/mypy
 	$(VENV)/lint-imports
-	VIRTFABRIC_EXAMPLES=$(EXAMPLES) $(VENV)/pytest -q -n 3 tests/unit tests/contract
+	VIRTFABRIC_EXAMPLES=$(EXAMPLES) $(VENV)/pytest -q -n 4 tests/unit tests/contract
 
 test: setup-lab checks  ## checks, integration tests on real guests, the labs that fit CI
 	$(VENV)/pytest -q tests/integration
