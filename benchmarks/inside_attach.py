@@ -37,7 +37,10 @@ def _await(guest: str, word: str, count: int) -> None:
 
 
 def _run(*argv: str) -> str:
-    return subprocess.run(argv, check=True, capture_output=True, text=True).stdout
+    done = subprocess.run(argv, check=False, capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{' '.join(argv)}: {done.stdout}{done.stderr}")
+    return done.stdout
 
 
 def _measure(guest: str, argv: list[str]) -> tuple[dict[str, float], str]:

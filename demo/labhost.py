@@ -134,6 +134,13 @@ class LabHost:
         if self.ours:
             self._lab("down", self.name)
 
+    def find_faults(self) -> list[str]:
+        """What has hung or fallen over in a lab of ours by no doing of what runs there."""
+        if not self.ours:
+            return []
+        done = self._lab("status", self.name, "--probe", "--json")
+        return list(json.loads(done.stdout)["faults"]) if not done.returncode else []
+
     def _lab(self, *words: str, timeout_s: float = _STEP_S) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
             [*COMMAND, *words], capture_output=True, text=True, timeout=timeout_s, check=False,

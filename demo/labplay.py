@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 REFUSED = 3
 """Exit code of a command that was refused."""
+_TRIES = 3
+"""As often it is played where the emulator keeps failing."""
 
 
 class LabPlay:
@@ -99,17 +101,26 @@ def play(kind: type[LabPlay], argv: Sequence[str] | None, *, topology: str, abou
     signal.signal(signal.SIGINT, signal.default_int_handler)
     stage = Stage(quiet=args.quiet)
     began = time.monotonic()
-    demo = kind(LabHost(args.lab, topology), stage, patience_s=args.patience)
-    code = _play(demo, keep_going=args.keep_going, keep=args.keep)
+    for left in reversed(range(_TRIES)):
+        demo = kind(LabHost(args.lab, topology), stage, patience_s=args.patience)
+        faults = _play(demo, keep_going=args.keep_going, keep=args.keep)
+        if not faults or not left:
+            break
+        stage.say(
+            f"The emulator under the lab has failed: {'; '.join(faults)}. That says nothing of "
+            "what the demo shows (docs/lab.md), so all of it is played again, in a new lab."
+        )
     if args.keep:
         stage.say(f"the lab is up: virtfabric lab shell {args.lab}")
     count, failed = len(demo.verdicts.findings), len(demo.verdicts.failed)
-    took = time.monotonic() - began
+    took, code = time.monotonic() - began, demo.verdicts.exit_code
     stage.end(f"{count - failed} of {count} checks passed, in {took:.0f} s", ok=not code)
     return code
 
 
-def _play(demo: LabPlay, *, keep_going: bool, keep: bool) -> int:
+def _play(demo: LabPlay, *, keep_going: bool, keep: bool) -> list[str]:
+    """What of the emulator has failed, where a check did."""
+    faults: list[str] = []
     try:
         demo.stage.say(f"bringing up the lab {demo.lab.name} (half a minute, if it is built)")
         demo.stage.output(demo.lab.start())
@@ -121,10 +132,13 @@ def _play(demo: LabPlay, *, keep_going: bool, keep: bool) -> int:
         _tell_log(demo)
     except KeyboardInterrupt:
         demo.note((False, "interrupted"))
+        return []
     finally:
+        if demo.verdicts.failed and not keep:
+            faults = demo.lab.find_faults()
         if not keep:
             demo.lab.stop()
-    return demo.verdicts.exit_code
+    return faults
 
 
 def _tell_log(demo: LabPlay) -> None:
