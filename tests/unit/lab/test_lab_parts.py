@@ -142,6 +142,8 @@ def test_a_dead_lab_has_its_last_words(place: Place) -> None:
     assert status.state is State.DEAD
     assert len(status.last_words) == 25
     assert status.last_words[-1].startswith("Bail out!")
+    place.cpu_log.write_text("CPU Reset (CPU 0)\nEAX=0\nTriple fault\n")
+    assert read_status(place).last_words[-2:] == (status.last_words[-1], "Triple fault")
 
 
 def test_the_recipes_key_follows_what_goes_in(monkeypatch: pytest.MonkeyPatch) -> None:

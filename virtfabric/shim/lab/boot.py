@@ -17,10 +17,12 @@ from virtfabric.shim.lab.place import LabError, Place
 if TYPE_CHECKING:
     import subprocess
     from collections.abc import Callable
+    from pathlib import Path
 
 READY: Final = "ready"
 _TOLD: Final = re.compile(r"VFLAB (\d+\.\d+ )?(.*)")
 _LAST_LINES: Final = 25
+_TRIPLE_FAULT: Final = "Triple fault"
 _LOOK_S: Final = 0.1
 _QEMU_S: Final = 30.0
 
@@ -37,9 +39,12 @@ def read_told(place: Place) -> list[str]:
 
 def read_last_words(place: Place) -> list[str]:
     """The last lines of what its QEMU said: of a lab that is dead, why."""
-    if not place.qemu_log.exists():
-        return []
-    return place.qemu_log.read_text(errors="replace").splitlines()[-_LAST_LINES:]
+    words = [*_lines(place.qemu_log), *(w for w in _lines(place.cpu_log) if w == _TRIPLE_FAULT)]
+    return words[-_LAST_LINES:]
+
+
+def _lines(log: Path) -> list[str]:
+    return log.read_text(errors="replace").splitlines() if log.exists() else []
 
 
 def is_ready(place: Place) -> bool:

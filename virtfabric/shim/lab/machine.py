@@ -38,6 +38,7 @@ def format_arguments(
     return (
         *("-name", f"virtfabric-lab-{place.name}", "-nodefaults", "-display", "none"),
         *("-pidfile", str(place.pid_file), "-no-reboot", "-accel", _ACCELS[accel]),
+        *("-d", "cpu_reset", "-D", str(place.cpu_log)),
         # hypervisor=off: the CXL driver commits no region in a guest that sees a hypervisor
         *("-cpu", "host,hypervisor=off" if accel == "kvm" else "max,hypervisor=off"),
         *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),

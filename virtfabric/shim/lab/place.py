@@ -91,6 +91,11 @@ class Place:
         return self.directory / "qemu.log"
 
     @property
+    def cpu_log(self) -> Path:
+        """What QEMU says of processors that are reset: a triple fault is told nowhere else."""
+        return self.directory / "cpu.log"
+
+    @property
     def pid_file(self) -> Path:
         """Written by QEMU."""
         return self.directory / "pid"
