@@ -15,7 +15,7 @@ from _pytest.runner import runtestprotocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from running_lab import RunningLab, bring_up, find_faults
+from running_lab import LABS, RunningLab, bring_up, find_faults
 
 if TYPE_CHECKING:
     from collections.abc import Generator, Iterator
@@ -52,6 +52,8 @@ def pytest_runtest_makereport(
         item.stash[_FAULTS] = find_faults()
         if item.stash[_FAULTS]:
             report.sections.append(("the emulator", "\n".join(item.stash[_FAULTS])))
+        else:
+            report.sections += [(lab.name, lab.tell()) for lab in LABS]
     return report
 
 

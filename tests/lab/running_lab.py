@@ -48,6 +48,12 @@ class RunningLab:
         )
         return self.run(loop, timeout_s=timeout_s + 60)
 
+    def tell(self) -> str:
+        """What the agent there did and sees, where one runs: to read beside a failure."""
+        looks = ("tail -n 60 /var/log/virtfabricd.log", "virtfabric devices", "virtfabric guests")
+        shown = "; ".join(f"echo '# {look}'; {look} 2>&1" for look in looks)
+        return lab_command("run", self.name, f"COLUMNS=180; export COLUMNS; {shown}").stdout
+
     def fault(self, name: str, target: str | None = None) -> str:
         """Inject a fault."""
         aim = ("--target", target) if target else ()

@@ -1,8 +1,8 @@
 """Offers of functions: the ways to give one guest functions of a pool, with cost and reason.
 
-Owns the comparison: near the guest's memory (which a movable guest's may follow), near its CPUs,
-and the fewest others who share a group, a PF or a link. It must not look for who may have what:
-the caller says which functions there are.
+Owns the comparison: near the guest's memory (which a movable guest's may follow, where nothing as
+near is to be had without), near its CPUs, and the fewest others who share a group, a PF or a link.
+It must not look for who may have what: the caller says which functions there are.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 COST_WORDS: Final = (
     "distance to its memory", "distance to its CPUs", "others in its IOMMU group",
-    "others in use that share PF or link", "memory pulled",
+    "memory pulled", "others in use that share PF or link",
 )  # fmt: skip
 """What the components of the cost mean; the addresses follow."""
 OFFERS_SHOWN: Final = 4
@@ -123,7 +123,8 @@ def _offer(
     chosen = tuple(sorted(functions, key=lambda one: one.address.parts))
     summed = tuple(map(sum, zip(*(costs[one.address] for one in chosen), strict=True)))
     order = tuple(number for one in chosen for number in one.address.parts)
-    return FunctionOffer(chosen, pull, (*summed, int(pull is not None), *order))
+    *near, shared = summed
+    return FunctionOffer(chosen, pull, (*near, int(pull is not None), shared, *order))
 
 
 def _why(asker: Asker, offer: FunctionOffer, best: FunctionOffer) -> str:
@@ -150,5 +151,5 @@ def _words(asker: Asker, offer: FunctionOffer) -> Iterator[str]:
         yield f"on node {where}"
     if offer.cost[2]:
         yield f"{offer.cost[2]} others of its IOMMU group leave the host with it"
-    if offer.cost[3]:
-        yield f"shares PF or link with {offer.cost[3]} in use by others"
+    if offer.cost[4]:
+        yield f"shares PF or link with {offer.cost[4]} in use by others"

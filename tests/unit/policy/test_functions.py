@@ -31,7 +31,14 @@ from host_data import load_host, make_guest
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.capability import device_key
 from virtfabric.model.decision import Verdict
-from virtfabric.model.device import Found, GuestDevice, HeldFunction, Quarantine, VfSettings
+from virtfabric.model.device import (
+    Found,
+    GuestDevice,
+    HeldFunction,
+    PciFunction,
+    Quarantine,
+    VfSettings,
+)
 from virtfabric.model.errors import Reason
 from virtfabric.model.guest import MemoryMechanism, NumaMode, RunState
 from virtfabric.model.ids import RequestId
@@ -254,6 +261,21 @@ def test_a_movable_guest_is_pulled_before_the_function_pins_it_and_its_pcpus_fol
     snapshot = replace(snapshot, guests={A: there})
     later = plan_convergence(snapshot, [A], REQUEST)
     assert not any(isinstance(s, SetNodeset) for s in later.steps)
+
+
+def test_memory_is_not_pulled_only_to_share_a_pf_with_fewer():
+    other_pf = PciFunction(at(28), class_code=0x020000, driver="igb", group=128)
+    alone = nic(3, node=1, parent=at(29), pf=other_pf.address)
+    inventory = inventory_of(nic(1), nic(2), other_pf, alone)
+    guest = device_guest(1, numa_mode=NumaMode.RESTRICTIVE, numa_nodes=CpuSet((0,)))
+    other = device_guest(2, numa_mode=NumaMode.STRICT, numa_nodes=CpuSet((0,)))
+    world = World.of(inventory, guest, other)
+    allocate(world, B, net=1)
+    assert world.held(B) == [at(1)]
+    plan, _ = allocate(world, A, net=1)
+    assert world.held(A) == [at(2)]
+    assert "pulled to node 1" in plan.offers[1].why
+    assert "lost on memory pulled" in plan.offers[1].why
 
 
 def test_memory_that_can_be_taken_back_and_functions_exclude_each_other():
