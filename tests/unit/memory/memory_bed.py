@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "devices"))
 from hotplug_bed import DEADLINE_S, Bed
 
 from virtfabric.adapters.cxl.memory import SysfsMemory
+from virtfabric.adapters.pci.watch import QUIET_S
 
 FUNCTION = "/devices/pci0000:40/0000:40:00.0/0000:41:00.0"
 MEMDEV = f"{FUNCTION}/mem0"
@@ -68,11 +69,14 @@ def main() -> None:
     seen["block"] = heard(BLOCK, "offline")
     (bed.sys / "bus/cxl/devices/mem0").unlink()
     seen["removed"] = heard(MEMDEV, "remove")
+    told.clear()
+    bed.tell(FUNCTION, "change")  # a PCIe function's: of no subsystem of memory
+    of_others = told.wait(10 * QUIET_S)
     memory.close()
     count = len(calls)
     bed.tell(REGION, "change")
     print(json.dumps({"seen": seen, "threads": sorted(set(calls)),
-                      "after_close": len(calls) - count}))  # fmt: skip
+                      "of_others": of_others, "after_close": len(calls) - count}))  # fmt: skip
 
 
 if __name__ == "__main__":

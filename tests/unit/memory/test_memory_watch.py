@@ -25,4 +25,5 @@ def test_hot_plug_events_of_cxl_dax_and_memory() -> None:
         "removed": [[], ["region0"], ["partly online"]],
     }
     assert told["threads"] == ["memory"]
+    assert told["of_others"] is False
     assert told["after_close"] == 0

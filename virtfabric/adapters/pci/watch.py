@@ -62,6 +62,7 @@ class UeventWatcher:
         self._thread: threading.Thread | None = None
         self._end = -1
         self._ended = False
+        self._news = False
 
     def start(self) -> None:
         """Listen from now on: nothing that happens after this call is missed.
@@ -114,7 +115,9 @@ class UeventWatcher:
                 latest = time.monotonic() + LONGEST_S
                 while time.monotonic() < latest and self._wait(QUIET_S):
                     pass
-                if not self._ended:
+                # what wakes us may be of another subsystem: the filter drops that when it is read
+                if self._news and not self._ended:
+                    self._news = False
                     self._tell()
             self._drains.clear()
 
@@ -132,9 +135,11 @@ class UeventWatcher:
 
     def _note(self, path: str) -> None:
         """An event of the device at this path of sysfs."""
+        self._news = True
 
     def _note_any(self) -> None:
         """Something has happened to no device in particular."""
+        self._news = True
 
     def _note_end(self) -> None:
         # Only the thread itself sets this: until then it keeps open what `close` writes to.
@@ -186,6 +191,7 @@ class DeviceWatcher(UeventWatcher):
 
     def _note(self, path: str) -> None:
         found = [address for part in path.split("/") if (address := parse_address(part))]
+        super()._note(path)
         if found:
             self._about.add(found[-1])
         elif _VIRTUAL_LINKS not in path:  # a guest's tap device, a bridge: no function has those
@@ -193,6 +199,7 @@ class DeviceWatcher(UeventWatcher):
         self._at = time.monotonic()
 
     def _note_any(self) -> None:
+        super()._note_any()
         self._about_any = True
         self._at = time.monotonic()
 
