@@ -230,7 +230,10 @@ class LabHost:
     def wait_ready(self, guest: LabGuest) -> None:
         """Until the guest's userland takes hot-plug."""
         console = f"{CONSOLES}/{guest.name}-console.log"
-        self.wait(f"grep -qs VFREADY {console}", f"{guest.name} is up", timeout_s=420)
+        up = f"grep -qs VFREADY {console}"
+        ended = f"[ ! -e /run/libvirt/qemu/{guest.name}.pid ]"
+        self.wait(f"{{ {up} || {ended}; }}", f"{guest.name} is up", timeout_s=420)
+        self.do(f"{up} || {{ echo {guest.name} fell over in its boot; exit 7; }}")
 
     def end_guests(self) -> None:
         """Destroy and undefine those that were started here."""

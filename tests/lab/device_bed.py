@@ -145,7 +145,7 @@ class DeviceBed:
             f'case $said in *retry*) {start};; *) echo "$said"; exit 1;; esac',
             timeout_s=400,
         )
-        self.lab.wait(f"grep -aqs VFREADY {console(name)}", timeout_s=300)
+        self.lab.wait_for_guest(name)
 
     def stop(self, name: str) -> None:
         """Off, by force; QEMU may take long to let go of a function behind a dead link."""

@@ -48,6 +48,13 @@ class RunningLab:
         )
         return self.run(loop, timeout_s=timeout_s + 60)
 
+    def wait_for_guest(self, name: str) -> None:
+        """Until a guest's userland is up, but no longer than the guest itself is."""
+        up = f"grep -aqs VFREADY /var/log/libvirt/qemu/{name}-console.log"
+        # no virsh: five of them a second would take a lab all that the boot needs
+        self.wait(f"{{ {up} || [ ! -e /run/libvirt/qemu/{name}.pid ]; }}", timeout_s=300)
+        self.run(f"{up} || {{ echo guest {name} fell over in its boot; exit 7; }}")
+
     def tell(self) -> str:
         """What the agent there did and sees, where one runs: to read beside a failure."""
         looks = ("tail -n 60 /var/log/virtfabricd.log", "virtfabric devices", "virtfabric guests")

@@ -64,7 +64,7 @@ def worker(passthrough: RunningLab) -> None:
 @pytest.fixture(scope="module")
 def guest(passthrough: RunningLab) -> GuestId:
     passthrough.run("virsh -q create /opt/virtfabric/lab/guest.xml")
-    passthrough.wait(f"grep -qs VFREADY {CONSOLE}", timeout_s=180)
+    passthrough.wait_for_guest("guest")
     return GuestId(passthrough.run("virsh -q domuuid guest"))
 
 

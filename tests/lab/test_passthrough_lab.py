@@ -42,10 +42,9 @@ def test_vfs_are_in_groups_of_their_own(passthrough: RunningLab) -> None:
 
 def test_a_running_guest_gets_a_vf(passthrough: RunningLab) -> None:
     """The way that docs/lab.md takes."""
-    console = "/var/log/libvirt/qemu/guest-console.log"
     passthrough.run(f"echo 1 > {IGB}/sriov_numvfs")
     passthrough.run("virsh -q create /opt/virtfabric/lab/guest.xml")
-    passthrough.wait(f"grep -qs VFREADY {console}", timeout_s=300)
+    passthrough.wait_for_guest("guest")
     passthrough.run(f"cat > /tmp/vf.xml <<'X'\n{VF}\nX")
     passthrough.run("virsh -q attach-device guest /tmp/vf.xml --live")
     driver = passthrough.run("readlink /sys/bus/pci/devices/0000:01:10.0/driver")

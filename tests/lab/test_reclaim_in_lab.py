@@ -41,7 +41,7 @@ def define(lab: RunningLab, name: str) -> None:
     lab.run(f"virsh -q undefine {name} 2> /dev/null", code=None)
     lab.run(f"cat > /tmp/{name}.xml <<'X'\n{xml}\nX\nvirsh -q define /tmp/{name}.xml")
     lab.run(f"rm -f {console(name)}; virsh -q start {name}", timeout_s=400)
-    lab.wait(f"grep -aqs VFREADY {console(name)}", timeout_s=300)
+    lab.wait_for_guest(name)
 
 
 def bound_to(lab: RunningLab, name: str, node: int) -> int:

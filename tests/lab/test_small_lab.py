@@ -17,7 +17,7 @@ def ensure_guest(lab: RunningLab) -> None:
         lab.run(f"rm -f {CONSOLE}")
         lab.run(f'sed "s|</domain>|{BIND}|" /opt/virtfabric/lab/guest.xml > /tmp/guest.xml')
         lab.run("virsh -q create /tmp/guest.xml")
-    lab.wait(f"grep -qs VFREADY {CONSOLE}", timeout_s=300)
+    lab.wait_for_guest("guest")
 
 
 def test_the_host_is_what_the_topology_says(small: RunningLab) -> None:
