@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 COST_WORDS: Final = (
     "distance to its memory", "distance to its CPUs", "others in its IOMMU group",
-    "memory pulled", "others in use that share PF or link",
+    "memory pulled", "functions of no known node", "others in use that share PF or link",
 )  # fmt: skip
 """What the components of the cost mean; the addresses follow."""
 OFFERS_SHOWN: Final = 4
@@ -104,6 +104,8 @@ def _cost_of_one(asker: Asker, function: PciFunction, pull: int | None) -> tuple
         farness(topology, function.node, home),
         farness(topology, function.node, cpu_nodes(asker.stock.snapshot, asker.guest)),
         sum(asker.holders.get(one.address) != asker.guest for one in group),
+        # no firmware tells, so it counts as near: but not before one that is known to be
+        int(function.node is None),
         sum(_is_in_use(asker, one) for one, shares in radius if shares != "group"),
     )
 
@@ -123,8 +125,8 @@ def _offer(
     chosen = tuple(sorted(functions, key=lambda one: one.address.parts))
     summed = tuple(map(sum, zip(*(costs[one.address] for one in chosen), strict=True)))
     order = tuple(number for one in chosen for number in one.address.parts)
-    *near, shared = summed
-    return FunctionOffer(chosen, pull, (*near, int(pull is not None), shared, *order))
+    *near, unknown, shared = summed
+    return FunctionOffer(chosen, pull, (*near, int(pull is not None), unknown, shared, *order))
 
 
 def _why(asker: Asker, offer: FunctionOffer, best: FunctionOffer) -> str:
@@ -151,5 +153,7 @@ def _words(asker: Asker, offer: FunctionOffer) -> Iterator[str]:
         yield f"on node {where}"
     if offer.cost[2]:
         yield f"{offer.cost[2]} others of its IOMMU group leave the host with it"
-    if offer.cost[4]:
-        yield f"shares PF or link with {offer.cost[4]} in use by others"
+    if offer.cost[4] and len(asker.stock.snapshot.topology.nodes) > 1:
+        yield "its node is not known"
+    if offer.cost[5]:
+        yield f"shares PF or link with {offer.cost[5]} in use by others"

@@ -263,6 +263,20 @@ def test_a_movable_guest_is_pulled_before_the_function_pins_it_and_its_pcpus_fol
     assert not any(isinstance(s, SetNodeset) for s in later.steps)
 
 
+def test_one_that_is_known_to_be_near_comes_before_one_of_no_known_node():
+    guest = device_guest(1, numa_mode=NumaMode.RESTRICTIVE, numa_nodes=CpuSet((1,)))
+    world = World.of(inventory_of(nic(1, node=None), nic(2, node=1)), guest)
+    plan, _ = allocate(world, A, net=1)
+    assert world.held(A) == [at(2)]
+    assert "its node is not known" in plan.offers[1].why
+    assert "lost on functions of no known node" in plan.offers[1].why
+    # for that alone no memory is pulled
+    other = replace(guest, numa_nodes=CpuSet((0,)))
+    world = World.of(inventory_of(nic(1, node=None), nic(2, node=1)), other)
+    plan, _ = allocate(world, A, net=1)
+    assert world.held(A) == [at(1)]
+
+
 def test_memory_is_not_pulled_only_to_share_a_pf_with_fewer():
     other_pf = PciFunction(at(28), class_code=0x020000, driver="igb", group=128)
     alone = nic(3, node=1, parent=at(29), pf=other_pf.address)
