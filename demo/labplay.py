@@ -120,25 +120,26 @@ def play(kind: type[LabPlay], argv: Sequence[str] | None, *, topology: str, abou
 
 def _play(demo: LabPlay, *, keep_going: bool, keep: bool) -> list[str]:
     """What of the emulator has failed, where a check did."""
-    faults: list[str] = []
     try:
-        demo.stage.say(f"bringing up the lab {demo.lab.name} (half a minute, if it is built)")
-        demo.stage.output(demo.lab.start())
-        demo.play(keep_going=keep_going)
-        if demo.verdicts.failed:
+        try:
+            demo.stage.say(f"bringing up the lab {demo.lab.name} (half a minute, if it is built)")
+            demo.stage.output(demo.lab.start())
+            demo.play(keep_going=keep_going)
+        except (LabError, subprocess.TimeoutExpired) as error:
+            demo.note((False, f"the demo broke off: {error}"))
+        if not demo.verdicts.failed:
+            return []
+        # first: nothing else can be asked of a lab that hangs
+        faults = [] if keep else demo.lab.find_faults()
+        if not faults:
             _tell_log(demo)
-    except (LabError, subprocess.TimeoutExpired) as error:
-        demo.note((False, f"the demo broke off: {error}"))
-        _tell_log(demo)
+        return faults
     except KeyboardInterrupt:
         demo.note((False, "interrupted"))
         return []
     finally:
-        if demo.verdicts.failed and not keep:
-            faults = demo.lab.find_faults()
         if not keep:
             demo.lab.stop()
-    return faults
 
 
 def _tell_log(demo: LabPlay) -> None:

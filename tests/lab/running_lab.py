@@ -59,7 +59,10 @@ class RunningLab:
         """What the agent there did and sees, where one runs: to read beside a failure."""
         looks = ("tail -n 60 /var/log/virtfabricd.log", "virtfabric devices", "virtfabric guests")
         shown = "; ".join(f"echo '# {look}'; {look} 2>&1" for look in looks)
-        return lab_command("run", self.name, f"COLUMNS=180; export COLUMNS; {shown}").stdout
+        try:
+            return lab_command("run", self.name, f"COLUMNS=180; export COLUMNS; {shown}").stdout
+        except subprocess.TimeoutExpired as error:  # a failure is to be told, whatever else hangs
+            return f"{error}"
 
     def fault(self, name: str, target: str | None = None) -> str:
         """Inject a fault."""
@@ -78,6 +81,8 @@ def find_faults() -> list[str]:
     found = []
     for lab in LABS:
         done = lab_command("status", lab.name, "--probe", "--json", timeout_s=400)
+        if done.returncode:  # there is no lab to look into
+            continue
         found += [f"{lab.name}: {fault}" for fault in json.loads(done.stdout)["faults"]]
     return found
 

@@ -62,7 +62,7 @@ def find_faults(remote: Remote) -> list[str]:
 
 def read_faults(text: str) -> list[str]:
     """What `find_faults` makes of what its look has printed."""
-    rows = [line.split() for line in text.splitlines()]
+    rows = [words for line in text.splitlines() if (words := line.split())]
     cpus = {row[1] for row in rows if row[0] == "cpu"}
     answers = {row[1] for row in rows if row[0] == "answers"}
     faults = [

@@ -143,11 +143,15 @@ def read_status(place: Place) -> Status:
 
 
 def find_faults(status: Status) -> list[str]:
-    """What of a lab has hung or fallen over by no doing of what runs in it (`health`)."""
+    """What of a lab has hung or fallen over by no doing of what runs in it (`health`).
+
+    Raises:
+        LabError: it is not up yet, so that nobody can look.
+    """
     if status.state is State.DEAD:
         return ["the lab's QEMU has ended", *status.last_words]
     if status.state is State.STARTING or status.record is None:
-        return []
+        raise LabError(f"lab {status.name} is not up yet; `virtfabric lab console {status.name}`")
     return health.find_faults(Remote(place_of(status.name), status.record, ensure_keys()))
 
 
