@@ -69,12 +69,25 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
             if again and report.failed:
                 report.outcome = "rerun"  # type: ignore[assignment]
             item.ihook.pytest_runtest_logreport(report=report)
+            if report.failed:
+                _tell_at_once(item.config, report)
         if not again:
             break
         # the lab, and all that was set up in it
         item.session._setupstate.teardown_exact(None)
     item.ihook.pytest_runtest_logfinish(nodeid=item.nodeid, location=item.location)
     return True
+
+
+def _tell_at_once(config: pytest.Config, report: pytest.TestReport) -> None:
+    """Nobody who runs an hour of tests waits for its end to read this."""
+    told = config.get_terminal_writer()
+    told.line()
+    told.sep("-", report.nodeid)
+    told.line(report.longreprtext)
+    for name, text in report.sections:
+        told.sep("-", name)
+        told.line(text[-6000:])
 
 
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
