@@ -28,7 +28,7 @@ STRICT = (
 """libvirt holds QEMU to the nodes that were named at its start."""
 POLICY = (
     "<metadata><v:policy xmlns:v='urn:virtfabric:policy:1' version='1' priority='50'>"
-    "<v:cpu reservation='500m' limit='2'/>"
+    "<v:cpu reservation='500m' limit='1'/>"
     "<v:memory reservation='128MiB' limit='2GiB' tiers='dram,cxl'/></v:policy></metadata>"
 )
 
