@@ -66,10 +66,11 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
         again = item.stash[_FAULTS] and left
         for report in reports:
-            if again and report.failed:
+            failed = report.failed
+            if again and failed:
                 report.outcome = "rerun"  # type: ignore[assignment]
             item.ihook.pytest_runtest_logreport(report=report)
-            if report.failed:
+            if failed:
                 _tell_at_once(item.config, report)
         if not again:
             break
@@ -96,8 +97,7 @@ def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] 
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was run again, and why."""
+    """What was run again, and why; the rest was told when it happened."""
     for report in terminalreporter.getreports("rerun"):
         why = dict(report.sections).get("the emulator", "")
         terminalreporter.write_line(f"run again in a new lab: {report.nodeid}: {why}")
-        terminalreporter.write_line(report.longreprtext[-2000:])
