@@ -1,7 +1,7 @@
 """Steps of functions: what it takes to bring one to a guest, to pass it on, or to give it back.
 
 Owns their order: detached, reset, bound to its vfio driver and the rest of its group to vfio-pci,
-set up, given its profile, link limited, attached. It must not choose functions (`policy.functions`).
+set up, given its profile, link limited, attached. It must not choose functions (policy.functions).
 What is given back comes last and is optional: a function that cannot be restored is the host's
 trouble (quarantine), not the guests'.
 """
