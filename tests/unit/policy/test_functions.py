@@ -188,6 +188,15 @@ def test_the_rest_of_a_group_goes_to_vfio_pci():
     ]  # fmt: skip
 
 
+def test_a_function_that_a_stub_keeps_is_bound_and_its_stubbed_sibling_is_let_be():
+    functions = nic(1, 50, driver="pci-stub"), disk(2, 50, driver="pci-stub")
+    world = World.of(inventory_of(*functions), device_guest(1))
+    snapshot = world.snapshot()
+    plan = plan_decision(snapshot, decided(choose_allocation(snapshot, ask_for(A, net=1))))
+    binds = [s for s in moves(plan) if isinstance(s, BindDriver)]
+    assert [(s.address, s.before, s.after) for s in binds] == [(at(1), "pci-stub", "vfio-pci")]
+
+
 def pass_on(**later):
     """The steps by which B takes A's function after the pool became another meanwhile."""
     world = World.of(
