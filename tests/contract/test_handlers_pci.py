@@ -46,7 +46,7 @@ class KernelWorld:
         holders = VfioHolders(files, self.machine.proc)
         binder = DriverBinder(files, holders, lambda _: (), lambda _: None)
         self.handlers = HandlerRegistry(
-            (BindDriverHandler(files, binder), SetProfileHandler(files))
+            (BindDriverHandler(files, binder), SetProfileHandler(files, holders))
         )
 
     def steps(self) -> list[Step]:

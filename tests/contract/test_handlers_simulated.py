@@ -113,7 +113,11 @@ def test_profile_of_somebody_else_is_left_alone(world):
         world.apply(PROFILE)
     assert world.handlers.for_step(PROFILE).undo(PROFILE) == 0
     assert found.profiles == {TYPE: "42"}
-    found.profiles = {}
+    found.profiles, found.user = {TYPE: "0"}, DATABASE
+    with pytest.raises(DeviceError, match="still open"):
+        world.apply(PROFILE)
+    assert found.profiles == {TYPE: "0"}
+    found.profiles, found.user = {}, None
     with pytest.raises(DeviceError, match="has no nvidia/current_vgpu_type"):
         world.apply(PROFILE)
     assert world.handlers.for_step(PROFILE).undo(PROFILE) == 0

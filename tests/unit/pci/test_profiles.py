@@ -8,6 +8,7 @@ import pytest
 from kernel import a
 
 from virtfabric.adapters.pci.handlers import pci_handlers
+from virtfabric.adapters.pci.holders import VfioHolders
 from virtfabric.adapters.pci.profiles import SetProfileHandler
 from virtfabric.model.devicesteps import SetProfile
 from virtfabric.model.errors import DeviceError, DeviceGoneError, VerificationError
@@ -30,7 +31,7 @@ def file(machine):
 
 @pytest.fixture
 def handler(machine):
-    return SetProfileHandler(machine.files)
+    return SetProfileHandler(machine.files, VfioHolders(machine.files, machine.proc))
 
 
 def is_refused(machine, handler, context, said):
@@ -119,6 +120,22 @@ def test_a_driver_that_takes_it_and_does_otherwise_is_found_out(machine, file, h
     handler.apply(STEP, context)
     with pytest.raises(VerificationError, match="'1155' expected, '0' found"):
         handler.verify(STEP)
+
+
+def test_what_somebody_has_open_is_not_changed(machine, file, handler, context):
+    (machine.path(VF) / "vfio-dev" / "vfio0").mkdir(parents=True)
+    descriptors = machine.add_process(70, "/dev/vfio/devices/vfio0")
+    with pytest.raises(DeviceError, match=r"still open \(process 70\): nvidia/current_vgpu_type"):
+        handler.apply(STEP, context)
+    assert handler.undo(STEP) == 0  # nothing to be done, so nobody needs to let go
+    file.write_text("1155\n")
+    handler.apply(STEP, context)
+    with pytest.raises(DeviceError, match="still open"):
+        handler.undo(STEP)
+    assert machine.files.log == []
+    (descriptors / "0").unlink()
+    assert handler.undo(STEP) == 0
+    assert file.read_text() == "0\n"
 
 
 def test_a_function_that_vanished(machine, file, handler, context):

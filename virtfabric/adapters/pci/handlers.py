@@ -25,6 +25,6 @@ def pci_handlers(sys: Path = Path("/sys"), proc: Path = Path("/proc")) -> tuple[
     binder = DriverBinder(files, holders, CurrentUses(sys, proc))
     return (
         BindDriverHandler(files, binder), ResetHandler(files, holders),
-        SetUpVfHandler(VfSettingsFiles(files)), SetProfileHandler(files),
+        SetUpVfHandler(VfSettingsFiles(files)), SetProfileHandler(files, holders),
         LimitLinkHandler(LinkSpeeds(files)),
     )  # fmt: skip

@@ -1,7 +1,7 @@
 """`SetProfile`: what a vendor's driver is to make of a function, by a file in a directory of it.
 
-It writes only where the file says what the plan expects or what it is to say: a third value is
-somebody else's, who may have a guest on it.
+It writes only where the file says what the plan expects or what it is to say (a third value is
+somebody else's, who may have a guest on it), and never while somebody has the function open.
 
 Source: the vendor's driver; the first was NVIDIA's, `nvidia/current_vgpu_type` of a VF.
 """
@@ -17,6 +17,7 @@ from virtfabric.model.errors import DeviceError, VerificationError
 
 if TYPE_CHECKING:
     from virtfabric.adapters.pci.functionfiles import FunctionFiles
+    from virtfabric.adapters.pci.holders import VfioHolders
     from virtfabric.ports import StepContext
 
 _MISSING: Final = "is not there"
@@ -27,10 +28,11 @@ class SetProfileHandler(PciHandler[SetProfile]):
 
     step_type = SetProfile
 
-    def __init__(self, files: FunctionFiles) -> None:
+    def __init__(self, files: FunctionFiles, holders: VfioHolders) -> None:
         """Write through these files."""
         super().__init__()
         self._files = files
+        self._holders = holders
 
     def bring_about(self, step: SetProfile, context: StepContext) -> None:
         """Set `after`."""
@@ -43,7 +45,7 @@ class SetProfileHandler(PciHandler[SetProfile]):
                 f"{step.after!r}: somebody else set it",
                 advice=f"see who uses it, and write {step.before} there when nobody does",
             )
-        self._files.write(step.address, step.file, step.after)
+        self._write(step, step.after)
 
     def give_back(self, step: SetProfile) -> None:
         """Set `before`, where it says `after`: anything else is not of this step.
@@ -51,7 +53,7 @@ class SetProfileHandler(PciHandler[SetProfile]):
         Nor is a file that cannot be used: nothing was written there.
         """
         if not self._find_obstacle(step) and self._find(step) == step.after:
-            self._files.write(step.address, step.file, step.before)
+            self._write(step, step.before)
 
     def check(self, step: SetProfile) -> None:
         """The kernel says `after`."""
@@ -72,6 +74,16 @@ class SetProfileHandler(PciHandler[SetProfile]):
                 advice="is profile.file right, and vfio_driver the driver that makes it?",
             )
         return found
+
+    def _write(self, step: SetProfile, text: str) -> None:
+        if self._holders.is_open(step.address):
+            who = ", ".join(map(str, self._holders.processes(step.address)))
+            raise DeviceError(
+                f"PCI function {step.address} is still open (process {who}): {step.file} is not "
+                "changed under it",
+                advice="the guest's QEMU has not let go of it; see its log",
+            )
+        self._files.write(step.address, step.file, text)
 
     def _find(self, step: SetProfile) -> str | None:
         """None where it has just gone."""

@@ -148,6 +148,8 @@ class _SetProfile(_OfHost[SetProfile]):
         if now not in (step.before, step.after):
             raise DeviceError(f"PCI function {step.address}: {step.file} is {now}")
         found = self.devices.find(step.address)
+        if now != step.after and found.user is not None:
+            raise DeviceError(f"PCI function {step.address} is still open")
         found.profiles = found.profiles | {step.file: step.after}
 
     def problem(self, step: SetProfile) -> str:
