@@ -79,6 +79,16 @@ class CxlBed(DeviceBed):
         found = self.lab.json(f"{command} | grep . || echo '[]'")
         return found if isinstance(found, list) else [found]
 
+    def take_out(self, serial: str) -> None:
+        """The host's kernel loses a memdev, whoever uses it.
+
+        By sysfs: the fault `removal` ends QEMU 11.1.2 itself where a region has the memdev.
+        """
+        self.lab.run(
+            f"for m in /sys/bus/cxl/devices/mem*; do [ $(cat $m/serial) != {serial} ] || "
+            'echo 1 > "$(realpath $m/../remove)"; done'
+        )
+
     def region_name(self) -> str:
         """The kernel's of the one that there is; it counts on after each that ended."""
         (found,) = self.ask("memory")["regions"]

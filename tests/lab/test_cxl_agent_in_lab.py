@@ -188,7 +188,7 @@ def test_a_memdev_is_pulled_while_a_guest_has_it(agent: CxlBed) -> None:
     agent.define_tiered("db", 90)
     agent.boot("db")
     agent.ask("allocate db --memory +128M --tier cxl --deadline 300")
-    agent.lab.fault("removal", "mem0")
+    agent.take_out(SERIAL)
     agent.await_agent(
         f"any('{SERIAL} was taken out while' in a for a in document['alerts'])", timeout_s=300
     )

@@ -81,7 +81,7 @@ def add_parsers(subparsers: Any) -> None:
         "--window", required=True, metavar="W", help="base or decoder, see virtfabric memory"
     )
     create.add_argument(
-        "--memdev", required=True, nargs="+", metavar="SERIAL",
+        "--memdev", required=True, nargs="+", action="extend", metavar="SERIAL",
         help="serials; more than one are interleaved, in the order that the window needs",
     )  # fmt: skip
     create.add_argument("--ways", metavar="N", help="how many memdevs there must be, as a check")

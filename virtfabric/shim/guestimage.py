@@ -11,11 +11,13 @@ What the guest prints on its serial console, one line each:
     VFDEV net eth0 52:54:00:00:00:01
     VFDEV block nvme0n1 written=b6d81b36...  read=b6d81b36...
     VFDEV gone net eth0
+    VFDEV memory touched=528482304
 
 VFREADY comes once, when hot-plug is served; VFSTAT then about every second. VFDEV comes with a
 NIC that was plugged in (before or after VFREADY), which is up then and answers at the link-local
 IPv6 address of its MAC address; with an NVMe disk, whose first 256 KiB were written and read past
-every cache (MD5); and when either goes.
+every cache (MD5); and when either goes. With `vftouch=MIB` on its command line, memory that is
+plugged in is written to, and VFDEV comes when so much has been: bytes written.
 """
 
 from __future__ import annotations
@@ -82,6 +84,12 @@ done
 for event in /sys/class/net/*/uevent /sys/block/nvme*/uevent; do
   [ ! -e "$event" ] || echo add > "$event"
 done
+read -r words < /proc/cmdline
+for word in $words; do
+  case $word in
+    vftouch=*) mkdir /touched; mount -t tmpfs -o size=8g touched /touched; echo "${word#*=}" > /touch ;;
+  esac
+done
 read -r up rest < /proc/uptime
 echo VFREADY
 while :; do
@@ -108,7 +116,18 @@ try_disk() {
   written=$(md5sum < /pattern) read=$(md5sum < /found)
   tell block "$DEVNAME" "written=${written%% *} read=${read%% *}"
 }
+# New memory is in ZONE_MOVABLE, where the kernel looks first for pages of files in memory. 2 MiB of
+# a block stay free for the kernel's watermarks.
+touch_block() {
+  dd if=/dev/zero bs=1M count=126 >> /touched/pages 2> /dev/null
+  read -r wanted < /touch
+  size=$(stat -c %s /touched/pages)
+  [ "$size" -ge $(( (wanted << 20) / 128 * 126 )) ] || return
+  tell memory "touched=$size"
+  rm /touched/pages
+}
 case $ACTION:$SUBSYSTEM:$DEVPATH in
+  online:memory:*) [ ! -e /touch ] || touch_block ;;
   add:cpu:*) echo 1 > "/sys$DEVPATH/online" ;;
   add:net:*/virtio*|add:net:/devices/virtual/*) ;;
   add:net:*) ip link set "$INTERFACE" up; tell net "$INTERFACE" "$(cat "/sys$DEVPATH/address")" ;;
