@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .NOTPARALLEL:
 
-.PHONY: help demo demo-cxl demo-passthrough test check checks lab lab-agent vagrant-box bench bench-passthrough clean setup setup-checks setup-lab setup-vagrant
+.PHONY: help demo demo-cxl demo-passthrough test check checks lab lab-agent vagrant-box bench bench-memory bench-passthrough clean setup setup-checks setup-lab setup-vagrant
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -61,11 +61,14 @@ lab-agent: setup-lab  ## the agent's integration tests in the `small` lab; in wo
 vagrant-box: setup-vagrant  ## build the Vagrant box of this checkout into the cache
 	@vagrant/build-box
 
-bench: setup  ## benchmarks: prints a table, writes benchmarks/results.json
+bench: setup-lab  ## all benchmarks: prints a table, writes benchmarks/results.json
 	@$(VENV)/python benchmarks/run.py
 
 bench-passthrough: setup-lab  ## a VF for a running guest against raw virsh, in a nested lab
 	@$(VENV)/python benchmarks/run.py passthrough
+
+bench-memory: setup-lab  ## growth of a guest on DRAM and CXL against raw virsh, in a nested lab
+	@$(VENV)/python benchmarks/run.py memory
 
 clean:  ## remove what builds and tests left in the checkout (not the cache)
 	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache

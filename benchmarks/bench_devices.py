@@ -7,6 +7,7 @@ import os
 import statistics
 from typing import Any
 
+from benchmarks.in_lab import measure_in_lab
 from demo.labhost import CHECKOUT, LabError, LabGuest, LabHost
 
 ROUNDS = int(os.environ.get("VIRTFABRIC_ROUNDS", "5"))
@@ -18,7 +19,6 @@ capability = "net.vf"
 match = {{ pf = "{PF}" }}
 vf_count = 1
 """
-TRIES = 3
 LAB = os.environ.get("VIRTFABRIC_LAB", "passthrough")
 
 
@@ -29,19 +29,7 @@ def measure() -> list[dict[str, Any]]:
     by `managed='yes'`, and `allocate` decides, journals and verifies as well. Nothing of the agent
     runs while virsh is timed.
     """
-    lab = LabHost(LAB, "passthrough")
-    for left in reversed(range(TRIES)):
-        lab.start()
-        try:
-            ours, raw = _measure_in(lab)
-            break
-        except LabError:
-            faults = lab.find_faults()
-            if not faults or not left:
-                raise
-            print(f"the emulator has failed ({'; '.join(faults)}): once more, in a new lab")
-        finally:
-            lab.stop()
+    ours, raw = measure_in_lab(LabHost(LAB, "passthrough"), _measure_in)
     return [
         _row("until the guest's NIC is up", ours, raw, "nic"),
         _row("until the command returned", ours, raw, "returned"),

@@ -1,8 +1,8 @@
 """`make bench`: all benchmarks, as a table and as benchmarks/results.json.
 
 Figures are ratios within one run, or absolute where the target is absolute; they are never tests.
-Exit code 0 says that all ran, not that all targets were met: the table says that. `passthrough` is
-measured in a nested lab, and only when it is asked for (`make bench-passthrough`).
+Exit code 0 says that all ran, not that all targets were met: the table says that. `passthrough` and
+`memory` are measured in nested labs.
 """
 
 from __future__ import annotations
@@ -19,19 +19,19 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import bench_devices, bench_host, bench_policy
+from benchmarks import bench_devices, bench_host, bench_memory, bench_policy
 
 RESULTS = Path(__file__).with_name("results.json")
 
 
 def main() -> int:
-    """Run everything that needs no lab, or the parts named on the command line."""
+    """Run everything, or the parts named on the command line."""
     parts = {
         "policy": bench_policy.measure, "hook": bench_host.measure_hook,
         "allocate": bench_host.measure_allocate, "rest": bench_host.measure_rest,
+        "passthrough": bench_devices.measure, "memory": bench_memory.measure,
     }  # fmt: skip
     chosen = sys.argv[1:] or list(parts)
-    parts["passthrough"] = bench_devices.measure
     for unknown in set(chosen) - set(parts):
         print(f"there is no benchmark {unknown!r}; there are: {', '.join(parts)}", file=sys.stderr)
         return 2

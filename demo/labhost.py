@@ -46,12 +46,16 @@ class LabGuest:
     Attributes:
         devices: its policy's `<device>`: capability -> count, all reclaimable.
         tiered: whether it may have CXL memory of node 1, see `format_tiered`.
+        virtio_mem_mib: size of its own virtio-mem device.
+        touched_mib: of memory that is plugged in, what it writes to and then tells of.
     """
 
     name: str
     priority: int
     devices: tuple[tuple[str, int], ...] = ()
     tiered: bool = False
+    virtio_mem_mib: int = 256
+    touched_mib: int | None = None
 
     @property
     def policy_xml(self) -> str:
@@ -84,7 +88,7 @@ def format_tiered(domain_xml: str) -> str:
 
 
 _TIERED: Final = (
-    (r"<maxMemory [^>]*>\d+<", "<maxMemory slots='4' unit='MiB'>1024<"),
+    (r"<maxMemory [^>]*>\d+<", "<maxMemory slots='4' unit='MiB'>2048<"),
     (
         r"</vcpu>",
         "</vcpu>\n  <numatune><memory mode='strict' nodeset='0-1'/>"
@@ -214,7 +218,10 @@ class LabHost:
         from virtfabric.shim.lab.payload import format_sample_guest
 
         place = f"/root/{guest.name}.xml"
-        xml = format_sample_guest(guest.name, metadata_xml=guest.policy_xml)
+        xml = format_sample_guest(
+            guest.name, metadata_xml=guest.policy_xml, virtio_mem_mib=guest.virtio_mem_mib,
+            touched_mib=guest.touched_mib,
+        )  # fmt: skip
         self.write(place, format_tiered(xml) if guest.tiered else xml)
         self.do(f"virsh -q define {place}")
         self.guests.append(guest)

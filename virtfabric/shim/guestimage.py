@@ -87,7 +87,10 @@ done
 read -r words < /proc/cmdline
 for word in $words; do
   case $word in
-    vftouch=*) mkdir /touched; mount -t tmpfs -o size=8g touched /touched; echo "${word#*=}" > /touch ;;
+    vftouch=*)
+      mkdir /touched
+      mount -t tmpfs -o size=8g touched /touched
+      echo "${word#*=}" > /touch ;;
   esac
 done
 read -r up rest < /proc/uptime

@@ -93,7 +93,8 @@ def test_memory_of_a_node_called_home_before_its_region_goes(run):
 
 
 def test_a_region_of_two_memdevs(run):
-    create = ("memory", "region", "create", "--window", "decoder0.2", "--memdev", "0x102", "0x101")
+    members = ("--memdev", "0x102", "--memdev", "0x101")
+    create = ("memory", "region", "create", "--window", "decoder0.2", *members)
     code, out, _ = run(*create, "--dry-run")
     assert code == 0
     assert out.splitlines() == [

@@ -238,8 +238,8 @@ FAULTS: Final = {
         Fault(
             "removal", "a function or a CXL device is taken out without asking the host",
             "the slot's attention button: pciehp takes the driver away five seconds later, whoever "
-            "uses it; with CXL memory online the node cannot be saved, and QEMU 11.1.2 itself falls "
-            "over (SIGSEGV, 3 of 3 times), and the lab with it",
+            "uses it; with CXL memory online the node cannot be saved, and QEMU 11.1.2 itself "
+            "falls over (SIGSEGV, 3 of 3 times), and the lab with it",
             "function or CXL memory device", _removable, _remove,
         ),
         Fault(

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Final
 
 import virtfabric
 from virtfabric.shim.cache import run_tool
-from virtfabric.shim.guestimage import format_recipe_key
+from virtfabric.shim.guestimage import CMDLINE, format_recipe_key
 from virtfabric.shim.guestxml import GuestSpec, format_guest_xml
 from virtfabric.shim.lab.recipe import read_file
 
@@ -86,14 +86,28 @@ def choose_files() -> Iterator[tuple[str, str, int]]:
     yield "lab/guest.xml", format_sample_guest(), 0o644
 
 
-def format_sample_guest(name: str = "guest", *, metadata_xml: str = "") -> str:
-    """The domain of `lab/guest.xml`: a KVM guest with virtio-mem and ports for hot-plug."""
+def format_sample_guest(
+    name: str = "guest",
+    *,
+    metadata_xml: str = "",
+    virtio_mem_mib: int = 256,
+    touched_mib: int | None = None,
+) -> str:
+    """The domain of `lab/guest.xml`: a KVM guest with virtio-mem and ports for hot-plug.
+
+    Args:
+        name: its libvirt name.
+        metadata_xml: see `GuestSpec`.
+        virtio_mem_mib: see `GuestSpec`.
+        touched_mib: of memory that is plugged in, what it writes to and then tells of.
+    """
     kernel, initrd = (_HOME / _GUEST_IMAGE / name for name in ("vmlinux", "initrd"))
     return format_guest_xml(
         GuestSpec(
             name=name, kernel=kernel, initrd=initrd, domain_type="kvm", max_vcpus=4,
-            virtio_mem_mib=256, console_log=f"/var/log/libvirt/qemu/{name}-console.log",
+            virtio_mem_mib=virtio_mem_mib, console_log=f"/var/log/libvirt/qemu/{name}-console.log",
             metadata_xml=metadata_xml,
+            cmdline=CMDLINE if touched_mib is None else f"{CMDLINE} vftouch={touched_mib}",
         )
     )  # fmt: skip
 
