@@ -189,8 +189,13 @@ class Demo(LabPlay):
 
     def act_region_goes(self) -> None:
         """Offline first, then destroyed."""
-        self.stage.act("The region goes away", "Its memory goes offline, then it is destroyed.")
-        self.run(f"memory region destroy {self.region}")
+        self.stage.act(
+            "The region goes away",
+            "The guest's empty device leaves first, as the kernel would bind it to another node; "
+            "then the memory goes offline, and the region is destroyed.",
+        )
+        said = self.run(f"memory region destroy {self.region}")
+        self.note(("detach" in said, "the device left the guest"))
         self.judge(
             lambda seen: [
                 *judge.expect_no_region(seen, NODE),

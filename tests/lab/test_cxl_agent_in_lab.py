@@ -143,6 +143,26 @@ def test_lent_and_returned_without_a_trace(agent: CxlBed) -> None:
     assert agent.ground().regions == ()
 
 
+def test_nothing_grows_on_a_device_whose_node_was_away(agent: CxlBed) -> None:
+    """It is bound to another one since; by `region destroy` it would have left."""
+    grow = "allocate db --memory +128M --tier cxl --deadline 300"
+    agent.make_region()
+    agent.define_tiered("db", 90)
+    agent.boot("db")
+    agent.ask(f"release {agent.ask(grow)['result']['grant']}")
+    agent.lab.run("daxctl offline-memory all; cxl disable-region all; cxl destroy-region all")
+    agent.make_region()
+    assert "memory reclaim 1 --detach" in agent.refused(grow)
+    agent.ask("memory reclaim 1 --detach --deadline 120")
+    grant = agent.ask(grow)["result"]["grant"]
+    maps = "/proc/$(cat /run/libvirt/qemu/db.pid)/numa_maps"
+    assert agent.lab.run(f"grep -c ' bind:1 ' {maps}") == "1"
+    agent.ask(f"release {grant}")
+    agent.ask(f"memory region destroy {agent.region_name()}")
+    assert "ua-virtfabric-cxl" not in agent.lab.run("virsh -q dumpxml db")
+    agent.stop("db")
+
+
 # -- failure --------------------------------------------------------------------------------------
 
 

@@ -10,16 +10,21 @@ from typing import TYPE_CHECKING
 
 from virtfabric.model.cxl import MemoryState
 from virtfabric.model.cxlsteps import CreateRegion, MemoryUse, OnlineMemory, RegionPresence
+from virtfabric.model.device import OUR_ALIAS
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.plan import Plan
 from virtfabric.model.units import Bytes
 from virtfabric.policy.regions import check_region, order_members
-from virtfabric.policy.tiers import bytes_on, node_key
+from virtfabric.policy.stepper import Stepper
+from virtfabric.policy.tiers import bytes_on, device_nodes, node_key
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from virtfabric.model.cxl import CxlInventory, HostMemory, Region, Serial, Window
     from virtfabric.model.ids import RequestId
     from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.memorysteps import DetachMemory
 
 _GRANULARITY = 256
 """Bytes, where the window has none of its own: what `cxl create-region` takes as well."""
@@ -84,6 +89,8 @@ def plan_region_end(
 ) -> Plan | Refusal:
     """Take a region's memory offline and destroy it; refused while anybody has memory there.
 
+    Devices that it attached for this memory leave their guests first, where those let them go.
+
     Args:
         snapshot: guests, freshly read, and what plans have reserved.
         memory: freshly read; `region` is of it.
@@ -106,9 +113,21 @@ def plan_region_end(
         granularity=region.granularity or _GRANULARITY,
         before=RegionPresence.PRESENT, after=RegionPresence.ABSENT,
     )  # fmt: skip
-    return Plan(
-        request, snapshot.generation, (offline, destroy) if _is_online(region) else (destroy,)
-    )
+    steps = (offline, destroy) if _is_online(region) else (destroy,)
+    return Plan(request, snapshot.generation, (*_let_go(snapshot, region), *steps))
+
+
+def _let_go(snapshot: HostSnapshot, region: Region) -> Iterator[DetachMemory]:
+    """Its nodes' empty devices: the kernel binds what they map to other nodes when theirs goes."""
+    for state in sorted(snapshot.guests.values(), key=lambda guest: guest.name):
+        if not (state.managed and state.active):
+            continue
+        for device in state.virtio_mem:
+            (node, *more) = device_nodes(state, device) or (None,)
+            if device.alias.startswith(OUR_ALIAS) and node in region.nodes and not more:
+                page = snapshot.topology.page_of(device.page)
+                stepper = Stepper(state, snapshot.topology.cpus)
+                yield stepper.detach_memory(device, node, page)
 
 
 def _check_end(snapshot: HostSnapshot, memory: HostMemory, region: Region) -> Refusal | None:

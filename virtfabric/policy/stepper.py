@@ -11,6 +11,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.amounts import Tier
+from virtfabric.model.device import OUR_ALIAS
 from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.mark import NO_MARK
 from virtfabric.model.memorysteps import AttachDimm, AttachMemory, DetachMemory
@@ -159,7 +160,7 @@ class Stepper:
         cell = self.state.memory_room.cell
         assert cell is not None
         return AttachMemory(
-            guest=self.state.uuid, name=self.state.name, alias=f"ua-virtfabric-cxl{node}",
+            guest=self.state.uuid, name=self.state.name, alias=f"{OUR_ALIAS}cxl{node}",
             node=node, cell=cell, size=size, block=block, before=0, after=after,
             deadline_s=self.deadline_s, page=page,
         )  # fmt: skip
@@ -169,7 +170,7 @@ class Stepper:
         cell = self.state.memory_room.cell
         assert cell is not None
         taken = {part.what for part in self.state.fixed_memory}
-        names = (f"ua-virtfabric-cxl{node}-dimm{n}" for n in range(len(taken) + 1))
+        names = (f"{OUR_ALIAS}cxl{node}-dimm{n}" for n in range(len(taken) + 1))
         return AttachDimm(
             guest=self.state.uuid, name=self.state.name,
             alias=next(name for name in names if f"dimm {name}" not in taken),

@@ -15,9 +15,10 @@ from virtfabric.adapters.cgroups import Cgroups
 from virtfabric.adapters.libvirt.dimm import DimmHandler
 from virtfabric.adapters.libvirt.handler import Surroundings
 from virtfabric.adapters.libvirt.memlock import LockedMemory
+from virtfabric.adapters.libvirt.memory import VirtioMemHandler
 from virtfabric.adapters.libvirt.memorydevice import DetachMemoryHandler, MemoryDeviceHandler
 from virtfabric.adapters.libvirt.processes import QemuProcesses
-from virtfabric.adapters.libvirt.residence import is_bound
+from virtfabric.adapters.libvirt.residence import bound_size, is_bound
 from virtfabric.adapters.libvirt.waiting import Pulse
 from virtfabric.adapters.pci.functionfiles import FunctionFiles
 from virtfabric.adapters.pci.holders import VfioHolders
@@ -25,12 +26,14 @@ from virtfabric.adapters.sysfs import Sysfs
 from virtfabric.model.errors import (
     GuestGoneError,
     HypervisorError,
+    RefusedError,
     ShortfallError,
     VerificationError,
 )
 from virtfabric.model.ids import GuestId
 from virtfabric.model.memorysteps import AttachDimm, AttachMemory, DetachMemory
-from virtfabric.model.units import GIB, MIB
+from virtfabric.model.plan import ResizeVirtioMem
+from virtfabric.model.units import GIB, MIB, CpuSet
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -82,6 +85,7 @@ class Host:
             LockedMemory(root / "run", self.proc), self.proc,
         )  # fmt: skip
         self.handler = MemoryDeviceHandler(around)
+        self.growing = VirtioMemHandler(around)
         self.detaching = DetachMemoryHandler(around)
         self.dimms = DimmHandler(around)
 
@@ -90,6 +94,8 @@ class Host:
         if self.device or self.lingers:
             lines.append(f"7f01 {self.binds} anon=8 N2=8 kernelpagesize_kB=4")
         (self.proc / str(PID) / "numa_maps").write_text("\n".join(lines) + "\n")
+        areas = ["7f00-8f00 rw-p 0 00:00 0 [heap]", "7f01-100007f01 rw-p 0 00:00 0"]
+        (self.proc / str(PID) / "maps").write_text("\n".join(areas) + "\n")
 
     @contextmanager
     def domain(self, guest: GuestId):
@@ -290,6 +296,38 @@ def test_bound(tmp_path):
     assert not is_bound(tmp_path, 1, 2)
     with pytest.raises(GuestGoneError):
         is_bound(tmp_path, 2, 3)
+
+
+def test_growth_after_the_node_was_away_is_refused(host):
+    """What QEMU mapped for the device is bound to another node since then."""
+    apply(host)
+    grow = ResizeVirtioMem(
+        guest=GUEST, name="db", alias=STEP.alias, before=64 * MIB, after=128 * MIB,
+        tolerance=0, deadline_s=5, tier="cxl",
+    )  # fmt: skip
+    growing = host.growing
+    growing.apply(grow, Context())
+    host.binds = "bind:0"
+    host.write_maps()
+    growing.apply(grow.inverse(), Context())  # what is there goes back
+    host.calls.clear()
+    with pytest.raises(RefusedError, match="memory reclaim 2 --detach"):
+        growing.apply(grow, Context())
+    assert host.calls == []
+    host.binds = "bind:2"
+    host.write_maps()
+    growing.apply(grow, Context())
+    growing.verify(grow)
+
+
+def test_bound_size(tmp_path):
+    (tmp_path / "1").mkdir()
+    (tmp_path / "1" / "numa_maps").write_text("7f00 bind:3\n8000 bind:3-4\na000 bind:3 N3=1\n")
+    (tmp_path / "1" / "maps").write_text("7f00-8000 rw-p\n8000-9000 rw-p\na000-c000 rw-p\n")
+    assert bound_size(tmp_path, 1, CpuSet([3])) == 0x2100
+    assert bound_size(tmp_path, 1, CpuSet([3, 4])) == 0x1000
+    with pytest.raises(GuestGoneError):
+        bound_size(tmp_path, 2, CpuSet([3]))
 
 
 # -- DIMMs ------------------------------------------------------------------------------------

@@ -16,12 +16,13 @@ from virtfabric.adapters.simulated.machines import small_host, small_topology
 from virtfabric.model.cxl import Serial
 from virtfabric.model.cxlsteps import MemoryUse
 from virtfabric.model.errors import Reason, Refusal
-from virtfabric.model.guest import FixedMemory
+from virtfabric.model.guest import FixedMemory, VirtioMem
 from virtfabric.model.host import Capacity
 from virtfabric.model.ids import RequestId
 from virtfabric.model.ledger import Books, HostSnapshot
+from virtfabric.model.memorysteps import DetachMemory
 from virtfabric.model.plan import Plan, parse_step
-from virtfabric.model.units import MIB, Bytes, CpuSet
+from virtfabric.model.units import GIB, MIB, Bytes, CpuSet
 from virtfabric.policy.regionplans import RegionWish, plan_region, plan_region_end, users_of_node
 
 if TYPE_CHECKING:
@@ -96,6 +97,30 @@ def test_what_was_made_is_taken_down(idle: Machine) -> None:
     carry_out(idle, end)
     assert idle.read().regions == ()
     assert list(idle.marks.iterdir()) == []
+
+
+def test_empty_devices_leave_before_their_node_does(idle: Machine, guest: GuestState) -> None:
+    """Those that the agent attached there; a guest that keeps one does not keep the region."""
+    carry_out(idle, plan_of(idle, wish("decoder0.0", 0x100)))
+    memory = idle.memory().read_memory()
+    (region,) = memory.cxl.regions
+    (node,) = region.nodes
+    ours = VirtioMem(
+        "ua-virtfabric-cxl1", 0, Bytes(GIB), Bytes(2 * MIB), Bytes(0), Bytes(0),
+        host_nodes=CpuSet([node]),
+    )  # fmt: skip
+    theirs = replace(ours, alias="ua-theirs")
+    elsewhere = replace(ours, alias="ua-virtfabric-cxl7", host_nodes=CpuSet([node + 6]))
+    db = replace(guest, fixed_memory=(), virtio_mem=(theirs, ours, elsewhere))
+    end = plan_region_end(host(db), memory, region, REQUEST)
+    assert isinstance(end, Plan), end
+    detach, offline, destroy = end.steps
+    assert isinstance(detach, DetachMemory)
+    assert (detach.name, detach.alias, detach.optional) == ("db", ours.alias, True)
+    assert [step.kind for step in (offline, destroy)] == ["online-memory", "create-region"]
+    unmanaged = plan_region_end(host(replace(db, policy=None)), memory, region, REQUEST)
+    assert isinstance(unmanaged, Plan)
+    assert len(unmanaged.steps) == 2
 
 
 def test_regions_by_hand_stay(busy: Machine) -> None:

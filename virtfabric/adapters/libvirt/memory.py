@@ -12,12 +12,16 @@ import libvirt
 from lxml import etree
 
 from virtfabric.adapters.libvirt.handler import LibvirtHandler, LibvirtSetting
+from virtfabric.adapters.libvirt.residence import bound_size
 from virtfabric.adapters.libvirt.stats import read_told
 from virtfabric.domxml.domain import parse_domain
 from virtfabric.domxml.parse import parse_xml
 from virtfabric.model.errors import (
     GuestGoneError,
     HypervisorError,
+    Reason,
+    Refusal,
+    RefusedError,
     ShortfallError,
     VerificationError,
 )
@@ -27,7 +31,7 @@ from virtfabric.model.units import MIB, Bytes, CpuSet
 if TYPE_CHECKING:
     from collections.abc import Callable
 
-    from virtfabric.model.guest import VirtioMem
+    from virtfabric.model.guest import GuestState, VirtioMem
     from virtfabric.ports import StepContext
 
 _LIVE: Final = libvirt.VIR_DOMAIN_AFFECT_LIVE
@@ -86,6 +90,12 @@ class VirtioMemHandler(LibvirtHandler[ResizeVirtioMem]):
     step_type = ResizeVirtioMem
 
     def bring_about(self, step: ResizeVirtioMem, context: StepContext) -> None:
+        """What comes of CXL memory must come from the device's node; see `move`."""
+        if step.tier == "cxl":
+            self._insist_on_home(step)
+        self.move(step, context)
+
+    def move(self, step: ResizeVirtioMem, context: StepContext) -> None:
         """Request, and wait until the guest has followed."""
         until = time.monotonic() + step.deadline_s
         seen = _report(context, step.name, step.before, step.after)
@@ -104,6 +114,26 @@ class VirtioMemHandler(LibvirtHandler[ResizeVirtioMem]):
             )
             if abs(reached - target) > step.tolerance:
                 self._stop_short(step, target)
+
+    def _insist_on_home(self, step: ResizeVirtioMem) -> None:
+        """A CXL node may have been away since the device was attached.
+
+        Raises:
+            RefusedError: what the guest would get lies elsewhere.
+        """
+        state = self._read_guest(step)
+        device = _find(state, step.alias)
+        nodes = device.host_nodes
+        if not nodes or step.after <= device.current:
+            return
+        due = sum(int(one.size) for one in state.virtio_mem if one.host_nodes == nodes)
+        if bound_size(self.host.proc, self.find_pid(step), nodes) < due:
+            detail = (
+                f"{step.name}: {step.alias} was attached before node {nodes} went away and came "
+                "back, and the kernel binds it to others since; detach it, then ask again "
+                f"(virtfabric memory reclaim {min(nodes)} --detach)"
+            )
+            raise RefusedError(Refusal(Reason.NO_MECHANISM, detail))
 
     def _stop_short(self, step: ResizeVirtioMem, target: int) -> None:
         """Ask for what is there already, so that nothing more moves by itself later."""
@@ -144,19 +174,26 @@ class VirtioMemHandler(LibvirtHandler[ResizeVirtioMem]):
         return max(0, current - step.before)
 
     def _read(self, step: ResizeVirtioMem) -> VirtioMem:
+        return _find(self._read_guest(step), step.alias)
+
+    def _read_guest(self, step: ResizeVirtioMem) -> GuestState:
         with self.host.connection.domain(step.guest) as dom:
             state = parse_domain(dom.XMLDesc(0), None)
         if not state.active:  # a persistent guest's definition outlives it
             raise GuestGoneError(f"{state.name}: is not running any more")
-        for device in state.virtio_mem:
-            if device.alias == step.alias:
-                return device
-        raise HypervisorError(f"{state.name}: no virtio-mem device {step.alias}")
+        return state
 
     def _request(self, step: ResizeVirtioMem, size: int) -> None:
         """Libvirt wants the live element, address included; the alias alone is refused."""
         with self.host.connection.domain(step.guest) as dom:
             dom.updateDeviceFlags(_format_request(dom.XMLDesc(0), step.alias, size), _LIVE)
+
+
+def _find(state: GuestState, alias: str) -> VirtioMem:
+    for device in state.virtio_mem:
+        if device.alias == alias:
+            return device
+    raise HypervisorError(f"{state.name}: no virtio-mem device {alias}")
 
 
 def _choose_targets(device: VirtioMem, after: int) -> list[int]:

@@ -105,12 +105,12 @@ class MemoryDeviceHandler(_DeviceHandler[AttachMemory]):
         device = self._find(step)
         if step.after:
             device = device or self._attach(step)
-            self._memory.bring_about(_resize(step, int(device.requested), step.after), context)
+            self._memory.move(_resize(step, int(device.requested), step.after), context)
             return
         if device is None:
             return
         until = time.monotonic() + step.deadline_s
-        self._memory.bring_about(_resize(step, int(device.requested), 0, exact=True), context)
+        self._memory.move(_resize(step, int(device.requested), 0, exact=True), context)
         if self._detach(step, until):
             raise ShortfallError(
                 f"{step.name}: {step.alias} is empty, but still attached {step.deadline_s:g} s "
