@@ -39,6 +39,7 @@ class Reason(StrEnum):
     MEMORY_LOCK_LIMIT = "memory-lock-limit"
     STRANDS_MEMORY = "strands-memory"
     SHUTTING_DOWN = "shutting-down"
+    IMAGE_REFUSED = "image-refused"
 
 
 class VirtfabricError(Exception):

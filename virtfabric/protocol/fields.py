@@ -106,6 +106,10 @@ class Fields:
         """The field as an error names it."""
         return f"{self._place}.{name}" if self._place else name
 
+    def has(self, name: str) -> bool:
+        """Whether there is such a field."""
+        return name in self._document
+
     def fail(self, name: str, problem: str) -> InvalidValueError:
         """The error for one field."""
         return InvalidValueError(self.path(name), shown(self._document.get(name)), problem)
