@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
+from operator import gt, truediv
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -17,8 +18,9 @@ if TYPE_CHECKING:
 
     from virtfabric.model.adapter import AdapterId
 
-_BUDGET: Final = 3000
-"""Steps of each search: some milliseconds."""
+_STEPS_FEWEST: Final = 2000
+_STEPS_CHEAPEST: Final = 500
+"""Budgets: together a few milliseconds."""
 
 Give = tuple[int, ...]
 """One figure for each coordinate that is needed."""
@@ -53,15 +55,14 @@ def choose_lots(need: Give, lots: Sequence[Lot]) -> tuple[Lot, ...] | None:
     if greedy is None:
         return None
     best = greedy
-    ordered = sorted(lots, key=lambda lot: -_helpfulness(need, lot.give))
-    search = _Search(need, ordered)
-    for count in range(_least_count(need, lots), len(greedy)):
-        found = search.find(count)
-        if found is not None:
-            best = found
-            break
-    cheapest = _Search(need, sorted(lots, key=lambda lot: lot.cost)).find_cheapest(best)
-    return tuple(cheapest)
+    least = _least_count(need, lots)
+    if least < len(greedy):
+        ordered = sorted(lots, key=lambda lot: -_helpfulness(need, need, lot.give))
+        search = _Search(need, ordered, _STEPS_FEWEST)
+        tries = (search.find(count) for count in range(least, len(greedy)))
+        best = next((found for found in tries if found is not None), greedy)
+    ordered = sorted(lots, key=lambda lot: lot.cost)
+    return tuple(_Search(need, ordered, _STEPS_CHEAPEST).find_cheapest(best))
 
 
 def divide(need: Give, rooms: Sequence[Give]) -> list[Give]:
@@ -75,8 +76,9 @@ def divide(need: Give, rooms: Sequence[Give]) -> list[Give]:
     return [tuple(share) for share in shares]
 
 
-def _helpfulness(need: Give, give: Give) -> float:
-    return sum(g / n if g < n else 1.0 for g, n in zip(give, need, strict=True) if n > 0)
+def _helpfulness(need: Give, left: Give, give: Give) -> float:
+    """How much of the whole need this covers of what is left."""
+    return float(sum(map(truediv, map(min, left, give), need)))
 
 
 def _left(need: Give, give: Give) -> Give:
@@ -85,21 +87,22 @@ def _left(need: Give, give: Give) -> Give:
 
 def _most_helpful(need: Give, lots: Sequence[Lot]) -> list[Lot] | None:
     """Greedy. What a lot helps only ever shrinks, so one that still leads need not be compared."""
-    heap = [(-_helpfulness(need, lot.give), place) for place, lot in enumerate(lots)]
+    heap = [(-_helpfulness(need, need, lot.give), place) for place, lot in enumerate(lots)]
     heapify(heap)
     chosen: list[Lot] = []
-    while any(need):
+    left = need
+    while any(left):
         if not heap:
             return None
         _, place = heap[0]
-        now = -_helpfulness(need, lots[place].give)
+        now = -_helpfulness(need, left, lots[place].give)
         if len(heap) > 1 and now > min(heap[1:3])[0]:
             heapreplace(heap, (now, place))
             continue
         heappop(heap)
         if now < 0:
             chosen.append(lots[place])
-            need = _left(need, lots[place].give)
+            left = _left(left, lots[place].give)
     return chosen
 
 
@@ -120,10 +123,10 @@ def _least_count(need: Give, lots: Sequence[Lot]) -> int:
 class _Search:
     """Depth-first over lots in a given order, with a budget of steps for each object."""
 
-    def __init__(self, need: Give, lots: Sequence[Lot]) -> None:
+    def __init__(self, need: Give, lots: Sequence[Lot], steps: int) -> None:
         self._need = need
         self._lots = lots
-        self._steps = 0
+        self._steps = steps
         self._most = _most_behind(len(need), lots)
         self._best: list[Lot] = []
         self._best_cost = (0, 0)
@@ -173,10 +176,10 @@ class _Search:
         return one.give == other.give and one.cost == other.cost
 
     def _is_hopeless(self, place: int, count: int, need: Give) -> bool:
-        self._steps += 1
-        if self._steps > _BUDGET or count <= 0:
+        self._steps -= 1
+        if self._steps < 0 or count <= 0:
             return True
-        return any(n > count * most for n, most in zip(need, self._most[place], strict=True))
+        return any(map(gt, need, (count * most for most in self._most[place])))
 
 
 def _most_behind(axes: int, lots: Sequence[Lot]) -> list[Give]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from operator import le
 from typing import TYPE_CHECKING, NamedTuple
 
 from virtfabric.model.adapter import Extent, Seat
@@ -55,7 +56,14 @@ class FreeParts:
 
     def vector(self, capability: str) -> Vector:
         """As a slice of this capability sees it."""
-        return self._vector._replace(units=len(self.units.get(capability, ())))
+        return self._vectors.get(capability, self._vector)
+
+    @cached_property
+    def _vectors(self) -> dict[str, Vector]:
+        return {
+            capability: self._vector._replace(units=len(units))
+            for capability, units in self.units.items()
+        }
 
     @cached_property
     def _vector(self) -> Vector:
@@ -101,7 +109,7 @@ def free_of(books: AdapterBooks, *, without: Collection[SliceId] = ()) -> FreePa
 
 def fits(need: Vector, room: Vector) -> bool:
     """Whether nothing is short."""
-    return all(a <= b for a, b in zip(need, room, strict=True))
+    return all(map(le, need, room))
 
 
 def choose_seat(free: FreeParts, spec: SliceSpec) -> Seat | None:

@@ -64,6 +64,7 @@ class PoolChoice:
 class _Member:
     books: AdapterBooks
     free: FreeParts
+    fill: int
     later: tuple[tuple[int, FreeParts], ...]
     """What would be free for a priority above each of these, ascending."""
 
@@ -115,7 +116,8 @@ class SlicePool:
     def put(self, books: AdapterBooks) -> None:
         """An adapter came, or what is on it changed."""
         self.remove(books.adapter.serial)
-        member = _Member(books, free_of(books), tuple(rooms_by_priority(books)))
+        free = free_of(books)
+        member = _Member(books, free, _fill(free), tuple(rooms_by_priority(books)))
         self._members[books.adapter.serial] = member
         self._kinds.update(_kinds(books))
         self._now.put(books, member.free)
@@ -235,7 +237,7 @@ class SlicePool:
     ) -> Lot:  # fmt: skip
         member = self._members[serial]
         give = tuple(map(min, _of(room, axes), need))
-        return Lot(serial, give, _fill(member.free), _distance(member.books.adapter.site, near))
+        return Lot(serial, give, member.fill, _distance(member.books.adapter.site, near))
 
     def _tightened(self, spec: SliceSpec, serials: list[AdapterId]) -> list[AdapterId]:
         """Each in turn replaced by the fullest adapter that does for what the others leave.
@@ -243,7 +245,7 @@ class SlicePool:
         The candidates were the emptiest, as those need to be the fewest.
         """
         need = need_of(spec)
-        for serial in sorted(serials, key=lambda s: -_fill(self._members[s].free)):
+        for serial in sorted(serials, key=lambda s: -self._members[s].fill):
             others = [self._room(spec, s, reclaim=False) for s in serials if s != serial]
             left = {
                 Vector._fields[axis]: max(0, need[axis] - sum(room[axis] for room in others))
