@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from virtfabric.protocol.frames import Frame
 
-MAX_OUTGOING: Final = 4 * MAX_FRAME
+MAX_OUTGOING: Final = 2 * MAX_FRAME
 """Bytes that wait for a peer who does not read, at most; then the conversation ends."""
 _HELLO: Final = 0x01
 _ERROR: Final = 0x03

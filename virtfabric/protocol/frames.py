@@ -18,8 +18,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator
 
 MAGIC: Final = b"VF"
-MAX_BODY: Final = 256 << 10
-"""Bytes. An inventory of 500 slices has 200 KiB."""
+MAX_BODY: Final = 1 << 20
+"""Bytes. An inventory of 1,000 slices has 500 KiB."""
 MAX_TAIL: Final = 256 << 10
 MAX_NUMBER: Final = (1 << 32) - 1
 _HEADER: Final = struct.Struct(">2sBBIIII")
