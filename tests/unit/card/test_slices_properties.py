@@ -4,28 +4,41 @@
 """
 
 import os
+from collections import Counter
+from dataclasses import replace
+from random import Random
 
 import slice_reference as reference
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
-from slice_world import SITES, adapter, adapters, specs
+from slice_world import SEEDS, SITES, adapter, draw_adapter, draw_spec
 
 from virtfabric.model.adapter import AdapterBooks
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.policy import slicing
+from virtfabric.policy.slicecheck import find_faults
 from virtfabric.policy.slicepool import SlicePool
 
-LIVES = int(os.environ.get("VIRTFABRIC_SLICE_LIVES", "30"))
-STEPS = int(os.environ.get("VIRTFABRIC_SLICE_STEPS", "14"))
+LIVES = int(os.environ.get("VIRTFABRIC_SLICE_LIVES", "120"))
+STEPS = int(os.environ.get("VIRTFABRIC_SLICE_STEPS", "25"))
+
+
+SEEN: Counter[str] = Counter()
+LEAST = {
+    "refused": 40, "whole": 150, "in parts": 25, "reclaimed": 25, "reclaimed several": 3,
+    "reclaimed in parts": 1, "changed in use": 15, "changed unused": 15, "change refused": 25,
+}  # fmt: skip
+"""How often in 120 lives at least: what never happens proves nothing."""
 
 
 class Slices(RuleBasedStateMachine):
     """Books of each card beside an index of them, which is only ever told of changes."""
 
-    @initialize(count=st.integers(1, 3), data=st.data())
-    def begin(self, count, data):
-        made = [data.draw(adapters(f"card-{n}")) for n in range(count)]
+    @initialize(seed=SEEDS)
+    def begin(self, seed):
+        self.draw = Random(seed)  # one for the whole life: equal seeds of steps would repeat
+        made = [draw_adapter(self.draw, f"card-{n}") for n in range(self.draw.choice([1, 2, 3]))]
         self.books = {a.serial: AdapterBooks(a) for a in made}
         self.pool = SlicePool(self.books.values())
 
@@ -40,9 +53,10 @@ class Slices(RuleBasedStateMachine):
             for name, one in books.slices.items()
         }
 
-    @rule(spec=specs(), near=st.permutations(SITES), reclaim=st.booleans(), goes=st.booleans(),
-          holder=st.sampled_from(["", "guest-1", "guest-2"]))  # fmt: skip
-    def make(self, spec, near, reclaim, goes, holder):
+    @rule(goes=st.sampled_from([True, True, True, False]))
+    def make(self, goes):
+        spec, near = draw_spec(self.draw), self.draw.sample(SITES, 2)
+        reclaim, holder = self.draw.random() < 0.8, self.draw.choice(["", "guest-1", "guest-2"])
         before, all_books = self.seats(), list(self.books.values())
         choice = self.pool.choose(spec, near=near, reclaim=reclaim)
         free = reference.fewest_cards(all_books, spec, reclaim=False)
@@ -51,9 +65,14 @@ class Slices(RuleBasedStateMachine):
             fewest = reference.fewest_cards(all_books, spec, reclaim=True)
         if isinstance(choice, Refusal):
             assert fewest is None, choice
+            SEEN["refused"] += 1
             return
         assert len(choice.parts) == fewest
         victims = {(p.adapter, v) for p in choice.parts for v in p.choice.victims}
+        SEEN["whole" if fewest == 1 else "in parts"] += 1
+        SEEN["reclaimed"] += bool(victims)
+        SEEN["reclaimed several"] += len(victims) > 1
+        SEEN["reclaimed in parts"] += bool(victims) and fewest > 1
         if free is not None:
             assert not victims, "somebody would leave for what was free"
         for part in choice.parts:
@@ -80,15 +99,18 @@ class Slices(RuleBasedStateMachine):
         assert chosen in doing
         assert not any(other < chosen for other in doing), "one of them need not leave"
 
-    @rule(spec=specs(), data=st.data())
+    @rule()
     @precondition(lambda self: any(b.slices for b in self.books.values()))
-    def change(self, spec, data):
-        serial, name = data.draw(st.sampled_from(sorted(self.seats())))
+    def change(self):
+        serial, name = self.draw.choice(sorted(self.seats()))
+        spec = self.other_amounts(self.books[serial].slices[name].spec)
         books, before = self.books[serial], self.seats()
         one = books.slices[name]
         able = reference.could_change(books, name, spec)
         promise = slicing.reserve_change(books, name, spec)
         assert isinstance(promise, slicing.Promise) == able, promise
+        SEEN["changed in use" if one.holder else "changed unused"] += able
+        SEEN["change refused"] += not able
         if not able:
             return
         assert slicing.reserve_change(promise.books, name, spec).reason == Reason.BUSY
@@ -104,19 +126,29 @@ class Slices(RuleBasedStateMachine):
         del before[serial, name]
         assert before.items() <= self.seats().items()
 
-    @rule(data=st.data())
+    def other_amounts(self, spec):
+        """Mostly a little more or less of something; now and then all anew."""
+        other = draw_spec(self.draw)
+        names = self.draw.sample(["cores", "memory", "keys", "bandwidth", "priority"], 2)
+        if self.draw.random() < 0.15:
+            return other
+        changed = replace(spec, **{name: getattr(other, name) for name in names})
+        empty = not (changed.cores or changed.memory or changed.lanes or changed.units)
+        return other if empty else changed
+
+    @rule()
     @precondition(lambda self: any(b.slices for b in self.books.values()))
-    def release(self, data):
-        serial, name = data.draw(st.sampled_from(sorted(self.seats())))
+    def release(self):
+        serial, name = self.draw.choice(sorted(self.seats()))
         before = self.seats()
         self.put(slicing.release(self.books[serial], name))
         del before[serial, name]
         assert self.seats() == before
 
-    @rule(data=st.data(), holder=st.sampled_from(["", "guest-3"]))
+    @rule(holder=st.sampled_from(["", "guest-3"]))
     @precondition(lambda self: any(b.slices for b in self.books.values()))
-    def assign(self, data, holder):
-        serial, name = data.draw(st.sampled_from(sorted(self.seats())))
+    def assign(self, holder):
+        serial, name = self.draw.choice(sorted(self.seats()))
         had = self.books[serial].slices[name].holder
         books = slicing.assign(self.books[serial], name, holder)
         if holder and had not in ("", holder):
@@ -148,17 +180,25 @@ Slices.TestCase.settings = settings(
 TestSlices = Slices.TestCase
 
 
-@given(st.lists(st.tuples(st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=7), st.data())
+def test_all_that_can_happen_happened():
+    """After the lives above."""
+    rare = {what: SEEN[what] for what, least in LEAST.items() if SEEN[what] * 120 < least * LIVES}
+    assert not rare or STEPS < 25, f"in {LIVES} lives: {dict(SEEN)}"
+
+
+@given(SEEDS)
 @settings(max_examples=60, deadline=None, derandomize=True)
-def test_promises_side_by_side_never_overlap(sizes, data):
+def test_promises_side_by_side_never_overlap(seed):
     """Any mix of open promises on one card, ended in any order."""
-    books = AdapterBooks(data.draw(adapters()))
-    for _ in sizes:
-        promise = slicing.reserve(books, data.draw(specs()), reclaim=data.draw(st.booleans()))
+    draw = Random(seed)
+    books = AdapterBooks(draw_adapter(draw))
+    for _ in range(9):
+        promise = slicing.reserve(books, draw_spec(draw), reclaim=draw.random() < 0.7)
         books = promise.books if isinstance(promise, slicing.Promise) else books
-        while books.reservations and data.draw(st.booleans()):
-            name = data.draw(st.sampled_from(sorted(books.reservations)))
-            books = data.draw(st.sampled_from([slicing.commit, slicing.abort]))(books, name)
+        assert find_faults(books) == ()
+        while books.reservations and draw.random() < 0.5:
+            name = draw.choice(sorted(books.reservations))
+            books = draw.choice([slicing.commit, slicing.commit, slicing.abort])(books, name)
             assert reference.judge(books) == []
     for name in sorted(books.reservations):
         books = slicing.commit(books, name)
