@@ -142,6 +142,11 @@ def test_the_fewest_lots_and_of_those_the_cheapest(found, first, second):
     assert (sum(lot.fill for lot in answer), sum(lot.distance for lot in answer)) == min(costs)
 
 
+def test_the_most_helpful_is_not_always_among_the_fewest():
+    lots = [Lot("both", (4, 4)), Lot("first", (6, 0)), Lot("second", (0, 6))]
+    assert {lot.serial for lot in choose_lots((6, 6), lots)} == {"first", "second"}
+
+
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=6), st.data())
 @settings(max_examples=40, deadline=None)
 def test_shares_add_up_and_exceed_no_room(rooms, data):

@@ -11,7 +11,7 @@ from virtfabric.shim.firmware.statelog import StateDamagedError, StateError, Sta
 
 
 def states(count):
-    return [{"n": n, "text": "x" * n} for n in range(1, count + 1)]
+    return [{"n": n, "text": "x" * 40 * n} for n in range(1, count + 1)]
 
 
 def written(path, count=3, **options):
@@ -83,8 +83,8 @@ def test_noise_is_damage_or_nothing(tmp_path_factory, noise):
 
 def test_a_full_file_is_begun_anew_whole(tmp_path):
     path = tmp_path / "flash"
-    sizes = written(path, 60, rotate=400)
-    assert max(sizes) <= 400
+    sizes = written(path, 60, rotate=6000)
+    assert max(sizes) <= 6000
     assert reopened(path) == states(60)[-1]
     assert [entry.name for entry in tmp_path.iterdir()] == ["flash"]
 
