@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from heapq import nlargest
+from operator import add, sub
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from virtfabric.policy.seating import Vector, fits
@@ -43,6 +44,8 @@ class Shelf:
     def __init__(self) -> None:
         self._blocks: list[_Block] = []
         self._lasts: list[Entry] = []
+        self.total = Vector(*[0] * len(Vector._fields))
+        """The sum of each coordinate over all entries."""
 
     def __len__(self) -> int:
         return sum(len(block.entries) for block in self._blocks)
@@ -52,6 +55,7 @@ class Shelf:
 
     def put(self, entry: Entry) -> None:
         """Add an entry that is not there yet."""
+        self.total = Vector(*map(add, self.total, entry.room))
         place = min(bisect_left(self._lasts, entry), len(self._blocks) - 1)
         entries = self._blocks[place].entries if self._blocks else []
         insort(entries, entry)
@@ -61,6 +65,7 @@ class Shelf:
 
     def remove(self, entry: Entry) -> None:
         """Take off an entry that is there."""
+        self.total = Vector(*map(sub, self.total, entry.room))
         place = bisect_left(self._lasts, entry)
         entries = self._blocks[place].entries
         del entries[bisect_left(entries, entry)]

@@ -196,7 +196,7 @@ class SlicePool:
     def _divided(self, spec: SliceSpec, near: Sequence[str], *, reclaim: bool) -> PoolChoice | None:
         need = need_of(spec)
         axes = tuple(axis for axis in _ADDED_UP if need[axis])
-        if spec.contiguous or not axes:
+        if spec.contiguous or not axes or self._is_beyond(spec, axes, reclaim=reclaim):
             return None
         wanted = _of(need, axes)
         for breadth in (*(b for b in _BREADTHS if b < len(self)), len(self)):
@@ -214,6 +214,18 @@ class SlicePool:
         return self._parts(
             [(s, _part_of(spec, axes, g)) for s, g in zip(serials, given, strict=True) if any(g)]
         )
+
+    def _is_beyond(self, spec: SliceSpec, axes: Sequence[int], *, reclaim: bool) -> bool:
+        """Whether all adapters together do not have it: nothing need be searched then."""
+        need = need_of(spec)
+        for axis in axes:
+            kind = spec.capability if axis == _UNITS else _ANY
+            most = self._now[kind].total[axis]
+            # what is free now is in both: a bound too high, never too low
+            most += self._later[kind].total[axis] if reclaim else 0
+            if most < need[axis]:
+                return True
+        return False
 
     def _candidates(
         self, spec: SliceSpec, axes: Sequence[int], breadth: int, *, reclaim: bool

@@ -198,6 +198,7 @@ def test_a_shelf_is_a_sorted_list(data):
     plain.sort()
     assert list(shelf) == plain
     assert len(shelf) == len(plain)
+    assert list(shelf.total) == [sum(e.room[axis] for e in plain) for axis in range(7)]
     for _ in range(10):
         need = Vector(*(draw.randint(0, 4) for _ in range(7)))
         least, skip = (draw.randint(0, 9), "n-1"), {f"c-{draw.randint(0, 400)}"}
