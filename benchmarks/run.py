@@ -19,7 +19,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks import bench_devices, bench_host, bench_policy
+from benchmarks import bench_card, bench_devices, bench_host, bench_policy
 
 RESULTS = Path(__file__).with_name("results.json")
 
@@ -27,7 +27,7 @@ RESULTS = Path(__file__).with_name("results.json")
 def main() -> int:
     """Run everything that needs no lab, or the parts named on the command line."""
     parts = {
-        "policy": bench_policy.measure, "hook": bench_host.measure_hook,
+        "policy": bench_policy.measure, "card": bench_card.measure, "hook": bench_host.measure_hook,
         "allocate": bench_host.measure_allocate, "rest": bench_host.measure_rest,
     }  # fmt: skip
     chosen = sys.argv[1:] or list(parts)

@@ -47,6 +47,7 @@ class Reason(StrEnum):
     STRANDS_MEMORY = "strands-memory"
     NO_HUGE_PAGES = "no-huge-pages"
     SHUTTING_DOWN = "shutting-down"
+    IMAGE_REFUSED = "image-refused"
 
 
 class VirtfabricError(Exception):
