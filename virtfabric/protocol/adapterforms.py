@@ -21,7 +21,7 @@ from virtfabric.model.adapter import (
     SliceId,
     SliceSpec,
 )
-from virtfabric.model.device import parse_capability
+from virtfabric.model.capability import parse_capability
 from virtfabric.model.units import MAX_BYTES
 
 if TYPE_CHECKING:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from virtfabric.model.adapter import ReservationId, SliceId
-from virtfabric.model.device import parse_capability
+from virtfabric.model.capability import parse_capability
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.image import ImageManifest, Phase
 from virtfabric.protocol import messages as m
