@@ -209,16 +209,20 @@ def _read_decision(fields: Fields, _tail: bytes) -> m.Decision:
     )
 
 
-def _form_of_configure(configure: m.Configure) -> dict[str, Any]:
-    image = configure.manifest
+def form_of_manifest(image: ImageManifest) -> dict[str, Any]:
+    """What a signer said of an image, as a table."""
     return {
-        "slice": configure.slice, "name": image.name, "capability": image.capability,
-        "size": image.size, "digest": image.digest, "not_after": image.not_after,
-        "signature": configure.signature,
+        "name": image.name, "capability": image.capability, "size": image.size,
+        "digest": image.digest, "not_after": image.not_after,
     }  # fmt: skip
 
 
-def _read_configure(fields: Fields, _tail: bytes) -> m.Configure:
+def read_manifest(fields: Fields) -> tuple[ImageManifest, str]:
+    """The reverse, with the signature beside it.
+
+    Raises:
+        InvalidValueError: names the field.
+    """
     name = fields.text("name", most=MAX_NAME)
     if not name.isprintable():  # the signature is over lines
         raise fields.fail("name", "cannot be printed")
@@ -227,7 +231,18 @@ def _read_configure(fields: Fields, _tail: bytes) -> m.Configure:
         name, capability, fields.number("size", least=1, most=MAX_IMAGE),
         _hexadecimal(fields, "digest", _DIGEST_TEXT), fields.number("not_after"),
     )  # fmt: skip
-    signature = _hexadecimal(fields, "signature", _SIGNATURE_TEXT)
+    return manifest, _hexadecimal(fields, "signature", _SIGNATURE_TEXT)
+
+
+def _form_of_configure(configure: m.Configure) -> dict[str, Any]:
+    return {
+        "slice": configure.slice, **form_of_manifest(configure.manifest),
+        "signature": configure.signature,
+    }  # fmt: skip
+
+
+def _read_configure(fields: Fields, _tail: bytes) -> m.Configure:
+    manifest, signature = read_manifest(fields)
     return m.Configure(fields.text("slice", most=MAX_NAME), manifest, signature)
 
 

@@ -14,6 +14,7 @@ from virtfabric.trust.session import Session
 
 if TYPE_CHECKING:
     import ssl
+    from collections.abc import Callable
 
     from virtfabric.protocol.messages import Message
     from virtfabric.shim.firmware.firmware import Firmware
@@ -24,13 +25,19 @@ SOFTWARE: Final = "virtfabric-card 1"
 class Desk:
     """All hosts of one card."""
 
-    def __init__(self, firmware: Firmware, context: ssl.SSLContext, *, boot: str) -> None:
+    def __init__(
+        self, firmware: Firmware, context: ssl.SSLContext, *, boot: str,
+        answered: Callable[[Link, Message, Message], None] = lambda *_: None,
+        told: Callable[[Message], None] = lambda _: None,
+    ) -> None:  # fmt: skip
         """Begin.
 
         Args:
             firmware: which answers.
             context: with the card's certificate, for servers.
             boot: differs after each start, so that hosts know when to read everything again.
+            answered: hears what a host asked, and each answer to it, for a log.
+            told: hears what all hosts are told.
         """
         self._firmware = firmware
         self._context = context
@@ -38,6 +45,8 @@ class Desk:
             Role.CARD, firmware.books.adapter.serial, SOFTWARE, boot, versions=()
         )  # fmt: skip
         self._links: list[Link] = []
+        self._answered = answered
+        self._told = told
 
     def open(self) -> Link:
         """A host came; its bytes go through `receive`, the card's are in `Link.outgoing`."""
@@ -53,12 +62,14 @@ class Desk:
             if isinstance(message, Heartbeat) and received.about:
                 continue  # the answer to one of ours
             for answer in self._firmware.handle(message):
+                self._answered(link, message, answer)
                 self._say(link, answer, received.number)
         self._forget_ended()
 
     def tick(self) -> None:
         """Let time pass; what happened is told to every host."""
         for message in self._firmware.tick():
+            self._told(message)
             for link in self._links:
                 if link.is_open:
                     self._say(link, message, 0)
