@@ -13,8 +13,11 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+    from virtfabric.model.adapter import AdapterId, Reservation, Slice, SliceId, SliceSpec
+    from virtfabric.model.card import CardNews, CardView, SignedImage
     from virtfabric.model.cxl import Condition, HostMemory
     from virtfabric.model.device import DeviceNews, PciAddress, PciFunction
+    from virtfabric.model.errors import Refusal
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import HostTopology
     from virtfabric.model.hugepages import HugePools
@@ -141,6 +144,86 @@ class VfMaker(Protocol):
         Raises:
             DeviceGoneError, DeviceError: too little to distribute, or the host uses the PF.
         """
+
+
+class CardLink(Protocol):
+    """One offload card, as far as it can be believed. A lost one is tried again by itself."""
+
+    @property
+    def serial(self) -> AdapterId:
+        """Which card it is; its certificate says the same, or there is no link."""
+
+    def view(self) -> CardView:
+        """As last told; never waits."""
+
+    def refresh(self) -> CardView:
+        """Ask the card for all that it has; repeating is safe.
+
+        Raises:
+            CardLostError, CardDistrustedError, CardError
+        """
+
+    def watch(self, changed: Callable[[CardNews], None]) -> None:
+        """Connect, and call `changed` from a thread of its own; it must not block or ask."""
+
+    def trust(self) -> None:
+        """Forget what it said, and believe it anew: an operator's word. Connects again."""
+
+    def close(self) -> None:
+        """End the link; safe to repeat."""
+
+
+class CardSlices(Protocol):
+    """Slices of one card. What it answers has been checked against all it said before.
+
+    Raises (all calls):
+        CardLostError: whether it happened is not known; a promise ends by itself.
+        CardDistrustedError, CardError
+    """
+
+    def reserve(
+        self, spec: SliceSpec, *, request: str, holder: str = "", reclaim: bool = True,
+        change: SliceId | None = None,
+    ) -> Reservation | Slice | Refusal:  # fmt: skip
+        """Promise a slice, or other amounts of one; repeating with the same request is safe.
+
+        Returns:
+            The promise; the slice where that request was committed before.
+        """
+
+    def commit(self, promise: Reservation) -> Slice | Refusal:
+        """Make a promise true."""
+
+    def withdraw(self, request: str) -> None:
+        """See to it that nothing is there of this request: no promise, no slice; repeating is safe.
+
+        Raises:
+            RefusedError: the card keeps it.
+        """
+
+    def assign(self, name: SliceId, holder: str) -> Refusal | None:
+        """Give a slice to a holder, or (empty) take it back; repeating is safe."""
+
+    def release(self, name: SliceId) -> Refusal | None:
+        """End a slice."""
+
+
+class CardImages(Protocol):
+    """Programs slices of one card."""
+
+    def program(
+        self, name: SliceId, image: SignedImage, context: StepContext, *, deadline_s: float
+    ) -> Refusal | None:
+        """Load an image; returns when the slice can do what it is for, or runs what it ran before.
+
+        Raises:
+            CardLostError, CardDistrustedError, CardError
+            StepCancelledError: before all bytes were there; the card drops them.
+        """
+
+
+class Card(CardLink, CardSlices, CardImages, Protocol):
+    """All that a card does for this host."""
 
 
 class GuestReader(Protocol):

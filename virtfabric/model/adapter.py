@@ -7,8 +7,8 @@ Mbit/s. Which part a slice gets is for `policy.seating` to say.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Final, NamedTuple, NewType
+from dataclasses import dataclass, field, fields, replace
+from typing import TYPE_CHECKING, Any, Final, NamedTuple, NewType
 
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.units import MIB, Bytes
@@ -124,6 +124,23 @@ class SliceSpec:
                 prefix + "cores", self.cores, "is all: cores, memory, lanes and units are 0"
             )
         return replace(self, memory=Bytes(-(-self.memory // GRANULE) * GRANULE))
+
+    def to_json(self) -> dict[str, Any]:
+        """For the journal."""
+        return {one.name: getattr(self, one.name) for one in fields(self)}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> SliceSpec:
+        """The reverse of `to_json`.
+
+        Raises:
+            InvalidValueError: names the field.
+        """
+        try:
+            spec = cls(**{**data, "memory": Bytes(data["memory"])})
+            return spec.check("spec.")
+        except (TypeError, KeyError, AttributeError) as error:
+            raise InvalidValueError("spec", dict(data), f"is incomplete: {error}") from None
 
 
 _BOUNDS: Final = (

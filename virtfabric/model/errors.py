@@ -112,6 +112,18 @@ class CxlError(VirtfabricError):
     """The kernel or ndctl failed, or this agent refused, to change CXL memory."""
 
 
+class CardError(VirtfabricError):
+    """An offload card failed, or answered something that this agent does not understand."""
+
+
+class CardLostError(CardError):
+    """The card is not there: no link, no answer in time, or restarted in between."""
+
+
+class CardDistrustedError(CardError):
+    """The card said what cannot be true; nothing it says is believed until an operator does."""
+
+
 class StaleDefinitionError(HypervisorError):
     """A guest's persistent definition is no longer what it was when it was read."""
 

@@ -13,9 +13,11 @@ from virtfabric.protocol import messages as m
 from virtfabric.protocol.adapterforms import (
     MAX_NAME,
     form_of_adapter,
+    form_of_reservation,
     form_of_slice,
     form_of_spec,
     read_adapter,
+    read_reservation,
     read_slice,
     read_spec,
 )
@@ -143,7 +145,8 @@ def _form_of_inventory(inventory: m.Inventory) -> dict[str, Any]:
     ]
     return {
         "adapter": form_of_adapter(inventory.adapter), "slices": slices,
-        "reservations": list(inventory.reservations), "generation": inventory.generation,
+        "reservations": [form_of_reservation(r) for r in inventory.reservations],
+        "generation": inventory.generation,
     }  # fmt: skip
 
 
@@ -151,7 +154,7 @@ def _read_inventory(fields: Fields, _tail: bytes) -> m.Inventory:
     return m.Inventory(
         read_adapter(fields.table("adapter")),
         tuple(_read_report(entry) for entry in fields.tables("slices")),
-        tuple(ReservationId(name) for name in fields.texts("reservations")),
+        tuple(read_reservation(entry) for entry in fields.tables("reservations")),
         fields.number("generation"),
     )
 

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 MAX_OUTGOING: Final = 2 * MAX_FRAME
 """Bytes that wait for a peer who does not read, at most; then the conversation ends."""
+_MAX_REFUSALS: Final = 16
 _HELLO: Final = 0x01
 _ERROR: Final = 0x03
 
@@ -45,7 +46,11 @@ class Received:
 
 
 class Conversation:
-    """One end. Whoever owns it moves bytes, and closes the transport when it is `CLOSED`."""
+    """One end. Whoever owns it moves bytes, and closes the transport when it is `CLOSED`.
+
+    Attributes:
+        refusals: frames of the peer that were refused, in words; the owner empties it.
+    """
 
     def __init__(
         self,
@@ -64,6 +69,7 @@ class Conversation:
         self.state = State.GREETING
         self.peer: Hello | None = None
         self.ended_by = ""
+        self.refusals: list[str] = []
         self._role = hello.role
         self._proved = peer
         self._versions = versions
@@ -198,6 +204,8 @@ class Conversation:
 
     def _complain(self, frame: Frame, code: ErrorCode, detail: str, *, field: str = "") -> None:
         """Refuse one frame. An error is never answered by an error: two ends would never stop."""
+        if len(self.refusals) < _MAX_REFUSALS:
+            self.refusals.append(f"{code}: {detail}")
         if frame.kind != _ERROR:
             self._queue(
                 Error(code, detail, field, versions=self._versions), frame.number

@@ -16,7 +16,14 @@ from virtfabric.model.image import Phase
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-    from virtfabric.model.adapter import Adapter, ReservationId, Slice, SliceId, SliceSpec
+    from virtfabric.model.adapter import (
+        Adapter,
+        Reservation,
+        ReservationId,
+        Slice,
+        SliceId,
+        SliceSpec,
+    )
     from virtfabric.model.image import ImageManifest
 
 
@@ -121,7 +128,7 @@ class Inventory(Message):
 
     adapter: Adapter
     slices: tuple[SliceReport, ...]
-    reservations: tuple[ReservationId, ...]
+    reservations: tuple[Reservation, ...]
     generation: int
 
 

@@ -49,6 +49,13 @@ class Link:
         self._pump()
         return found
 
+    def refusals(self) -> list[str]:
+        """Frames of the other end that were refused since this was asked last, in words."""
+        if self._talk is None:
+            return []
+        found, self._talk.refusals = self._talk.refusals, []
+        return found
+
     def receive_end(self) -> None:
         """The transport ended."""
         self._session.receive_end()

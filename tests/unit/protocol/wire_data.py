@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from hypothesis import strategies as st
 
-from virtfabric.model.adapter import Adapter, Extent, Seat, Slice, SliceSpec
+from virtfabric.model.adapter import Adapter, Extent, Reservation, Seat, Slice, SliceSpec
 from virtfabric.model.errors import Reason
 from virtfabric.model.image import ImageManifest, Phase
 from virtfabric.model.units import MIB, Bytes
@@ -43,6 +43,9 @@ SEATS = st.builds(
     LIST, LIST, st.one_of(st.just(""), CAPABILITIES), LIST, st.integers(0, 10**7),
 )  # fmt: skip
 SLICES = st.builds(Slice, NAMES, specs(), SEATS, MAYBE, MAYBE)
+RESERVATIONS = st.builds(
+    Reservation, NAMES, SLICES, st.lists(NAMES, max_size=3).map(tuple), st.booleans()
+)
 ADAPTERS = st.builds(
     Adapter, NAMES, st.integers(0, 1024), st.integers(0, 1 << 50).map(Bytes), st.integers(0, 64),
     st.integers(0, 1024), st.integers(0, 10**7),
@@ -65,7 +68,7 @@ BY_TYPE = {
         m.Inventory, ADAPTERS,
         st.lists(st.builds(m.SliceReport, SLICES, st.sampled_from(Phase), MAYBE),
                  max_size=3).map(tuple),
-        st.lists(NAMES, max_size=3).map(tuple), NUMBERS),
+        st.lists(RESERVATIONS, max_size=3).map(tuple), NUMBERS),
     m.Telemetry: st.builds(
         m.Telemetry, NUMBERS, st.lists(st.builds(m.Reading, NAMES, FIGURES), max_size=3).map(tuple)
     ),

@@ -138,7 +138,7 @@ class Firmware:
             m.SliceReport(one, self.phase(name), self._state.images.get(name, ""))
             for name, one in self.books.slices.items()
         )
-        promises = tuple(self.books.reservations)
+        promises = tuple(self.books.reservations.values())
         return [m.Inventory(self.books.adapter, reports, promises, self.books.generation)]
 
     def _allocate(self, message: m.AllocationRequest) -> list[Message]:
