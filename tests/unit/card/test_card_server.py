@@ -142,19 +142,19 @@ def test_the_command_as_it_is_run(tmp_path):
     path = write_card(tmp_path)
     process = subprocess.Popen(
         [sys.executable, "-m", "virtfabric.cli.cardd", str(path)],
-        stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stderr=subprocess.PIPE, bufsize=0, env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     try:
         log = []
         while not (log and log[-1].endswith(": ready\n")):
             assert select.select([process.stderr], [], [], 30)[0], log
-            log.append(process.stderr.readline())
+            log.append(process.stderr.readline().decode())
             assert log[-1], log
         assert (tmp_path / "C-1.sock").stat().st_mode & 0o777 == 0o600
         host = SocketHost(tmp_path / "C-1.sock").greet()
         granted(host, "r-1", spec(cores=1))
         process.send_signal(signal.SIGTERM)
-        rest = process.communicate(timeout=20)[1]
+        rest = process.communicate(timeout=20)[1].decode()
         assert process.returncode == 0
         assert "reservation-1 is committed: slice-1 is there" in rest
         assert "card C-1 at node:0: 8 cores, 4GiB" in "".join(log)
