@@ -12,6 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
+from virtfabric.adapters.cardlink.fleet import CardFleet
+from virtfabric.adapters.cardlink.handlers import card_handlers
 from virtfabric.adapters.clock import SystemClock
 from virtfabric.adapters.cxl.memory import SysfsMemory
 from virtfabric.adapters.hook_socket import HookServer, read_missed_calls
@@ -21,6 +23,7 @@ from virtfabric.adapters.libvirt.restart import CommandRestarter
 from virtfabric.adapters.pci.functionfiles import FunctionFiles
 from virtfabric.adapters.pci.inventory import SysfsDeviceTree
 from virtfabric.adapters.pci.vfsettings import VfSettingsFiles
+from virtfabric.adapters.registry import HandlerRegistry, JoinedHandlers
 from virtfabric.adapters.sqlite.audit import SqliteAuditLog
 from virtfabric.adapters.sqlite.journal import SqliteJournal
 from virtfabric.adapters.statelock import StateLock
@@ -162,12 +165,14 @@ class Composition:
         audit = SqliteAuditLog(state / "audit.db", key, outside.clock, system_log.send)
         self._stack.callback(audit.close)
         topology = outside.host.read_topology()
+        cards = self._open_cards(state)
+        handlers = JoinedHandlers(outside.handlers, HandlerRegistry(card_handlers(cards)))
         world = World(
             host=outside.host, guests=outside.guests, devices=outside.devices,
             memory=outside.memory, pages=outside.pages, vfs=outside.vfs, policies=outside.policies,
-            definitions=outside.definitions, events=outside.events, handlers=outside.handlers,
+            definitions=outside.definitions, events=outside.events, handlers=handlers,
             journal=journal, audit=audit, clock=outside.clock, load=outside.load,
-            stats=outside.stats, restarter=outside.restarter,
+            stats=outside.stats, restarter=outside.restarter, cards=cards,
         )  # fmt: skip
         self.agent = Agent(
             world,
@@ -176,6 +181,21 @@ class Composition:
             resolve_capacity(config, topology),
         )
         self._stack.callback(self.agent.close)
+
+    def _open_cards(self, state: Path) -> CardFleet:
+        """Links to all cards; by the time that the journal is looked at they are being made."""
+        if not self.simulate and not self.config.cards.cards:
+            return CardFleet("")
+        # TLS and certificates: a fifth of a second that an agent without cards does not need
+        from virtfabric.composecards import open_cards, simulated_cards
+
+        if self.simulate:
+            cards = simulated_cards(_private_dir(state / "cards", 0o700), self._stack)
+        else:
+            cards = open_cards(self.config.cards)
+        self._stack.callback(cards.close)
+        cards.start()
+        return cards
 
     def _lock_libvirt(self, uri: str) -> None:
         """One agent for one libvirtd: in a place that no option moves, before anything is done."""
@@ -233,6 +253,8 @@ class Composition:
         """
         if config.agent != self.config.agent:
             log.warning("[agent] takes effect at the next start; the rest is taken over now")
+        if config.cards != self.config.cards:
+            log.warning("[cards] takes effect at the next start")
         topology = self._outside.host.read_topology()
         capacity = resolve_capacity(config, topology)
         self.agent.reconfigure(_settings(config, self._outside.version), topology, capacity)

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from virtfabric.configcards import KEYS as CARD_KEYS
+from virtfabric.configcards import CardsConfig, read_cards
 from virtfabric.configdevices import read_pools
 from virtfabric.configvalues import (
     Check,
@@ -133,6 +135,7 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
     pools: tuple[DevicePool, ...] = ()
+    cards: CardsConfig = field(default_factory=CardsConfig)
 
     def ceiling_for(self, uid: int, name: str) -> Offerable:
         """The bounds of a user: by name, by uid, by `*`; root without an entry has none."""
@@ -167,6 +170,7 @@ _KEYS: Final[Mapping[str, Mapping[str, Check]]] = {
         "deadline_s": partial(check_seconds, least=0.1, most=3600),
     },
     "access": {"group": check_group, "principal": lambda value: value},
+    "cards": CARD_KEYS,
 }
 _PRINCIPAL: Final[Mapping[str, Check]] = {
     "user": check_user,
@@ -200,7 +204,10 @@ class _Reader:
         key = f"{section}.{name}"
         check = self.source.known(key, name, value, known)
         target = self.found.setdefault(section, {})
-        if key == "access.principal":
+        if key == "cards.card":
+            cards = target.setdefault("cards", [])
+            cards += read_cards(self.source, value, cards)
+        elif key == "access.principal":
             target.setdefault("principals", []).extend(self._principals(value))
         elif key == "capacity.memory" and isinstance(value, dict):
             target["memory_by_node"] = self._nodes(value)
@@ -293,7 +300,15 @@ def _build(found: Mapping[str, dict[str, Any]]) -> Config:
         MemoryConfig(**found.get("memory", {})),
         AccessConfig(**access),
         tuple(found.get("device", {}).get("pools", ())),
+        _cards(found.get("cards", {})),
     )
+
+
+def _cards(found: Mapping[str, Any]) -> CardsConfig:
+    section = CardsConfig(**{**found, "cards": tuple(found.get("cards", ()))})
+    if section.decides and section.decides not in {card.serial for card in section.cards}:
+        raise ConfigError(f"cards.decides = '{section.decides}' is no [[cards.card]]")
+    return section
 
 
 def resolve_capacity(config: Config, topology: HostTopology) -> Capacity:

@@ -226,6 +226,34 @@ class Card(CardLink, CardSlices, CardImages, Protocol):
     """All that a card does for this host."""
 
 
+class Cards(Protocol):
+    """All offload cards of the configuration; links are made in the background."""
+
+    @property
+    def host(self) -> str:
+        """Who this host is to cards, by its certificate; the keys of its requests begin with it."""
+
+    def views(self) -> Mapping[AdapterId, CardView]:
+        """Each card as last told of; never waits."""
+
+    def reach(self, serial: str) -> Card:
+        """A card that can be asked; one that has still to be met is waited for, a few seconds.
+
+        Raises:
+            CardLostError, CardDistrustedError: it cannot be.
+            CardError: no such card.
+        """
+
+    def find(self, serial: str) -> Card | None:
+        """A card however it is; None where the configuration has no such card."""
+
+    def follow(self, changed: Callable[[CardNews], None]) -> None:
+        """Call `changed` with all news so far, and from then on; it must not block or ask."""
+
+    def close(self) -> None:
+        """End all links; safe to repeat."""
+
+
 class GuestReader(Protocol):
     """Reads guests; repeating is safe. May block while a hook of the same guest runs."""
 

@@ -13,6 +13,9 @@ from virtfabric import __version__
 from virtfabric.daemon.allocation import LEASE, Allocation
 from virtfabric.daemon.archive import Archive
 from virtfabric.daemon.authority import Action, Authority
+from virtfabric.daemon.cardcalls import CardCalls
+from virtfabric.daemon.cardparts import wire_cards
+from virtfabric.daemon.cardviews import card_view
 from virtfabric.daemon.conductor import Conductor
 from virtfabric.daemon.devicedesk import DeviceDesk
 from virtfabric.daemon.drift import DriftWatch
@@ -54,7 +57,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Agent:
+class Agent(CardCalls):
     """Implements `daemon.api.AgentApi`. Thread-safe."""
 
     def __init__(
@@ -76,7 +79,7 @@ class Agent:
         self._ledger = Ledger(books)
         self._observatory = Observatory(
             world.guests, world.devices, self._ledger, topology, capacity, settings.pools,
-            world.pages, clock=clock, lend_ballooned=settings.lend_ballooned,
+            world.pages, clock=clock, lend_ballooned=settings.lend_ballooned, cards=world.cards,
         )  # fmt: skip
         self._authority = Authority(settings.group, settings.ceiling_for, settings.polkit)
         self._jobs = Jobs(self._notices)
@@ -112,6 +115,10 @@ class Agent:
             judge_soon=self._judge_memory_soon,
         )  # fmt: skip
         self._memory, self._memorywatch, self._hostwatch, self._regions, self._reclaim = parts
+        self._cards = wire_cards(
+            world, observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
+            jobs=self._jobs, notices=self._notices,
+        )  # fmt: skip
         self._ports = PortDesk(world.definitions, world.audit)
         self._archive = Archive(world.audit, self._observatory, self._jobs)
         self._rounds = Rounds(
@@ -150,6 +157,7 @@ class Agent:
         self._drift.check()
         self._leases.start()
         self._rounds.start()
+        self._cards.watch.start()
 
     def _look_at_memory_soon(self) -> None:
         self._lifecycle.enqueue(self._rounds.look_at_memory)
@@ -177,6 +185,7 @@ class Agent:
         self._rounds.stop()
         self._leases.close()
         self._jobs.close()
+        self._cards.watch.close()
         self._world.events.close()
         self._world.devices.close()
         self._memory.close()
@@ -233,6 +242,7 @@ class Agent:
         return {
             "host": host_view(snapshot), "guests": guests_view(snapshot),
             "grants": grants_view(snapshot), "loans": loans_view(snapshot),
+            "cards": [card_view(view) for view in snapshot.cards.values()],
             "generation": snapshot.generation, "alerts": self._notices.alerts,
         }  # fmt: skip
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.ids import GuestId, TransactionId
     from virtfabric.model.plan import Plan
-    from virtfabric.ports import Clock, DeviceTree, GuestReader, PageTree
+    from virtfabric.ports import Cards, Clock, DeviceTree, GuestReader, PageTree
 
 GLANCE_S: Final = 5.0
 """How long somebody who asks waits for a fresh look at functions; a client gives up after 25."""
@@ -96,6 +96,7 @@ class Observatory:
         *,
         clock: Clock,
         lend_ballooned: bool,
+        cards: Cards | None = None,
     ) -> None:
         self._reader = reader
         self._tree = tree
@@ -111,6 +112,7 @@ class Observatory:
         self._glance = Glance(clock)
         self._lend_ballooned = lend_ballooned
         self._pages = pages
+        self._cards = cards
 
     @property
     def topology(self) -> HostTopology:
@@ -326,6 +328,7 @@ class Observatory:
             lend_ballooned=self._lend_ballooned,
             devices=devices,
             working=view.functions,
+            cards=self._cards.views() if self._cards else {},
         )
 
     def look_at_pages(self, snapshot: HostSnapshot, *, always: bool = False) -> HostSnapshot:

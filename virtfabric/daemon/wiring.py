@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from virtfabric.model.request import Offerable
     from virtfabric.ports import (
         AuditLog,
+        Cards,
         Clock,
         DefinitionEditor,
         DeviceTree,
@@ -39,6 +40,7 @@ class World:
 
     Attributes:
         restarter: None where the agent is not to restart the hypervisor's daemon.
+        cards: None where the configuration has none.
     """
 
     host: HostReader
@@ -57,6 +59,7 @@ class World:
     load: HostLoad
     stats: GuestStats
     restarter: Restarter | None = None
+    cards: Cards | None = None
 
 
 @dataclass(frozen=True, slots=True)

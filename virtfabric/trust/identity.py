@@ -9,8 +9,6 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, Self
 
-from cryptography import x509
-
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.protocol.messages import Role
 
@@ -61,18 +59,3 @@ def identity_of(certificate: Mapping[str, Any]) -> Identity:
     if role not in set(Role):
         raise InvalidValueError("certificate", names[0], "is neither a card's nor a host's")
     return Identity.of(Role(role), serial)
-
-
-def identity_of_pem(certificate: bytes) -> Identity:
-    """Who a certificate (PEM) names; whether anybody vouches for it is not looked at.
-
-    Raises:
-        InvalidValueError: nobody, more than one, or it is no certificate.
-    """
-    try:
-        loaded = x509.load_pem_x509_certificate(certificate)
-        names = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
-    except (ValueError, x509.ExtensionNotFound) as error:
-        raise InvalidValueError("certificate", "(PEM)", f"cannot be read: {error}") from None
-    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
-    return identity_of({"subjectAltName": [("URI", uri) for uri in uris]})

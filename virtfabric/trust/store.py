@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives import hashes
 
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.trust.authority import CARD_DAYS, Credentials, issue, make_authority
+from virtfabric.trust.identity import identity_of
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -100,6 +101,21 @@ class AuthorityStore:
         except OSError as error:
             raise _unusable(self._directory / ISSUED, error) from error
         return made
+
+
+def identity_of_pem(certificate: bytes) -> Identity:
+    """Who a certificate (PEM) names; whether anybody vouches for it is not looked at.
+
+    Raises:
+        InvalidValueError: nobody, more than one, or it is no certificate.
+    """
+    try:
+        loaded = x509.load_pem_x509_certificate(certificate)
+        names = loaded.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    except (ValueError, x509.ExtensionNotFound) as error:
+        raise InvalidValueError("certificate", "(PEM)", f"cannot be read: {error}") from None
+    uris = names.get_values_for_type(x509.UniformResourceIdentifier)
+    return identity_of({"subjectAltName": [("URI", uri) for uri in uris]})
 
 
 def read_pem(path: Path) -> bytes:

@@ -8,9 +8,8 @@ import pytest
 from virtfabric.cli.main import main
 from virtfabric.protocol.imagefile import parse_manifest
 from virtfabric.trust.context import make_context
-from virtfabric.trust.identity import identity_of_pem
 from virtfabric.trust.images import is_signed
-from virtfabric.trust.store import read_credentials
+from virtfabric.trust.store import identity_of_pem, read_credentials
 
 
 @pytest.fixture

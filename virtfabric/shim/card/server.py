@@ -23,8 +23,7 @@ from virtfabric.shim.firmware.firmware import Firmware
 from virtfabric.shim.firmware.programming import EmulatedPort
 from virtfabric.shim.firmware.statelog import StateLog
 from virtfabric.trust.context import make_context
-from virtfabric.trust.identity import identity_of_pem
-from virtfabric.trust.store import read_credentials, read_pem
+from virtfabric.trust.store import identity_of_pem, read_credentials, read_pem
 
 if TYPE_CHECKING:
     from pathlib import Path

@@ -1,0 +1,88 @@
+"""`[cards]` of the configuration: which offload cards there are, and who this host is to them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from virtfabric.configvalues import check_parsed, check_path, check_text
+from virtfabric.protocol.messages import Role
+from virtfabric.trust.identity import Identity
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping, Sequence
+
+    from virtfabric.configvalues import Check, Source
+
+CREDENTIALS: Final = Path("/etc/virtfabric/card-host")
+FALLBACKS: Final = ("own", "refuse")
+
+
+@dataclass(frozen=True, slots=True)
+class CardConfig:
+    """`[[cards.card]]`: one card, and where it listens."""
+
+    serial: str
+    socket: Path
+
+
+@dataclass(frozen=True, slots=True)
+class CardsConfig:
+    """`[cards]`.
+
+    Attributes:
+        credentials: directory with this host's certificate and key, and the authority's
+            certificate, as `virtfabric card provision --host` makes it.
+        decides: serial number of the card that decides about the host's resources; empty: the
+            agent's own arbiter does.
+        fallback: who decides while that card cannot: `own`, or nobody (`refuse`).
+    """
+
+    cards: tuple[CardConfig, ...] = ()
+    credentials: Path = CREDENTIALS
+    decides: str = ""
+    fallback: str = "own"
+
+
+def _serial(value: Any) -> str:
+    identity: Identity = check_parsed(value, lambda text: Identity.of(Role.CARD, text))
+    return identity.serial
+
+
+_CARD: Final[Mapping[str, Check]] = {"serial": _serial, "socket": check_path}
+KEYS: Final[Mapping[str, Check]] = {
+    "credentials": check_path,
+    "decides": lambda value: _serial(value) if value != "" else "",
+    "fallback": partial(check_text, choices=FALLBACKS),
+    "card": lambda value: value,
+}
+
+
+def read_cards(source: Source, value: Any, others: Sequence[CardConfig]) -> list[CardConfig]:
+    """The cards of one file.
+
+    Args:
+        source: the file.
+        value: what it has under `cards.card`.
+        others: cards read before: none may be there twice.
+
+    Raises:
+        ConfigError: names file, key and value.
+    """
+    cards: list[CardConfig] = []
+    for number, entry in enumerate(source.tables("cards.card", value), 1):
+        place = f"cards.card[{number}]"
+        values = source.table(place, entry, _CARD)
+        for name in _CARD:
+            if name not in values:
+                raise source.fail(place, entry, f"has no {name}")
+        card = CardConfig(**values)
+        for other in (*others, *cards):
+            if card.serial == other.serial:
+                raise source.fail(f"{place}.serial", card.serial, "is there twice")
+            if card.socket == other.socket:
+                raise source.fail(f"{place}.socket", str(card.socket), "is that of another card")
+        cards.append(card)
+    return cards
