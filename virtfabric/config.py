@@ -294,21 +294,15 @@ def _build(found: Mapping[str, dict[str, Any]]) -> Config:
     if "principals" in access:
         last = {p.user: p for p in access["principals"]}
         access["principals"] = tuple(last.values())
+    cards = found.get("cards", {})
     return Config(
         AgentConfig(**agent),
         CapacityConfig(**found.get("capacity", {})),
         MemoryConfig(**found.get("memory", {})),
         AccessConfig(**access),
         tuple(found.get("device", {}).get("pools", ())),
-        _cards(found.get("cards", {})),
+        CardsConfig(**{**cards, "cards": tuple(cards.get("cards", ()))}),
     )
-
-
-def _cards(found: Mapping[str, Any]) -> CardsConfig:
-    section = CardsConfig(**{**found, "cards": tuple(found.get("cards", ()))})
-    if section.decides and section.decides not in {card.serial for card in section.cards}:
-        raise ConfigError(f"cards.decides = '{section.decides}' is no [[cards.card]]")
-    return section
 
 
 def resolve_capacity(config: Config, topology: HostTopology) -> Capacity:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from virtfabric.configvalues import check_parsed, check_path, check_text
+from virtfabric.configvalues import check_parsed, check_path
 from virtfabric.protocol.messages import Role
 from virtfabric.trust.identity import Identity
 
@@ -17,7 +16,6 @@ if TYPE_CHECKING:
     from virtfabric.configvalues import Check, Source
 
 CREDENTIALS: Final = Path("/etc/virtfabric/card-host")
-FALLBACKS: Final = ("own", "refuse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,15 +33,10 @@ class CardsConfig:
     Attributes:
         credentials: directory with this host's certificate and key, and the authority's
             certificate, as `virtfabric card provision --host` makes it.
-        decides: serial number of the card that decides about the host's resources; empty: the
-            agent's own arbiter does.
-        fallback: who decides while that card cannot: `own`, or nobody (`refuse`).
     """
 
     cards: tuple[CardConfig, ...] = ()
     credentials: Path = CREDENTIALS
-    decides: str = ""
-    fallback: str = "own"
 
 
 def _serial(value: Any) -> str:
@@ -54,8 +47,6 @@ def _serial(value: Any) -> str:
 _CARD: Final[Mapping[str, Check]] = {"serial": _serial, "socket": check_path}
 KEYS: Final[Mapping[str, Check]] = {
     "credentials": check_path,
-    "decides": lambda value: _serial(value) if value != "" else "",
-    "fallback": partial(check_text, choices=FALLBACKS),
     "card": lambda value: value,
 }
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.cli import tables
+from virtfabric.cli.cardtables import card_table
 from virtfabric.cli.screen import print_json, print_lines, print_tables
 from virtfabric.cli.session import DONE, ask
 
@@ -31,6 +32,7 @@ def _status(args: argparse.Namespace) -> int:
             tables.guest_table(guests),
             *filter(None, [tables.held_memory_table(guests)]),
             tables.loan_table(status["loans"]),
+            *([card_table(status["cards"])] if status.get("cards") else []),
         ]
     )
     return DONE

@@ -3,10 +3,13 @@
 import agent_world as aw
 import pytest
 from card_agent import HOST, CardWorld, slice_file
+from card_bed import NEVER, SIGNER
 
 from virtfabric.adapters.simulated.faults import SimulatedCrash
 from virtfabric.model.errors import CardLostError, InvalidValueError, RefusedError
 from virtfabric.protocol import messages as m
+from virtfabric.protocol.imagefile import format_manifest
+from virtfabric.trust.images import describe_image, sign_image
 
 
 @pytest.fixture
@@ -295,6 +298,80 @@ def test_a_promise_that_names_others_than_planned_is_planned_anew(world):
     world.settle()
     world.check()
     assert world.promises() == 0
+
+
+# -- images ----------------------------------------------------------------------------------
+
+
+def write_image(place, data, **more):
+    path = place / "aes.img"
+    path.write_bytes(data)
+    manifest = describe_image("aes-1", "crypto.aes", data, more.get("not_after", NEVER))
+    signature = more.get("signature") or sign_image(SIGNER, manifest)
+    (place / "aes.img.manifest").write_text(format_manifest(manifest, signature))
+    return str(path)
+
+
+def programmed(world, path):
+    """The job, while time passes on the cards."""
+    heard = []
+    stop = world.agent.agent.subscribe(heard.append)
+    job = world.agent.agent.slice_program(aw.ROOT, "aes", path)["job"]
+
+    def ended():
+        world.pass_time(0.05)
+        return world.agent.agent._jobs.get(job).ended.is_set()
+
+    aw.eventually(ended, "never programmed")
+    stop()
+    texts = [n.body["text"] for n in heard if n.kind == "job.progress" and n.body["job"] == job]
+    return world.agent.agent.job(aw.ROOT, job), texts
+
+
+def test_a_slice_over_two_cards_is_programmed_with_live_progress(world, tmp_path):
+    world.create(slice_file("aes", cores=10, units=6))
+    job, texts = programmed(world, write_image(tmp_path, bytes(1_000_000)))
+    assert job["state"] == "done", job
+    assert job["result"] == {"slice": "aes", "image": "aes-1", "parts": 2}
+    assert texts[0] == "slice-1: loading, 262144 of 1000000 bytes"
+    shown = world.agent.agent.slices(aw.ROOT)
+    assert [(one["phase"], one["image"]) for one in shown] == [("ready", "aes-1")] * 2
+    (record,) = world.audited("slice.programmed")
+    assert record.body["image"] == "aes-1"
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [({"not_after": 1}, "past its end date"), ({"signature": "0" * 128}, "not signed by anybody")],
+    ids=["expired", "badly signed"],
+)
+def test_a_bad_image_is_refused_and_audited(world, tmp_path, more, words):
+    world.create(slice_file("aes", units=1))
+    job, _ = programmed(world, write_image(tmp_path, bytes(1000), **more))
+    assert (job["state"], job["error"]["reason"]) == ("refused", "image-refused")
+    assert words in job["error"]["detail"]
+    (record,) = world.audited("slice.not-programmed")
+    assert words in record.body["why"]
+    assert world.agent.agent.slices(aw.ROOT)[0]["phase"] == "blank"
+
+
+def test_a_file_that_is_no_image_is_not_begun(world, tmp_path):
+    world.create(slice_file("aes", units=1))
+    world.create(slice_file("plain", cores=1))
+    path = write_image(tmp_path, bytes(1000))
+    program = world.agent.agent.slice_program
+    for wrong in ("aes.img", str(tmp_path / "none"), str(tmp_path), "/dev/zero"):
+        with pytest.raises(InvalidValueError):
+            program(aw.ROOT, "aes", wrong)
+    with pytest.raises(RefusedError, match="has no accelerators"):
+        program(aw.ROOT, "plain", path)
+    (tmp_path / "aes.img").write_bytes(bytes(999) + b"x")
+    with pytest.raises(InvalidValueError, match="is not what its manifest was made for"):
+        program(aw.ROOT, "aes", path)
+    (tmp_path / "link.img").symlink_to("/etc/shadow")
+    (tmp_path / "link.img.manifest").write_text((tmp_path / "aes.img.manifest").read_text())
+    with pytest.raises(InvalidValueError, match="cannot be read"):
+        program(aw.ROOT, "aes", str(tmp_path / "link.img"))
 
 
 # -- crashes ----------------------------------------------------------------------------------

@@ -1,0 +1,64 @@
+"""`[cards]` of the configuration."""
+
+from pathlib import Path
+
+import pytest
+
+from virtfabric.config import load_config
+from virtfabric.configcards import CREDENTIALS, CardConfig
+from virtfabric.model.errors import ConfigError
+
+TWO = """
+[cards]
+credentials = "/etc/x"
+[[cards.card]]
+serial = "C-1"
+socket = "/run/c1.sock"
+[[cards.card]]
+serial = "C-2"
+socket = "/run/c2.sock"
+"""
+
+
+@pytest.fixture
+def load(tmp_path):
+    def read(*texts):
+        for number, text in enumerate(texts):
+            (tmp_path / f"{number}.toml").write_text(text)
+        return load_config(tmp_path).cards
+
+    return read
+
+
+def test_without_a_section_there_is_none(load):
+    cards = load("")
+    assert (cards.cards, cards.credentials) == ((), CREDENTIALS)
+
+
+def test_cards_of_several_files_add_up(load):
+    third = '[[cards.card]]\nserial = "C-3"\nsocket = "/run/c3.sock"\n'
+    cards = load(TWO, third)
+    assert cards.credentials == Path("/etc/x")
+    assert [card.serial for card in cards.cards] == ["C-1", "C-2", "C-3"]
+    assert cards.cards[0] == CardConfig("C-1", Path("/run/c1.sock"))
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        ('serial = "C-1"', 'serial = "C 1"', "cards.card[1].serial = 'C 1' is not 1 to 64"),
+        ('serial = "C-2"', 'serial = "C-1"', "cards.card[2].serial = 'C-1' is there twice"),
+        ("/run/c2.sock", "/run/c1.sock", "cards.card[2].socket"),
+        ("/run/c1.sock", "c1.sock", "is not an absolute path"),
+        ('socket = "/run/c1.sock"', "", "has no socket"),
+        ("credentials", "credential", "did you mean credentials?"),
+        ("[[cards.card]]", "[cards.card]", "is not a list of tables"),
+    ],
+)
+def test_what_is_wrong_is_named(load, old, new, problem):
+    text = TWO.replace(old, new, 1)
+    if new == "[cards.card]":
+        text = text[: text.rindex("[[cards.card]]")]
+    with pytest.raises(ConfigError) as error:
+        load(text)
+    assert problem in str(error.value)
