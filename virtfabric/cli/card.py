@@ -56,7 +56,8 @@ def _conformance(args: argparse.Namespace) -> int:
     else:
         rows = tuple((one.area, one.name, one.outcome.value, one.detail) for one in results)
         print_tables([Table("conformance", ("area", "the card", "outcome", "detail"), rows)])
-        print_lines([f"{len(results)} checks, {len(failed)} failed"])
+        skipped = sum(one.outcome == suite.Outcome.SKIPPED for one in results)
+        print_lines([f"{len(results)} checks, {skipped} skipped, {len(failed)} failed"])
     return FAILED if failed else DONE
 
 

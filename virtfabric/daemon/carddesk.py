@@ -249,7 +249,7 @@ class CardDesk:
         def run(_: Job, progress: Progress) -> Json:
             subjects = [name, *(one.key for one in parts)]
             for number, one in enumerate(parts):
-                share = _Share(progress, number, len(parts))
+                share = _Share(progress, one.card, number, len(parts))
                 refusal = self._cards.reach(one.card).program(
                     one.slice, image, share, deadline_s=PROGRAM_S
                 )
@@ -332,12 +332,14 @@ class _Making:
 class _Share:
     """The progress of one part as a share of the whole job's."""
 
-    def __init__(self, progress: Progress, number: int, total: int) -> None:
-        self._progress, self._number, self._total = progress, number, total
+    def __init__(self, progress: Progress, card: str, number: int, total: int) -> None:
+        self._progress, self._card = progress, card
+        self._number, self._total = number, total
         self.cancelled = progress.cancelled
 
     def progress(self, fraction: float, text: str) -> None:
-        self._progress.progress((self._number + fraction) / self._total, text)
+        done = (self._number + fraction) / self._total
+        self._progress.progress(done, f"card {self._card}: {text}")
 
 
 def read_image(path: Path) -> SignedImage:

@@ -333,7 +333,7 @@ def test_a_slice_over_two_cards_is_programmed_with_live_progress(world, tmp_path
     job, texts = programmed(world, write_image(tmp_path, bytes(1_000_000)))
     assert job["state"] == "done", job
     assert job["result"] == {"slice": "aes", "image": "aes-1", "parts": 2}
-    assert texts[0] == "slice-1: loading, 262144 of 1000000 bytes"
+    assert texts[0] == "card C-1: slice-1: loading, 262144 of 1000000 bytes"
     shown = world.agent.agent.slices(aw.ROOT)
     assert [(one["phase"], one["image"]) for one in shown] == [("ready", "aes-1")] * 2
     (record,) = world.audited("slice.programmed")
