@@ -64,6 +64,11 @@ def wire_cards(
         audit=world.audit,
     )  # fmt: skip
     watch = CardWatch(
-        cards=cards, ledger=ledger, conductor=conductor, audit=world.audit, notices=notices
+        cards=cards,
+        ledger=ledger,
+        conductor=conductor,
+        audit=world.audit,
+        notices=notices,
+        clock=world.clock,
     )
     return CardParts(desk, watch)

@@ -27,11 +27,15 @@ if TYPE_CHECKING:
     from virtfabric.model.ledger import Books, HostSnapshot
     from virtfabric.model.plan import Plan
     from virtfabric.policy.sliceplans import Settling
-    from virtfabric.ports import AuditLog, Cards
+    from virtfabric.ports import AuditLog, Cards, Clock
 
 log = logging.getLogger(__name__)
 
 _KEY: Final = "cards"
+_BURST: Final = 32
+_EACH_S: Final = 0.5
+"""Events of one card that are taken: so many at once, then one in this time. A hostile card must
+not fill the audit log; of the rest it is told how many there were."""
 _SETTLES: Final = (CardNewsKind.CONNECTED, CardNewsKind.EVENT)
 _WORDS: Final = {
     CardNewsKind.LOST: "is lost: {}; guests keep what they have",
@@ -40,19 +44,39 @@ _WORDS: Final = {
 }
 
 
+class _Flood:
+    """How many events of a card may pass now, and how many did not since one did."""
+
+    def __init__(self, now: float) -> None:
+        self._left = float(_BURST)
+        self._at = now
+        self.dropped = 0
+
+    def lets_pass(self, now: float) -> bool:
+        self._left = min(float(_BURST), self._left + (now - self._at) / _EACH_S)
+        self._at = now
+        if self._left < 1:
+            self.dropped += 1
+            return False
+        self._left -= 1
+        return True
+
+
 class CardWatch:
     """Follows cards from `start` to `close`."""
 
     def __init__(
         self, *, cards: Cards, ledger: Ledger, conductor: Conductor, audit: AuditLog,
-        notices: Notices,
+        notices: Notices, clock: Clock,
     ) -> None:  # fmt: skip
         self._cards = cards
         self._ledger = ledger
         self._conductor = conductor
         self._audit = audit
         self._notices = notices
+        self._clock = clock
         self._errands = Errands(workers=1)
+        self._floods: dict[str, _Flood] = {}
 
     def start(self) -> None:
         """Begin to follow, with what happened since the links were begun."""
@@ -72,10 +96,18 @@ class CardWatch:
         self._errands.put(_KEY, self.settle)
 
     def _hear(self, news: CardNews) -> None:
-        self._errands.put(_KEY, lambda: self._take(news))
+        dropped = 0
+        if news.kind in (CardNewsKind.EVENT, CardNewsKind.REFUSED):
+            flood = self._floods.setdefault(news.serial, _Flood(self._clock.monotonic()))
+            if not flood.lets_pass(self._clock.monotonic()):
+                return
+            dropped, flood.dropped = flood.dropped, 0
+        self._errands.put(_KEY, lambda: self._take(news, dropped))
 
-    def _take(self, news: CardNews) -> None:
+    def _take(self, news: CardNews, dropped: int) -> None:
         body: dict[str, Any] = {"card": news.serial, "detail": news.detail}
+        if dropped:
+            body["dropped"] = dropped
         if news.what:
             body |= {"what": news.what, "slice": news.slice}
         self._audit.append(f"card.{news.kind}", [news.serial], body)

@@ -4,6 +4,7 @@ import contextlib
 import socket
 import threading
 import time
+from itertools import pairwise
 
 import pytest
 from card_process import Served, write_card
@@ -12,6 +13,7 @@ from rogue import RogueCard, smuggle
 from trust_data import CARD, credentials
 
 from tests.contract.card_contract import News, spec
+from virtfabric.adapters.cardlink.link import WitnessedCard
 from virtfabric.adapters.cardlink.socketwire import Timing
 from virtfabric.model.card import CardCondition, CardNewsKind
 from virtfabric.model.errors import CardDistrustedError, CardError, CardLostError
@@ -264,10 +266,42 @@ def test_a_lost_card_is_told_of_once_and_found_when_it_comes(tmp_path):
         news.wait(CardNewsKind.LOST, count=2)
         served = Served(write_card(tmp_path))
         news.wait(CardNewsKind.CONNECTED, count=2)
-        assert len(news.wait(CardNewsKind.LOST)) <= 3  # goodbye, then perhaps no socket for a while
+        told = [n.detail for n in news.wait(CardNewsKind.LOST)]
+        assert all(one != other for one, other in pairwise(told)), told
     finally:
         card.close()
         served.stop()
+
+
+def test_a_card_that_comes_and_goes_at_once_is_met_ever_more_seldom(meet, honest):
+    def leave(link, got):
+        honest(link, got)
+        link.close()
+
+    timing = Timing(heartbeat_s=60, backoff_s=(0.01, 60))
+    _, news = meet(leave, timing=timing, wait="lost")
+    began = time.monotonic()
+    news.wait(CardNewsKind.CONNECTED, count=6)
+    assert time.monotonic() - began > 0.01 + 0.02 + 0.04 + 0.08
+
+
+def test_a_defect_of_ours_does_not_leave_a_card_for_good(meet, honest, monkeypatch):
+    struck = []
+
+    def break_once(self, message):
+        if not struck:
+            struck.append(message)
+            raise RuntimeError("a defect")
+
+    def with_event(link, got):
+        link.send(m.Event(m.EventKind.STATE_RESTORED, 0, "x"))
+        honest(link, got)
+
+    monkeypatch.setattr(WitnessedCard, "told", break_once)
+    _, news = meet(with_event, wait="lost")
+    assert "internal error" in news.wait(CardNewsKind.LOST)[0].detail
+    news.wait(CardNewsKind.CONNECTED)
+    assert struck
 
 
 def test_a_lie_ends_the_tries_until_an_operator_says_so(meet, honest):

@@ -259,6 +259,18 @@ def test_slices_for_which_a_replaced_card_has_no_room_are_lost_and_told_of(world
     world.check()
 
 
+def test_a_card_that_floods_does_not_fill_the_audit_log(world):
+    for number in range(500):
+        world.wires["C-1"].tell(m.Event(m.EventKind.ACCESS_FAULT, number, "again"))
+    world.settle()
+    records = world.audited("card.event")
+    assert 32 <= len(records) < 50
+    told = sum(record.body.get("dropped", 0) for record in records)
+    flood = world.agent.agent._cards.watch._floods["C-1"]
+    assert len(records) + told + flood.dropped == 500
+    assert world.create(slice_file("x"))["state"] == "done"
+
+
 def test_what_was_reclaimed_by_another_host_leaves_the_books(world):
     world.create(slice_file("low", cores=8, priority=1))
     (held,) = world.books.slices.values()

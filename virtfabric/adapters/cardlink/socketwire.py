@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
+import time
 from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
@@ -34,6 +36,8 @@ if TYPE_CHECKING:
     from virtfabric.adapters.cardlink.wire import WireListener
     from virtfabric.protocol.conversation import Received
     from virtfabric.protocol.messages import Hello, Message
+
+log = logging.getLogger(__name__)
 
 BACKOFF_S: Final = (0.1, 5.0)
 """First and longest wait before the next attempt."""
@@ -156,12 +160,22 @@ class SocketWire:
         first_s, longest_s = self._timing.backoff_s
         wait_s, told = first_s, ""
         while not ended.done():
+            began = time.monotonic()
             connection = _Connection(self._serial, listener, self._timing)
-            why = await self._connect_once(connection, ended)
+            try:
+                why = await self._connect_once(connection, ended)
+            except LieError:
+                raise
+            except Exception:
+                # a defect of ours in what a card said: it must not leave the card for good
+                log.exception("the link to card %s broke", self._serial)
+                why = "internal error; see the agent's log"
             if ended.done():
                 return
             if connection.is_up:
-                wait_s, told = first_s, ""
+                told = ""
+            if connection.is_up and time.monotonic() - began > longest_s:
+                wait_s = first_s  # one that comes and goes at once is not met ten times a second
             if why != told:  # an absent card is told of once, not every five seconds
                 told = why
                 listener.lost(why)
