@@ -61,4 +61,5 @@ def world(request, tmp_path):
 
 
 class TestCardSteps(HandlerContract):
-    pass
+    def test_every_step_type_of_cards_is_in_the_contract(self, world):
+        assert {step.kind for step in world.steps()} == world.handlers.kinds

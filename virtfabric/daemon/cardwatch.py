@@ -110,8 +110,6 @@ class CardWatch:
             body["dropped"] = dropped
         if news.what:
             body |= {"what": news.what, "slice": news.slice}
-        self._audit.append(f"card.{news.kind}", [news.serial], body)
-        self._notices.publish(f"card.{news.kind}", body)
         topic = f"card:{news.serial}"
         words = _WORDS.get(news.kind)
         if words is not None:
@@ -119,6 +117,8 @@ class CardWatch:
             self._notices.alert(topic, f"card {news.serial} {text}")
         elif news.kind is CardNewsKind.CONNECTED:
             self._notices.settle(topic)
+        self._audit.append(f"card.{news.kind}", [news.serial], body)
+        self._notices.publish(f"card.{news.kind}", body)
         if news.kind in _SETTLES:
             self._refresh(news)
             self.settle()

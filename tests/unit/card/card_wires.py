@@ -21,7 +21,7 @@ from virtfabric.trust.identity import Identity
 sys.path.insert(0, str(Path(__file__).parents[1] / "trust"))
 from trust_data import credentials
 
-QUICK = Timing(heartbeat_s=0.05, greeting_s=5.0, patience_s=1.0, backoff_s=(0.02, 0.1))
+QUICK = Timing(heartbeat_s=0.05, greeting_s=5.0, answer_s=1.0, backoff_s=(0.02, 0.1))
 
 
 class Brain:

@@ -97,7 +97,7 @@ def test_a_card_with_a_fault_fails_where_it_is(suite, monkeypatch, name):
     where, what, fault = _mutants()[name]
     set_ = monkeypatch.setitem if isinstance(where, dict) else monkeypatch.setattr
     set_(where, what, fault)
-    monkeypatch.setattr("virtfabric.adapters.cardlink.visitor.PATIENCE_S", 0.5)
+    monkeypatch.setattr("virtfabric.adapters.cardlink.visitor.ANSWER_S", 0.5)
     results = suite()
     assert results[name].outcome is Outcome.FAILED, results[name]
     passed = [r for r in results.values() if r.outcome is Outcome.PASSED]

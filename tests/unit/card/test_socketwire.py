@@ -20,7 +20,7 @@ from virtfabric.model.errors import CardDistrustedError, CardError, CardLostErro
 from virtfabric.protocol import messages as m
 from virtfabric.protocol.codec import encode
 
-SLOW = Timing(heartbeat_s=60, greeting_s=5, patience_s=5, backoff_s=(0.02, 0.1))
+SLOW = Timing(heartbeat_s=60, greeting_s=5, answer_s=5, backoff_s=(0.02, 0.1))
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_a_card_that_hangs_is_cut_off_and_tried_again(meet, honest):
 
 def test_a_card_without_a_pulse_is_lost(meet, honest):
     pulse = but(honest, m.Heartbeat, lambda *_: None)
-    timing = Timing(heartbeat_s=0.05, patience_s=0.2, backoff_s=(0.02, 0.1))
+    timing = Timing(heartbeat_s=0.05, answer_s=0.2, backoff_s=(0.02, 0.1))
     _, news = meet(pulse, timing=timing)
     assert news.wait(CardNewsKind.LOST)[0].detail == "it did not answer within 0.2 s"
 

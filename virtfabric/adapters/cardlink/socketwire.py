@@ -54,7 +54,7 @@ class Timing:
     """How patient a wire is, in seconds."""
 
     heartbeat_s: float = HEARTBEAT_S
-    patience_s: float = ANSWER_S
+    answer_s: float = ANSWER_S
     greeting_s: float = GREETING_S
     backoff_s: tuple[float, float] = BACKOFF_S
 
@@ -346,7 +346,7 @@ class _Connection:
                 continue
             beat += 1
             answer: Future[Message] = Future()
-            self.ask(m.Heartbeat(beat), answer, self._timing.patience_s)
+            self.ask(m.Heartbeat(beat), answer, self._timing.answer_s)
             with contextlib.suppress(CardError):
                 await asyncio.wrap_future(answer)
 

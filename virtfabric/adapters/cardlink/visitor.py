@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from virtfabric.protocol.frames import Frame
     from virtfabric.protocol.messages import Message
 
-PATIENCE_S: Final = 10.0
+ANSWER_S: Final = 10.0
 _READ: Final = 64 << 10
 
 
@@ -49,7 +49,7 @@ class Visitor:
         self.host = host
         self.sent = 0
         self._socket = socket.socket(socket.AF_UNIX)
-        self._socket.settimeout(PATIENCE_S)
+        self._socket.settimeout(ANSWER_S)
         self._session = Session(context, server=False, peer_role=m.Role.CARD, serial=serial)
         self._decoder = FrameDecoder()
         self._frames: list[Frame] = []
@@ -176,7 +176,7 @@ class Visitor:
                 return False
             data = self._socket.recv(_READ)
         except TimeoutError:
-            raise FailedCheckError(f"said nothing for {PATIENCE_S:g} s") from None
+            raise FailedCheckError(f"said nothing for {ANSWER_S:g} s") from None
         except OSError:
             self._session.receive_end()
             return False
