@@ -18,20 +18,27 @@ from typing import TYPE_CHECKING, Any, Final
 from virtfabric.daemon.cardviews import card_view, plan_texts, slice_view, slices_view
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.model.card import HeldSlice, SignedImage
-from virtfabric.model.errors import InvalidValueError, Reason, Refusal, RefusedError
+from virtfabric.model.errors import (
+    InvalidValueError,
+    Reason,
+    Refusal,
+    RefusedError,
+    VirtfabricError,
+)
 from virtfabric.policy.sliceplans import SlicePlan, SliceWish, plan_release, plan_slices
 from virtfabric.protocol.codec import MAX_IMAGE
 from virtfabric.protocol.imagefile import SUFFIX, parse_manifest
 from virtfabric.protocol.slicefile import parse_slices
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from virtfabric.daemon.conductor import Conductor
     from virtfabric.daemon.executor import Progress
     from virtfabric.daemon.jobs import Job, Jobs
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.observatory import Observatory
+    from virtfabric.daemon.undertaking import Outcome
     from virtfabric.model.decision import Decision
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import RequestId
@@ -55,8 +62,10 @@ class CardDesk:
 
     def __init__(
         self, *, cards: Cards, observatory: Observatory, ledger: Ledger, conductor: Conductor,
-        jobs: Jobs, audit: AuditLog,
+        jobs: Jobs, audit: AuditLog, settle_soon: Callable[[], None],
     ) -> None:  # fmt: skip
+        """`settle_soon` has cards brought to what the books say; it must not block."""
+        self._settle_soon = settle_soon
         self._cards = cards
         self._observatory = observatory
         self._ledger = ledger
@@ -119,7 +128,7 @@ class CardDesk:
             for attempt in range(ATTEMPTS):
                 making = self._creation(wishes, by)
                 try:
-                    outcome = self._conductor.conduct(making.work, progress)
+                    outcome = self._conduct(making.work, progress)
                 except RefusedError as error:
                     if error.refusal.reason is not Reason.STALE or attempt + 1 == ATTEMPTS:
                         raise
@@ -186,7 +195,7 @@ class CardDesk:
         self._preview(work)
 
         def run(_: Job, progress: Progress) -> Json:
-            outcome = self._conductor.conduct(work, progress)
+            outcome = self._conduct(work, progress)
             return summary(work, outcome) | {"slice": name}
 
         return self._jobs.start(f"end of slice {name}", run, uid=uid)
@@ -281,6 +290,13 @@ class CardDesk:
             detail = f"there is no card {serial!r} in the configuration; there are: {known}"
             raise RefusedError(Refusal(Reason.UNKNOWN_ID, detail))
         return found
+
+    def _conduct(self, work: Undertaking, progress: Progress) -> Outcome:
+        try:
+            return self._conductor.conduct(work, progress)
+        except VirtfabricError:
+            self._settle_soon()  # what an undo made again has another id
+            raise
 
     def _preview(self, work: Undertaking) -> Json:
         answer = self._conductor.consider(work)

@@ -59,16 +59,12 @@ def wire_cards(
 ) -> CardParts:  # fmt: skip
     """Both; nothing is asked yet."""
     cards = world.cards or NoCards()
+    watch = CardWatch(
+        cards=cards, ledger=ledger, conductor=conductor, audit=world.audit, notices=notices,
+        clock=world.clock,
+    )  # fmt: skip
     desk = CardDesk(
         cards=cards, observatory=observatory, ledger=ledger, conductor=conductor, jobs=jobs,
-        audit=world.audit,
+        audit=world.audit, settle_soon=watch.settle_soon,
     )  # fmt: skip
-    watch = CardWatch(
-        cards=cards,
-        ledger=ledger,
-        conductor=conductor,
-        audit=world.audit,
-        notices=notices,
-        clock=world.clock,
-    )
     return CardParts(desk, watch)

@@ -181,6 +181,29 @@ def test_victims_get_their_slices_back_when_it_fails_after_all(world):
     assert {one.holder for one in world.books.slices.values()} == {aw.uuid_of(10)}
 
 
+def test_a_card_that_fails_its_commit_leaves_nothing_on_the_others(world):
+    """At once, by the undo: nobody comes back whose return would be an occasion to settle."""
+    world.create(slice_file("low", cores=16, priority=10), guest="batch")
+    before = set(world.books.slices)
+    struck = []
+
+    def fail_once(asked, answer):
+        if not isinstance(asked, m.Commit) or struck:
+            return answer
+        struck.append(asked)  # it did happen; the card says that it did not
+        return m.Error(m.ErrorCode.INTERNAL, "the flash is full")
+
+    world.wires["C-2"].mangle = fail_once
+    job = world.create(slice_file("high", cores=16, priority=80))
+    assert job["state"] == "failed", job
+    assert "the flash is full" in job["error"]["detail"]
+    assert world.promises() == 0
+    assert sum(map(len, world.on_cards().values())) == 2
+    assert set(world.books.slices) == before
+    world.settle()  # cards have the victims under other ids now
+    world.check()
+
+
 # -- cards that fail --------------------------------------------------------------------------
 
 
