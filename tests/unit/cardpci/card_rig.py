@@ -47,6 +47,15 @@ class Rig:
         self.run()
 
     def run(self, boot="boot-1"):
+        self.events = []
+        tick = self.bench.card.tick
+
+        def tick_and_note():
+            told = tick()
+            self.events += [t for t in told if isinstance(t, m.Event)]
+            return told
+
+        self.bench.card.tick = tick_and_note
         self.desk = Desk(self.bench.card, context_of(credentials(CARD), True), boot=boot)
         self.runner = CardRunner(
             self.bench.card, self.desk, self.path, boot=boot, slots=self.slots,

@@ -1,4 +1,4 @@
-"""A driver of the mailbox, written from docs/card-protocol.md: registers and a window, no sockets."""
+"""A driver of the mailbox, written from docs/card-protocol.md: registers and a window."""
 
 import mmap
 import time

@@ -1,5 +1,6 @@
 """A slice's function from the guest's side: real sockets, real memory, real eventfds."""
 
+import re
 import struct
 import time
 
@@ -28,7 +29,7 @@ from slice_driver import (
     text,
 )
 from slice_world import AES, ZSTD, spec
-from vfio_client import RESET, VfioError
+from vfio_client import RESET
 
 from virtfabric.model.units import MIB
 from virtfabric.protocol import messages as m
@@ -265,7 +266,6 @@ def test_bad_descriptors_are_refused_each(driver, more):
 
 def test_a_wrong_key_faults_visibly(rig, driver):
     other = rig.make("r-2", spec(cores=1, memory=1))
-    rig.bench.card.tick()
     seat = rig.bench.card.books.slices[other].seat
     start, _ = driver.piece()
     theirs = seat.memory[0].start
@@ -276,13 +276,11 @@ def test_a_wrong_key_faults_visibly(rig, driver):
     client = driver.client
     assert (client.get(FAULT), client.get(0x24), client.get64(0x28)) == (2, *cases[0])
     assert client.get(0x30) == len(cases)
-    (event,) = (
-        t
-        for t in rig.runner.ask(rig.bench.card.tick)
-        if isinstance(t, m.Event) and t.what == "access-fault"
-    )
-    assert event.slice == "slice-1", "of whoever did it, not of whose key it was"
-    assert f"(and {len(cases) - 1} more)" in event.detail
+    rig.runner.ask(rig.bench.card.tick)
+    events = [event for event in rig.events if event.what == "access-fault"]
+    assert {event.slice for event in events} == {"slice-1"}, "who did it, not whose key it was"
+    more = [re.search(r"\(and (\d+) more\)", event.detail) for event in events]
+    assert sum(1 + (int(found[1]) if found else 0) for found in more) == len(cases)
     theirs_driver = SliceDriver(rig.connect(other))
     target = DATA + 0x200000
     theirs_driver.do(LOAD, key=seat.keys[0], target=(target, 16), card=(theirs, 16))
@@ -378,15 +376,13 @@ def test_a_slice_that_ends_goes_silent_and_is_taken_out(rig, driver):
     assert rig.slots.next()[:2] == ("plug", "management")
     assert rig.slots.next()[:2] == ("plug", "slice-1")
     path = rig.runner.device.sockets["slice-1"]
-    start, _ = driver.piece()
     rig.ask(m.Assign("slice-1", ""))
     rig.release("slice-1")
     assert rig.slots.next() == ("unplug", "slice-1")
     assert "slice-1" not in rig.runner.device.sockets
     until(lambda: not path.exists())
-    with pytest.raises((OSError, EOFError, VfioError)):
-        for _ in range(1000):
-            driver.client.get(STATE)
+    with pytest.raises((OSError, EOFError)):
+        driver.client.get(STATE)
 
 
 def test_other_lanes_are_another_function(rig):
@@ -447,7 +443,7 @@ def net(rig, number):
 
 
 def test_frames_go_from_slice_to_slice(rig):
-    (send_a, receive_a, mac_a), (send_b, receive_b, mac_b) = net(rig, 1), net(rig, 2)
+    (send_a, receive_a, mac_a), (_, receive_b, mac_b) = net(rig, 1), net(rig, 2)
     assert mac_a != mac_b
     assert mac_a[0] & 3 == mac_b[0] & 3 == 2
     for to in (mac_b, b"\xff" * 6):

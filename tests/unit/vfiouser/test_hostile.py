@@ -15,7 +15,8 @@ from virtfabric.shim.vfiouser.server import FunctionServer
 
 MEMORY, EVENT = Memory(1 << 16), Event()
 NUMBERS = st.one_of(
-    st.integers(0, 16), st.sampled_from([4095, 4096, 1 << 16, (1 << 32) - 1, 1 << 63, (1 << 64) - 1])
+    st.integers(0, 16),
+    st.sampled_from([4095, 4096, 1 << 16, (1 << 32) - 1, 1 << 63, (1 << 64) - 1]),
 )  # fmt: skip
 
 
@@ -37,7 +38,8 @@ REGION = st.builds(
 )  # fmt: skip
 MESSAGES = st.builds(
     lambda command, flags, fds, content: (command, flags, fds, content),
-    st.integers(0, 20), st.sampled_from([0, 0, 0, 0x10]), st.sampled_from(["", "m", "e", "mm", "me"]),
+    st.integers(0, 20), st.sampled_from([0, 0, 0, 0x10]),
+    st.sampled_from(["", "m", "e", "mm", "me"]),
     st.one_of(BODIES, REGION),
 )  # fmt: skip
 

@@ -6,6 +6,7 @@ import os
 import socket
 import struct
 import threading
+from pathlib import Path
 
 import pytest
 from plain import DONE, REFUSED, Reverser
@@ -283,9 +284,9 @@ def test_bad_mappings_are_refused_and_leave_the_good(client):
     assert refused(client.map, 0, 0) == errno.EINVAL
     assert refused(client.map, 0, 3 * PAGE, memory.fd) == errno.EINVAL, "beyond the file"
     assert refused(client.map, 0, PAGE, memory.fd, (1 << 64) - PAGE) == errno.EINVAL
-    reading, writing = os.pipe()
+    reading, _ = os.pipe()
     assert refused(client.map, 0, PAGE, reading) == errno.EINVAL
-    with open("/proc/self/exe", "rb") as file:
+    with Path("/proc/self/exe").open("rb") as file:
         assert refused(client.map, 0, PAGE, file.fileno()) == errno.EACCES
     both = struct.pack("<IIQQQ", 32, 3, 0, 0, PAGE)
     assert refused(client.ask, DMA_MAP, both, (memory.fd, memory.fd)) == errno.EINVAL
@@ -346,7 +347,7 @@ def test_bad_vectors_are_refused(client):
     assert refused(client.irqs, 4 | 32, 5, 0, 1, (event.fd,)) == errno.EINVAL
     assert refused(client.irqs, 4 | 8, MSI, 0, 1, (event.fd,)) == errno.ENOTSUP
     assert refused(client.irqs, 4 | 32, MSI, 0, 1, (event.fd, event.fd)) == errno.EINVAL
-    reading, writing = os.pipe()
+    _, writing = os.pipe()
     assert refused(client.irqs, 4 | 32, MSI, 0, 1, (writing,)) == errno.EBADF
 
 

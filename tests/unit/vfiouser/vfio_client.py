@@ -10,6 +10,7 @@ import os
 import select
 import socket
 import struct
+from pathlib import Path
 
 VERSION, DMA_MAP, DMA_UNMAP, GET_INFO, REGION_INFO, IO_FDS, IRQ_INFO, SET_IRQS = range(1, 9)
 REGION_READ, REGION_WRITE, DMA_READ, DMA_WRITE, RESET = range(9, 14)
@@ -183,9 +184,9 @@ class Event:
 def held(fd):
     """How many descriptors of this process are of the same file as this one, itself included."""
     found, wanted = 0, os.fstat(fd)
-    for entry in os.listdir("/proc/self/fd"):
+    for entry in Path("/proc/self/fd").iterdir():
         try:
-            facts = os.stat(f"/proc/self/fd/{entry}")
+            facts = entry.stat()
         except FileNotFoundError:
             continue
         found += (facts.st_dev, facts.st_ino) == (wanted.st_dev, wanted.st_ino)

@@ -120,7 +120,7 @@ class ManagementFunction:
             case "CONTROL", 2:
                 self._mailbox.close()
             case "IRQ_MASK", _:
-                self._cause(MailboxCause(0))
+                self._interrupt(self._registers.get("IRQ_STATUS"))
                 return
             case _:
                 return
@@ -135,9 +135,9 @@ class ManagementFunction:
         }  # fmt: skip
 
     def _cause(self, cause: MailboxCause) -> None:
-        """Note causes; the message goes out for new ones, and for old ones when unmasked."""
-        fresh = self._registers.raise_bits("IRQ_STATUS", cause) if cause else None
-        waiting = self._registers.get("IRQ_STATUS") if fresh is None else fresh
+        self._interrupt(self._registers.raise_bits("IRQ_STATUS", cause))
+
+    def _interrupt(self, causes: int) -> None:
         bus = self._bus
-        if bus is not None and waiting & self._registers.get("IRQ_MASK"):
+        if bus is not None and causes & self._registers.get("IRQ_MASK"):
             bus.interrupt()
