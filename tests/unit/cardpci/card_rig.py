@@ -48,14 +48,14 @@ class Rig:
 
     def run(self, boot="boot-1"):
         self.events = []
-        tick = self.bench.card.tick
+        card = self.bench.card
 
         def tick_and_note():
-            told = tick()
+            told = type(card).tick(card)
             self.events += [t for t in told if isinstance(t, m.Event)]
             return told
 
-        self.bench.card.tick = tick_and_note
+        card.tick = tick_and_note
         self.desk = Desk(self.bench.card, context_of(credentials(CARD), True), boot=boot)
         self.runner = CardRunner(
             self.bench.card, self.desk, self.path, boot=boot, slots=self.slots,
