@@ -1,5 +1,6 @@
 """A slice's function from the guest's side: real sockets, real memory, real eventfds."""
 
+import random
 import re
 import struct
 import time
@@ -7,6 +8,7 @@ import time
 import pytest
 from card_rig import Rig
 from slice_driver import (
+    COMPRESS,
     DATA,
     DECOMPRESS,
     DMA_READ,
@@ -409,6 +411,20 @@ def test_what_cannot_be_plugged_is_told_and_serves_nevertheless(rig):
     assert rig.told == [f"{name} was not plugged: no free port"]
 
 
+def test_a_function_that_cannot_be_served_is_told_once(rig):
+    """The path of its socket is too long for a Unix socket."""
+    rig.runner.device._directory = rig.path / ("x" * 100)
+    name = rig.make("r-1", spec(cores=1))
+    for _ in range(3):
+        rig.runner.ask(lambda: None)
+    (told,) = rig.told
+    assert told.startswith(f"{name} has no function: ")
+    assert name not in rig.runner.device.sockets
+    rig.release(name)
+    rig.runner.device._directory = rig.path
+    assert rig.connect(rig.make("r-2", spec(cores=1))).config(0) == 0xF0CA
+
+
 def test_after_loss_of_power_the_slices_are_there_again(rig):
     name = rig.aes()
     rig.runner.close()
@@ -428,6 +444,28 @@ def test_a_bandwidth_limit_is_kept(rig):
         driver.store(start, bytes(MIB))
     # 5 MiB at 10 MB/s; a tenth of a second may be saved up, and the last one is not waited for
     assert time.monotonic() - before > 4 * MIB / 10e6 - 0.1
+
+
+def test_whoever_asks_is_answered_while_it_computes(rig):
+    """QEMU gives up on a function that does not answer within five seconds, for good."""
+    name = rig.make("r-1", spec(cores=1, capability=ZSTD, units=1))
+    rig.program(name, ZSTD)
+    driver = SliceDriver(rig.connect(name))
+    driver.poke(DATA, random.Random(1).randbytes(MIB))
+    driver.poke(RING + 0x8000, b"\x13")
+    for _ in range(3):
+        driver.describe(COMPRESS, source=(DATA, MIB), target=(DATA + 2 * MIB, MIB),
+                        parameter=(RING + 0x8000, 1))  # fmt: skip
+    driver.ring_doorbell()
+    slowest = 0.0
+    asked = 0
+    while driver.client.get(driver.at + 0x20) < 3:
+        before = time.monotonic()
+        driver.client.get(STATE)
+        slowest = max(slowest, time.monotonic() - before)
+        asked += 1
+    assert asked > 50
+    assert slowest < 1.0
 
 
 # -- frames -----------------------------------------------------------------------------------

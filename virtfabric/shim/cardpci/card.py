@@ -9,12 +9,14 @@ from __future__ import annotations
 import hashlib
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Lock
 from typing import TYPE_CHECKING, Final, Protocol
 
 from virtfabric.model.adapter import LINK_WIDTHS, Extent
 from virtfabric.model.errors import VirtfabricError
 from virtfabric.policy.slicecheck import check_access
 from virtfabric.shim.cardpci.cardmemory import CardMemory
+from virtfabric.shim.cardpci.errand import Errand
 from virtfabric.shim.cardpci.management import ManagementFunction
 from virtfabric.shim.cardpci.operations import SliceView
 from virtfabric.shim.cardpci.slicefunction import SliceFunction
@@ -101,19 +103,22 @@ class CardDevice:
         for stale in directory.glob("*.sock"):
             stale.unlink()
         self._closed = False
-        self._post = post
         self._slots = slots or NoSlots()
         self._report = report
         self._serial = firmware.books.adapter.serial
         self._boot = int.from_bytes(hashlib.sha256(boot.encode()).digest()[:4], "little")
         self._memory = CardMemory(self._check)
+        self._faults: dict[str, tuple[AccessFault, int]] = {}
+        self._fault_lock = Lock()
+        self._tell_faults = Errand(post, self._note_faults)
         self._switch = Switch()
         self._seated: dict[SliceId, _Seated] = {}
+        self._failed: set[SliceId] = set()
         self._plugging = ThreadPoolExecutor(1, f"slots {self._serial}")
         width = _link_width(firmware.books.adapter.lanes)
         self._management = ManagementFunction(
             desk, serial=self._serial, boot=self._boot, width=width,
-            wake=lambda: post(self._pump),
+            wake=Errand(post, self._pump).ask,
         )  # fmt: skip
         self._server = self._serve(MANAGEMENT, self._management)
         self.refresh()
@@ -131,7 +136,10 @@ class CardDevice:
         books = self._firmware.books
         for name in [n for n, one in self._seated.items() if not _stays(one.slice, books)]:
             self._take_out(name)
+        self._failed &= books.slices.keys()
         for one in books.slices.values():
+            if one.id in self._failed:
+                continue
             view = SliceView(one, self._firmware.phase(one.id))
             seated = self._seated.get(one.id)
             if seated is None:
@@ -170,7 +178,8 @@ class CardDevice:
             server = self._serve(one.id, function)
         except OSError as error:
             function.close()
-            self._report(f"{one.id}: {error}")
+            self._failed.add(one.id)
+            self._report(f"{one.id} has no function: {error}")
             return
         self._seated[one.id] = _Seated(one, function, server)
 
@@ -207,8 +216,17 @@ class CardDevice:
     def _check(self, by: SliceId, key: int, start: int, size: int) -> AccessFault | None:
         fault = check_access(self._firmware.books, key, start, size, by=by)
         if fault is not None:
-            self._post(lambda: self._firmware.note_fault(fault))
+            with self._fault_lock:
+                first, count = self._faults.get(fault.slice, (fault, 0))
+                self._faults[fault.slice] = (first, count + 1)
+            self._tell_faults.ask()
         return fault
+
+    def _note_faults(self) -> None:
+        with self._fault_lock:
+            noted, self._faults = self._faults, {}
+        for fault, count in noted.values():
+            self._firmware.note_fault(fault, count)
 
     def _pump(self) -> None:
         self._management.pump()

@@ -130,12 +130,16 @@ class Firmware:
             self.note_fault(fault)
         return fault
 
-    def note_fault(self, fault: AccessFault) -> None:
-        """The protection stopped an access: counted, and told once a tick.
+    def note_fault(self, fault: AccessFault, count: int = 1) -> None:
+        """The protection stopped accesses of a slice: counted, and told once a tick.
 
         A guest must not drown the link in its own faults.
+
+        Args:
+            fault: the first of them.
+            count: how many there were.
         """
-        self._faults[fault.slice] += 1
+        self._faults[fault.slice] += count
         self._first_fault.setdefault(fault.slice, fault)
 
     def measure(self, name: SliceId, values: Mapping[str, int]) -> None:

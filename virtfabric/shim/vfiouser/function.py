@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
-from virtfabric.shim.vfiouser.memory import DmaRefusedError
-
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
@@ -42,7 +40,6 @@ class Bus:
         Raises:
             DmaRefusedError: not mapped, or the function may not.
         """
-        self._check(address)
         return self._memory.read(address, size)
 
     def write(self, address: int, data: bytes) -> None:
@@ -51,16 +48,11 @@ class Bus:
         Raises:
             DmaRefusedError: as `read`.
         """
-        self._check(address)
         self._memory.write(address, data)
 
     def interrupt(self, vector: int = 0) -> bool:
         """Send a message; False if it is off or nobody listens."""
         return self._config.may_interrupt and self._vectors.trigger(vector)
-
-    def _check(self, address: int) -> None:
-        if not self._config.may_master:
-            raise DmaRefusedError(address, "bus mastering is off")
 
 
 class PciFunction(Protocol):

@@ -20,7 +20,7 @@ from virtfabric.model.errors import VirtfabricError
 from virtfabric.shim.vfiouser.bodies import MAX_MAPPINGS, InvalidRequestError
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Callable, Iterator
 
     from virtfabric.shim.vfiouser.bodies import DmaMap, DmaUnmap
 
@@ -47,7 +47,14 @@ class _File:
 class GuestMemory:
     """What a client has mapped. Safe for several threads; an unmap waits for a copy under way."""
 
-    def __init__(self) -> None:
+    def __init__(self, may_reach: Callable[[], bool] = lambda: True) -> None:
+        """Begin, with nothing mapped.
+
+        Args:
+            may_reach: whether the device is allowed any access now; asked at each. After it has
+                changed its mind, `settle` ends those of before.
+        """
+        self._may_reach = may_reach
         self._lock = Lock()
         self._starts: list[int] = []
         self._mappings: dict[int, tuple[DmaMap, _FileKey | None]] = {}
@@ -89,6 +96,11 @@ class GuestMemory:
                 self._let_go(self._mappings.pop(start)[1])
             del self._starts[first:last]
 
+    def settle(self) -> None:
+        """Wait for a copy under way."""
+        with self._lock:
+            pass
+
     def clear(self) -> None:
         """Forget everything; safe to repeat."""
         with self._lock:
@@ -123,6 +135,8 @@ class GuestMemory:
         self, address: int, size: int, *, write: bool
     ) -> Iterator[tuple[int, int, int, int]]:
         """Address, file, place in it and length, of what lies side by side in the guest."""
+        if not self._may_reach():
+            raise DmaRefusedError(address, "bus mastering is off")
         at, end = address, address + size
         while at < end:
             found = bisect_right(self._starts, at) - 1

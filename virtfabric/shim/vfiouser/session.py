@@ -30,7 +30,7 @@ class Session:
     def __init__(self, sock: socket.socket, function: PciFunction) -> None:
         self._sock = sock
         self._function = function
-        self._memory = GuestMemory()
+        self._memory = GuestMemory(lambda: function.config.may_master)
         self._vectors = Vectors(1)
         self._greeted = False
 
@@ -138,9 +138,15 @@ class Session:
         self._check_within(access)
         if access.region != CONFIG_REGION:
             self._function.write(access.region, access.offset, access.data)
-        elif self._function.config.write(access.offset, access.data):
-            self._start_anew()
+        else:
+            self._configure(access)
         return request.body[:16], ()
+
+    def _configure(self, access: bodies.Access) -> None:
+        if self._function.config.write(access.offset, access.data):
+            self._start_anew()
+        # who switches bus mastering off may count on the memory from the answer on
+        self._memory.settle()
 
     def _reset(self, _request: Request) -> Answer:
         self._start_anew()
