@@ -113,7 +113,7 @@ SLICE: Final = RegisterMap((
     Register(0x118, "CORES", _RO, "processing cores", None),
     Register(0x11C, "UNITS", _RO, "accelerator units", None),
     Register(0x120, "BANDWIDTH", _RO, "limit, Mbit/s; 0 none", None),
-    Register(0x128, "DMA_READ", _RO, "bytes read by DMA since the slice was made", None, 2),
+    Register(0x128, "DMA_READ", _RO, "bytes read by DMA since the function came", None, 2),
     Register(0x130, "DMA_WRITTEN", _RO, "bytes written by DMA", None, 2),
     Register(0x138, "DMA_REFUSED", _RO, "DMA accesses that were refused", None),
     Register(0x140, "MAC", _RO, "net.vf: the address, first byte lowest; else 0", None, 2),
