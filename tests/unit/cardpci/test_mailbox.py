@@ -1,5 +1,7 @@
 """The mailbox: TLS and the card protocol through registers and a window of memory."""
 
+import os
+
 import pytest
 from card_bed import BITS, signed
 from card_rig import Rig
@@ -185,6 +187,16 @@ def test_a_host_that_does_not_read_keeps_its_bytes_to_itself(rig, mailbox):
     assert (mailbox.client.get(RX_HEAD) - mailbox.tail) % 2**32 == mailbox.rx[1], "a full ring"
     mailbox.until(lambda: not mailbox.receive() and mailbox.status == READY | ENDED)
     assert isinstance(Host(mailbox).ask(m.InventoryRequest()), m.Inventory)
+
+
+def test_the_window_cannot_be_cut_short(mailbox):
+    """It would kill the card by SIGBUS."""
+    mailbox.client.region_info(2)
+    (fd,) = mailbox.client.fds
+    for size in (0, 1 << 20):
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, size)
+    os.close(fd)
 
 
 def test_the_window_also_works_without_mapping_it(mailbox):

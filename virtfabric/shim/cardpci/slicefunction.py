@@ -261,10 +261,11 @@ class SliceFunction:
         except CutOffError:
             return None
         except DmaRefusedError as error:
+            # the fault first: who sees that the queue stopped looks there for the reason
+            self.note_fault(Fault.DMA_REFUSED, 0, error.address)
             with self._lock:
                 if self._queues[number] is queue:
                     self._fail(number)
-            self.note_fault(Fault.DMA_REFUSED, 0, error.address)
             return None
         if step is None:
             return None
