@@ -136,10 +136,11 @@ def test_a_guest_computes_through_a_slice(tmp_path, rig):
         rig.slots = machine
         machine.elsewhere = {other.id}
         rig.run()
-        machine.wait_for("management-extended")
+        machine.wait_for("window-reads-per-second")
         name = rig.aes()
         machine.wait_for("end")
         check_device(machine.told())
+        check_mailbox(machine.told())
         check_results(machine.told())
         check_refusals(rig, machine.told(), seat)
         check_card_agrees(rig, machine.told(), name)
@@ -165,6 +166,14 @@ def check_device(told):
     assert told["slice-group-size"] == "1", "an IOMMU group of its own"
     assert (told["can-reset"], told["msi-vectors"], told["msix-vectors"]) == ("1", "1", "0")
     assert (told["magic"], told["state"]) == (b"VFCS".hex(), "3")
+
+
+def check_mailbox(told):
+    assert told["mailbox-magic"] == b"VFCM".hex()
+    assert told["mailbox-answer"] == "1503", "an alert of TLS"
+    assert told["mailbox-answer-length"] == "7"
+    # the window is memory, the registers are messages
+    assert int(told["window-reads-per-second"]) > 3 * int(told["register-reads-per-second"])
 
 
 def check_results(told):

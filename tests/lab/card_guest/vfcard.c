@@ -1,6 +1,9 @@
 /* Drives a slice's function through vfio, as docs/card-protocol.md says, and tells what it saw.
  *
  *     vfcard GROUP ADDRESS FOREIGN-KEY FOREIGN-ADDRESS
+ *     vfcard mailbox SYSFS-DIRECTORY
+ *
+ * The second looks at a management function through sysfs: it says something that is no TLS.
  *
  * It judges nothing: each line of its output is "VFCARD name=value", for whoever runs the guest.
  */
@@ -104,8 +107,46 @@ static void aes(const char *name, uint32_t key, uint64_t card, const char *secre
     c = run((struct descriptor){ OPEN, 0, key, IOVA + IN, IOVA + OUT, IOVA + PARAM, card, size + 16, 4096, more, secret_size }, 0);
     snprintf(label, 64, "%s-forged", name); tell(label, c.status);
 }
+static volatile uint8_t *resource(const char *directory, int number, unsigned size) {
+    char path[256];
+    snprintf(path, sizeof path, "%s/resource%d", directory, number);
+    int fd = open(path, O_RDWR | O_SYNC);
+    if (fd < 0) die(path);
+    void *at = mmap(0, size, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (at == MAP_FAILED) die(path);
+    return at;
+}
+static void wait_for(unsigned at, uint32_t value) {
+    time_t end = time(0) + 10;
+    while (get(at) != value) if (time(0) > end) { tell("mailbox-register", get(at)); die("no change"); }
+}
+static int mailbox(const char *directory) {
+    static const uint8_t junk[] = "\x16\x03\x01\x00\x05hello";
+    bar = (void *)resource(directory, 0, 4096);
+    volatile uint8_t *window = resource(directory, 2, 0x20000);
+    tell_bytes("mailbox-magic", (uint8_t[]){ get(0), get(0) >> 8, get(0) >> 16, get(0) >> 24 }, 4);
+    put(0x10, 1);
+    wait_for(0xc, 3);
+    for (unsigned i = 0; i < sizeof junk - 1; i++) window[get(0x20) + i] = junk[i];
+    put(0x28, sizeof junk - 1);
+    wait_for(0xc, 5);
+    uint8_t answer[2] = { window[get(0x30)], window[get(0x30) + 1] };
+    tell_bytes("mailbox-answer", answer, 2);
+    tell("mailbox-answer-length", get(0x38));
+    struct timespec a, b;
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    for (int i = 0; i < 2000; i++) (void)get(0);
+    clock_gettime(CLOCK_MONOTONIC, &b);
+    tell("register-reads-per-second", 2000e9 / ((b.tv_sec - a.tv_sec) * 1e9 + (b.tv_nsec - a.tv_nsec)));
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    for (int i = 0; i < 0x20000; i += 4) (void)*(volatile uint32_t *)(window + i);
+    clock_gettime(CLOCK_MONOTONIC, &b);
+    tell("window-reads-per-second", 0x8000 * 1e9 / ((b.tv_sec - a.tv_sec) * 1e9 + (b.tv_nsec - a.tv_nsec)));
+    return 0;
+}
 int main(int argc, char **argv) {
     setvbuf(stdout, 0, _IONBF, 0);
+    if (argc == 3 && !strcmp(argv[1], "mailbox")) return mailbox(argv[2]);
     if (argc != 5) return 2;
     char path[64];
     snprintf(path, sizeof path, "/dev/vfio/%s", argv[1]);
