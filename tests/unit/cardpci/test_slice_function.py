@@ -374,6 +374,24 @@ def test_nothing_is_written_after_an_end_in_mid_flight(rig, end):
     assert client.get64(DMA_WRITTEN) == moved
 
 
+def test_nothing_of_before_shows_after_a_reset_in_mid_flight(rig):
+    driver = SliceDriver(rig.connect(rig.make("r-1", spec(cores=1, memory=1))), entries=1024)
+    client = driver.client
+    for _ in range(10):
+        client.put(IRQ_MASK, 0xF)
+        for _ in range(1000):
+            driver.describe(STORE, key=99, source=(DATA, 8), flags=1)
+        driver.ring_doorbell()
+        until(lambda: client.get(driver.at + 0x20) >= 5)
+        flr(client)
+        for _ in range(20):
+            assert [client.get(at) for at in (IRQ_STATUS, FAULT, 0x30, 0x220)] == [0] * 4
+        driver.event.wait(0)
+        client.enable()
+        assert driver.event.wait(0) == 0
+        driver.start()
+
+
 def test_a_slice_that_ends_goes_silent_and_is_taken_out(rig, driver):
     assert rig.slots.next()[:2] == ("plug", "management")
     assert rig.slots.next()[:2] == ("plug", "slice-1")

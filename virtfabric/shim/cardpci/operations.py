@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from virtfabric.model.image import Phase
 from virtfabric.shim.cardpci import switch
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     from virtfabric.shim.cardpci.switch import Port
 
 
-class FaultSink(Protocol):
-    """Who is told of faults."""
+class Trouble(NamedTuple):
+    """What FAULT is to show."""
 
-    def note_fault(self, fault: Fault, key: int, address: int) -> None:
-        """Keep it for software to see."""
+    fault: Fault
+    key: int
+    address: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,27 +44,26 @@ class SliceView:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How an operation ended, and what it moved."""
+    """How an operation ended, what it moved, and a fault of its own."""
 
     status: Status
     written: int = 0
     moved: int = 0
+    trouble: Trouble | None = None
 
 
 class Operations:
     """Of one slice."""
 
-    def __init__(self, memory: CardMemory, port: Port | None, faults: FaultSink) -> None:
+    def __init__(self, memory: CardMemory, port: Port | None) -> None:
         """Begin.
 
         Args:
             memory: of the card.
             port: of a `net.vf` slice.
-            faults: hears what was refused.
         """
         self._memory = memory
         self._port = port
-        self._faults = faults
 
     def carry_out(self, view: SliceView, order: Descriptor, dma: Channel) -> Result | None:
         """One operation; None: nothing has come that it waits for.
@@ -79,11 +79,11 @@ class Operations:
                 return handler(self, view, order, dma)
             return self._compute(view, order, dma)
         except DmaRefusedError as error:
-            self._faults.note_fault(Fault.DMA_REFUSED, order.key, error.address)
-            return Result(Status.DMA_REFUSED)
+            trouble = Trouble(Fault.DMA_REFUSED, order.key, error.address)
+            return Result(Status.DMA_REFUSED, trouble=trouble)
         except ProtectionError as error:
-            self._faults.note_fault(Fault.ACCESS, order.key, error.fault.start)
-            return Result(Status.ACCESS_FAULT)
+            trouble = Trouble(Fault.ACCESS, order.key, error.fault.start)
+            return Result(Status.ACCESS_FAULT, trouble=trouble)
         except EngineError as error:
             return Result(error.status)
 

@@ -13,8 +13,10 @@ from virtfabric.shim.cardpci.descriptors import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
     from virtfabric.shim.cardpci.dma import Channel
-    from virtfabric.shim.cardpci.operations import Operations, SliceView
+    from virtfabric.shim.cardpci.operations import Operations, SliceView, Trouble
 
 ENTRIES: Final = tuple(2**power for power in range(1, 11))
 _ALIGNMENT: Final = 64
@@ -35,7 +37,7 @@ def is_possible(ring: int, done_ring: int, entries: int) -> bool:
     return aligned and entries in ENTRIES
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Queue:
     """One pair of rings. Counts run modulo 2^32."""
 
@@ -54,8 +56,15 @@ class Queue:
         self.submitted = count
         return True
 
-    def step(self, view: SliceView, operations: Operations) -> Step | None:
+    def step(
+        self, view: SliceView, operations: Operations, note: Callable[[Trouble], None]
+    ) -> Step | None:
         """Do the next operation; None if there is none, or it waits.
+
+        Args:
+            view: of the slice.
+            operations: of the slice.
+            note: hears of a fault, before the guest hears that the operation ended.
 
         Raises:
             DmaRefusedError: a ring is not in the guest's memory.
@@ -68,6 +77,8 @@ class Queue:
         result = operations.carry_out(view, order, self.channel)
         if result is None:
             return None
+        if result.trouble is not None:
+            note(result.trouble)
         number = (self.completed + 1) % _MODULO
         at = self.done_ring + COMPLETION_SIZE * place
         completion = format_completion(result.status, result.written, order.cookie)

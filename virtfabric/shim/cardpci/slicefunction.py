@@ -11,7 +11,7 @@ from virtfabric.shim.cardpci import maps, switch
 from virtfabric.shim.cardpci.descriptors import Fault
 from virtfabric.shim.cardpci.dma import Channel, CutOffError, Dma
 from virtfabric.shim.cardpci.maps import SliceCause
-from virtfabric.shim.cardpci.operations import Operations, SliceView
+from virtfabric.shim.cardpci.operations import Operations, SliceView, Trouble
 from virtfabric.shim.cardpci.pace import Pace
 from virtfabric.shim.cardpci.queue import Queue, is_possible
 from virtfabric.shim.cardpci.registers import ONES, RegisterFile
@@ -73,7 +73,7 @@ class SliceFunction:
             mac = switch.derive_mac(serial, view.slice.id)
             self._port = joined.join(mac, self._worker.kick)
             self._registers.put("MAC", int.from_bytes(mac, "little"))
-        self._operations = Operations(memory, self._port, self)
+        self._operations = Operations(memory, self._port)
         self._registers.put("BOOT", boot)
         self._registers.put_text("SERIAL", serial)
         self._registers.put_text("SLICE", view.slice.id)
@@ -174,16 +174,23 @@ class SliceFunction:
         put("PIECE_START", pieces[piece].start if known else _WIDE_ONES)
         put("PIECE_SIZE", pieces[piece].size if known else 0)
 
-    def note_fault(self, fault: Fault, key: int, address: int) -> None:
-        """Implements `FaultSink`: the first one stays until it is cleared."""
+    def _note(self, trouble: Trouble, queue: Queue | None = None) -> None:
+        """A fault; the first one stays until it is cleared.
+
+        Args:
+            trouble: what happened.
+            queue: whose operation it was: after a reset nobody wants to hear of it any more.
+        """
         with self._lock:
+            if queue is not None and queue not in self._queues:
+                return
             count = self._registers.get("FAULT_COUNT")
             self._registers.put("FAULT_COUNT", min(count + 1, ONES))
             if self._registers.get("FAULT") == Fault.NONE:
-                self._registers.put("FAULT", fault)
-                self._registers.put("FAULT_KEY", key)
-                self._registers.put("FAULT_ADDRESS", address)
-        self._cause(SliceCause.FAULT)
+                self._registers.put("FAULT", trouble.fault)
+                self._registers.put("FAULT_KEY", trouble.key)
+                self._registers.put("FAULT_ADDRESS", trouble.address)
+            self._cause(SliceCause.FAULT)
 
     def _cause(self, cause: SliceCause) -> None:
         fresh = self._registers.raise_bits("IRQ_STATUS", cause)
@@ -209,7 +216,7 @@ class SliceFunction:
                 self._queues[number] = Queue(ring, done_ring, entries, Channel(self._dma))
             put(name + "STATUS", _RUNS if possible else _FAULTED)
         if not possible:
-            self.note_fault(Fault.BAD_RING, 0, ring)
+            self._note(Trouble(Fault.BAD_RING, 0, ring))
 
     def _stop(self, number: int) -> None:
         name, queue = f"Q{number}_", self._queues[number]
@@ -232,7 +239,7 @@ class SliceFunction:
             if not good:
                 self._fail(number)
         if not good:
-            self.note_fault(Fault.BAD_DOORBELL, 0, count)
+            self._note(Trouble(Fault.BAD_DOORBELL, 0, count))
         self._worker.kick()
 
     def _fail(self, number: int) -> None:
@@ -257,13 +264,13 @@ class SliceFunction:
 
     def _advance(self, number: int, queue: Queue, view: SliceView) -> Step | None:
         try:
-            step = queue.step(view, self._operations)
+            step = queue.step(view, self._operations, lambda trouble: self._note(trouble, queue))
         except CutOffError:
             return None
         except DmaRefusedError as error:
             # the fault first: who sees that the queue stopped looks there for the reason
-            self.note_fault(Fault.DMA_REFUSED, 0, error.address)
             with self._lock:
+                self._note(Trouble(Fault.DMA_REFUSED, 0, error.address), queue)
                 if self._queues[number] is queue:
                     self._fail(number)
             return None
@@ -272,6 +279,6 @@ class SliceFunction:
         with self._lock:
             if self._queues[number] is queue:
                 self._registers.put(f"Q{number}_COMPLETED", queue.completed)
-        if step.interrupt:
-            self._cause(SliceCause.QUEUE1 if number else SliceCause.QUEUE0)
+                if step.interrupt:
+                    self._cause(SliceCause.QUEUE1 if number else SliceCause.QUEUE0)
         return step
