@@ -482,8 +482,9 @@ def test_whoever_asks_is_answered_while_it_computes(rig):
         driver.client.get(STATE)
         slowest = max(slowest, time.monotonic() - before)
         asked += 1
+    # one that waited for an operation would hear an answer or two for each of them
     assert asked > 50
-    assert slowest < 1.0
+    assert slowest < 3.0
 
 
 # -- frames -----------------------------------------------------------------------------------
