@@ -7,7 +7,6 @@ published vectors and against what the card says of itself.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
 import socket
@@ -29,6 +28,7 @@ from slice_world import spec
 
 from virtfabric.model.errors import VirtfabricError
 from virtfabric.protocol import messages as m
+from virtfabric.shim.cardpci.card import NoSlots
 from virtfabric.shim.lab.outer import choose_outer
 from virtfabric.shim.topology.needs import DeviceNeed
 
@@ -76,8 +76,11 @@ class Machine:
         return dict(re.findall(r"^VFCARD ([\w-]+)=(.*?)\r?$", self.tell(), re.MULTILINE))
 
     def wait_for(self, name, timeout=90):
+        self.wait_until(lambda: name in self.told(), timeout)
+
+    def wait_until(self, condition, timeout=90):
         deadline = time.monotonic() + timeout
-        while name not in self.told():
+        while not condition():
             assert self.process.poll() is None, self.tell()
             assert "failed" not in self.told(), self.tell()
             assert time.monotonic() < deadline, self.tell()
@@ -97,6 +100,9 @@ class Machine:
                     raise VirtfabricError(answer["error"]["desc"])
         return answer["return"]
 
+    def has(self, name):
+        return any(one["name"] == name for one in self.qmp("qom-list", path="/machine/peripheral"))
+
     # -- `Slots` ----------------------------------------------------------------------------
 
     def plug(self, name, path):
@@ -111,8 +117,8 @@ class Machine:
         if self.process.poll() is not None or name not in self.seats:
             return
         self.qmp("device_del", id=f"f-{name}")
-        gone = time.monotonic() + 30
-        while any(name in str(one) for one in self.qmp("qom-list", path="/machine/peripheral")):
+        gone = time.monotonic() + 200
+        while self.has(f"f-{name}"):
             if time.monotonic() > gone:
                 raise VirtfabricError("the guest does not let go of it")
             time.sleep(0.1)
@@ -151,8 +157,40 @@ def test_a_guest_computes_through_a_slice(tmp_path, rig):
         assert rig.told == []
     finally:
         print(machine.tell()[-8000:])
-        with contextlib.suppress(Exception):
-            machine.close()
+        machine.close()
+
+
+def test_a_card_that_dies_is_replaced(tmp_path, rig):
+    """Its sockets end without a word; the guest lives, and the same ports take it again."""
+    rig.runner.close()
+    machine = Machine(tmp_path, "vfcard.key=99 vfcard.start=0")
+    try:
+        machine.wait_for("ready")
+        rig.slots = machine
+        rig.run()
+        machine.wait_for("window-reads-per-second")
+        name = rig.aes()
+        machine.wait_for("end")
+        die(rig)
+        assert machine.qmp("query-status")["status"] == "running"
+        for function in (name, "management"):
+            t=time.monotonic(); machine.unplug(function); print("UNPLUG", function, time.monotonic()-t)
+        machine.wait_until(lambda: machine.tell().count("VFCARD gone=1") == 2)
+        rig.bench.cut_power()
+        rig.slots = machine
+        rig.run("boot-2")
+        machine.wait_until(lambda: machine.tell().count("VFCARD end=0") == 2)
+        assert rig.told == []
+    finally:
+        print(machine.tell()[-8000:])
+        machine.close()
+
+
+def die(rig):
+    """As a process that is killed: nothing is unplugged first."""
+    device = rig.runner.device
+    device._slots = NoSlots()
+    rig.runner.close()
 
 
 def check_device(told):
