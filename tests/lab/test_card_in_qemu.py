@@ -7,122 +7,17 @@ published vectors and against what the card says of itself.
 
 from __future__ import annotations
 
-import json
-import re
-import socket
-import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
 
-sys.path.extend(
-    str(Path(__file__).parents[1] / "unit" / room)
-    for room in ("cardpci", "vfiouser", "card", "trust")
-)
+sys.path.extend(str(Path(__file__).parents[1] / "unit" / room) for room in ("card", "cardpci"))
 
-from card_guest.image import ensure_card_guest
-from card_rig import Rig
+from card_machine import Machine, Rig
 from slice_world import spec
 
-from virtfabric.model.errors import VirtfabricError
 from virtfabric.protocol import messages as m
-from virtfabric.shim.cardpci.card import NoSlots
-from virtfabric.shim.lab.outer import choose_outer
-from virtfabric.shim.topology.needs import DeviceNeed
-
-PORTS = ("management", "slice0", "slice1")
-
-
-class Machine:
-    """A small guest with empty ports, and the slots of a card that is plugged there by QMP."""
-
-    def __init__(self, path, words):
-        self.console, self.path = path / "console", path
-        image = ensure_card_guest()
-        outer = choose_outer([DeviceNeed("vfio-user-pci", frozenset({"socket"}))], print)
-        ports = [
-            part
-            for number, name in enumerate(PORTS)
-            for part in ("-device", f"pcie-root-port,id={name},chassis={number + 1},"
-                         f"addr=10.{number},multifunction=on")
-        ]  # fmt: skip
-        self.log = (path / "qemu.log").open("wb")
-        self.process = subprocess.Popen(
-            ["nice", "-n", "19", *outer.argv, "-nodefaults", "-display", "none", "-no-reboot",
-             "-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "1", "-m", "512M",
-             "-machine", "q35,memory-backend=ram",
-             "-object", "memory-backend-memfd,id=ram,size=512M,share=on",
-             "-device", "intel-iommu,intremap=on,caching-mode=on", *ports,
-             "-kernel", str(image.kernel), "-initrd", str(image.initrd),
-             "-append", f"{image.cmdline} {words}",
-             "-serial", f"file:{self.console}", "-qmp", f"unix:{path / 'qmp'},server=on,wait=off"],
-            stdin=subprocess.DEVNULL, stdout=self.log, stderr=self.log,
-        )  # fmt: skip
-        self.seats, self.elsewhere = {}, set()
-
-    def close(self):
-        self.process.kill()
-        self.process.wait()
-        self.log.close()
-
-    def tell(self):
-        console = self.console.read_text(errors="replace") if self.console.exists() else ""
-        return (self.path / "qemu.log").read_text(errors="replace") + console
-
-    def told(self):
-        """What the guest has told so far, by name."""
-        return dict(re.findall(r"^VFCARD ([\w-]+)=(.*?)\r?$", self.tell(), re.MULTILINE))
-
-    def wait_for(self, name, timeout=90):
-        self.wait_until(lambda: name in self.told(), timeout)
-
-    def wait_until(self, condition, timeout=90):
-        deadline = time.monotonic() + timeout
-        while not condition():
-            assert self.process.poll() is None, self.tell()
-            assert "failed" not in self.told(), self.tell()
-            assert time.monotonic() < deadline, self.tell()
-            time.sleep(0.1)
-
-    def qmp(self, command, **arguments):
-        with socket.socket(socket.AF_UNIX) as sock, sock.makefile("rw") as file:
-            sock.settimeout(30)
-            sock.connect(str(self.path / "qmp"))
-            file.readline()
-            for name, given in (("qmp_capabilities", {}), (command, arguments)):
-                file.write(json.dumps({"execute": name, "arguments": given}) + "\n")
-                file.flush()
-                while "event" in (answer := json.loads(file.readline())):
-                    pass
-                if "error" in answer:
-                    raise VirtfabricError(answer["error"]["desc"])
-        return answer["return"]
-
-    def has(self, name):
-        return any(one["name"] == name for one in self.qmp("qom-list", path="/machine/peripheral"))
-
-    # -- `Slots` ----------------------------------------------------------------------------
-
-    def plug(self, name, path):
-        if name in self.elsewhere:
-            return
-        port = next(port for port in PORTS if port not in self.seats.values())
-        self.seats[name] = port
-        self.qmp("device_add", driver="vfio-user-pci", id=f"f-{name}", bus=port,
-                 socket={"type": "unix", "path": str(path)})  # fmt: skip
-
-    def unplug(self, name):
-        if self.process.poll() is not None or name not in self.seats:
-            return
-        self.qmp("device_del", id=f"f-{name}")
-        gone = time.monotonic() + 200
-        while self.has(f"f-{name}"):
-            if time.monotonic() > gone:
-                raise VirtfabricError("the guest does not let go of it")
-            time.sleep(0.1)
-        del self.seats[name]
 
 
 @pytest.fixture
@@ -158,39 +53,6 @@ def test_a_guest_computes_through_a_slice(tmp_path, rig):
     finally:
         print(machine.tell()[-8000:])
         machine.close()
-
-
-def test_a_card_that_dies_is_replaced(tmp_path, rig):
-    """Its sockets end without a word; the guest lives, and the same ports take it again."""
-    rig.runner.close()
-    machine = Machine(tmp_path, "vfcard.key=99 vfcard.start=0")
-    try:
-        machine.wait_for("ready")
-        rig.slots = machine
-        rig.run()
-        machine.wait_for("window-reads-per-second")
-        name = rig.aes()
-        machine.wait_for("end")
-        die(rig)
-        assert machine.qmp("query-status")["status"] == "running"
-        for function in (name, "management"):
-            t=time.monotonic(); machine.unplug(function); print("UNPLUG", function, time.monotonic()-t)
-        machine.wait_until(lambda: machine.tell().count("VFCARD gone=1") == 2)
-        rig.bench.cut_power()
-        rig.slots = machine
-        rig.run("boot-2")
-        machine.wait_until(lambda: machine.tell().count("VFCARD end=0") == 2)
-        assert rig.told == []
-    finally:
-        print(machine.tell()[-8000:])
-        machine.close()
-
-
-def die(rig):
-    """As a process that is killed: nothing is unplugged first."""
-    device = rig.runner.device
-    device._slots = NoSlots()
-    rig.runner.close()
 
 
 def check_device(told):
