@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 VENV := .venv/bin
 # what fits CI of the lab tests; `make lab` runs all
-CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life cxl_lab passthrough_lab small_lab)
+CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life card_in_qemu cxl_lab passthrough_lab small_lab)
 
 # of the examples of property tests, `make test` looks at all and `make check` at a part
 EXAMPLES ?= 1

@@ -89,7 +89,8 @@ class AccessFault:
     """An access that the card's memory protection stopped.
 
     Attributes:
-        slice: whose key was used; empty for a key that nobody has.
+        slice: whose function it came from, or, where that is not known, whose key was used; empty
+            for a key that nobody has.
     """
 
     slice: str
@@ -101,14 +102,24 @@ class AccessFault:
         return f"key {self.key}: {Bytes(self.size)} at {self.start:#x} are not its own"
 
 
-def check_access(books: AdapterBooks, key: int, start: int, size: int) -> AccessFault | None:
+def check_access(
+    books: AdapterBooks, key: int, start: int, size: int, *, by: str = ""
+) -> AccessFault | None:
     """Whether a key opens all of this memory; None: it does.
 
     Memory that a slice has is open to its own keys and to no other.
+
+    Args:
+        books: of the adapter.
+        key: that is shown.
+        start: of the access.
+        size: of the access, bytes.
+        by: slice whose function shows the key: another's key opens nothing to it, and the fault is
+            its own. Empty: whoever has the key.
     """
     one = next((one for one in books.slices.values() if key in one.seat.keys), None)
-    if one is None:
-        return AccessFault("", key, start, size)
+    if one is None or by not in ("", one.id):
+        return AccessFault(by, key, start, size)
     place, end = start, start + size
     for piece in one.seat.memory:
         if piece.start <= place < piece.end:

@@ -27,7 +27,7 @@ from virtfabric.shim.firmware.statelog import StateError
 from virtfabric.trust.images import is_signed
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Mapping, Sequence
 
     from virtfabric.model.adapter import Adapter, Reservation
     from virtfabric.model.image import ImageManifest
@@ -77,6 +77,7 @@ class Firmware:
         self._expires = dict.fromkeys(self.books.reservations, now + PROMISE_S)
         self._faults: Counter[str] = Counter()
         self._first_fault: dict[str, AccessFault] = {}
+        self._figures: dict[SliceId, dict[str, int]] = {}
         self._told = now
         self._events: list[Message] = []
         if log.state is not None:
@@ -126,10 +127,24 @@ class Firmware:
         """An access to the card's memory, as the protection sees it; None: it goes through."""
         fault = check_access(self.books, key, start, size)
         if fault is not None:
-            # counted, and told once a tick: a guest must not drown the link in its own faults
-            self._faults[fault.slice] += 1
-            self._first_fault.setdefault(fault.slice, fault)
+            self.note_fault(fault)
         return fault
+
+    def note_fault(self, fault: AccessFault, count: int = 1) -> None:
+        """The protection stopped accesses of a slice: counted, and told once a tick.
+
+        A guest must not drown the link in its own faults.
+
+        Args:
+            fault: the first of them.
+            count: how many there were.
+        """
+        self._faults[fault.slice] += count
+        self._first_fault.setdefault(fault.slice, fault)
+
+    def measure(self, name: SliceId, values: Mapping[str, int]) -> None:
+        """Figures of a slice, for telemetry; the latest count."""
+        self._figures[name] = dict(values)
 
     # -- slices -------------------------------------------------------------------------------
 
@@ -311,7 +326,8 @@ class Firmware:
 
     def _telemetry(self, now: float) -> m.Telemetry:
         free = slicing.would_fit(free_of(self.books).vector(""))
-        return m.Telemetry(self._ms(now), (m.Reading("adapter", free),))
+        slices = (m.Reading(name, values) for name, values in self._figures.items())
+        return m.Telemetry(self._ms(now), (m.Reading("adapter", free), *slices))
 
     def _tell(self, what: m.EventKind, detail: str, name: str = "") -> None:
         self._events.append(m.Event(what, self._ms(self._clock.monotonic()), detail, name))
@@ -330,6 +346,8 @@ class Firmware:
         self._expires = {n: at for n, at in self._expires.items() if n in self.books.reservations}
         for name in [n for n in self._programming if n not in self.books.slices]:
             del self._programming[name]
+        for name in [n for n in self._figures if n not in self.books.slices]:
+            del self._figures[name]
 
     _HANDLERS: Final[dict[type[Message], Callable[..., list[Message]]]] = {
         m.InventoryRequest: _inventory, m.AllocationRequest: _allocate, m.Commit: _commit,
