@@ -26,6 +26,7 @@ from virtfabric.trust.context import make_context
 from virtfabric.trust.store import identity_of_pem, read_credentials, read_pem
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from virtfabric.ports import Clock
@@ -82,10 +83,10 @@ class Card:
         except BaseException:
             os.close(self._lock)
             raise
+        self.boot = uuid.uuid4().hex[:16]
         self.desk = Desk(
-            self.firmware, context, boot=uuid.uuid4().hex[:16], answered=_tell_exchange,
-            told=_tell_news,
-        )  # fmt: skip
+            self.firmware, context, boot=self.boot, answered=_tell_exchange, told=_tell_news
+        )
 
     def close(self) -> None:
         """Power off."""
@@ -96,9 +97,11 @@ class Card:
 class CardServer:
     """Serves one card until `stop` is set."""
 
-    def __init__(self, desk: Desk, path: Path) -> None:
+    def __init__(self, desk: Desk, path: Path, happened: Callable[[], None] = lambda: None) -> None:
+        """`happened` is called on the loop whenever the firmware may have changed."""
         self._desk = desk
         self._path = path
+        self._happened = happened
         self._writers: dict[Link, asyncio.StreamWriter] = {}
 
     async def run(self, stop: asyncio.Event, ready: asyncio.Event | None = None) -> None:
@@ -138,6 +141,7 @@ class CardServer:
         while True:
             await asyncio.sleep(TICK_S)
             self._desk.tick()
+            self._happened()
             for link, writer in list(self._writers.items()):
                 self._flush(link, writer)
 
@@ -172,6 +176,7 @@ class CardServer:
             if not data:
                 return
             self._desk.receive(link, data)
+            self._happened()
             self._flush(link, writer)
             if link.is_open and link.peer is not None and not known:
                 known = True
