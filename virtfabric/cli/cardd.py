@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,7 +97,9 @@ async def _serve(description: CardDescription, bus: _Bus | None) -> None:
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     manager = ServiceNotifier.from_environment()
-    card = await asyncio.to_thread(Card, description, SystemClock())
+    card = await asyncio.to_thread(
+        partial(Card, description, SystemClock(), has_functions=bus is not None)
+    )
     functions = None
     try:
         _introduce(card)

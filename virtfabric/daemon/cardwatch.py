@@ -119,6 +119,7 @@ class CardWatch:
             self._notices.settle(topic)
         self._audit.append(f"card.{news.kind}", [news.serial], body)
         self._notices.publish(f"card.{news.kind}", body)
+        self._ledger.touch()  # which functions are its slices may be another answer now
         if news.kind in _SETTLES:
             self._refresh(news)
             self.settle()

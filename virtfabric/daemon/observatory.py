@@ -18,6 +18,7 @@ from virtfabric.model.device import DeviceInventory, Link
 from virtfabric.model.devicesteps import SetUpVf
 from virtfabric.model.guest import RunState
 from virtfabric.model.ledger import HostSnapshot
+from virtfabric.policy.badges import join_slices
 from virtfabric.policy.pools import is_set_up, members
 
 if TYPE_CHECKING:
@@ -126,9 +127,10 @@ class Observatory:
 
     @property
     def devices(self) -> DeviceInventory:
-        """Every PCIe function as last read, and the pools."""
+        """Every PCIe function as last read, what it is of a card, and the pools."""
         with self._lock:
-            return self._devices
+            devices = self._devices
+        return join_slices(devices, self._cards.views()) if self._cards else devices
 
     def reconfigure(
         self,

@@ -43,6 +43,7 @@ class CardView:
         boot: differs after each start of the card; empty where it was never there.
         books: as last told; None where it never was. Kept while the card is lost.
         programs: by slice.
+        badges: `Badge.code` of each slice that has a PCI function.
         readings: figures by subject, as the card measures them.
     """
 
@@ -53,6 +54,7 @@ class CardView:
     software: str = ""
     books: AdapterBooks | None = None
     programs: Mapping[SliceId, SliceProgram] = field(default_factory=dict)
+    badges: Mapping[SliceId, str] = field(default_factory=dict)
     readings: Mapping[str, Mapping[str, int]] = field(default_factory=dict)
 
     @property

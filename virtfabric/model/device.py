@@ -18,6 +18,8 @@ from virtfabric.model.errors import InvalidValueError
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from virtfabric.model.badge import Badge, SliceFunction
+
 VFIO_PCI: Final = "vfio-pci"
 _ADDRESS: Final = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{1,2}):([01]?[0-9a-f])\.([0-7])", re.IGNORECASE
@@ -119,6 +121,7 @@ class PciFunction:
             for no limit, None where that is not told.
         fatal_errors: how many fatal ones it has reported since the host booted, for a root port
             also those that reached it; None where nothing counts them (no AER).
+        badge: which slice of an offload card it says to be; None where it does not say.
     """
 
     address: PciAddress
@@ -145,6 +148,7 @@ class PciFunction:
     settings: VfSettings | None = None
     limit: int | None = None
     fatal_errors: int | None = None
+    badge: Badge | None = None
 
     @property
     def ids(self) -> str:
@@ -267,9 +271,10 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class DevicePool:
-    """`[[device]]` of the configuration.
+    """`[[device]]` of the configuration, or all functions that are slices with one capability.
 
     Attributes:
+        slices: it is of slices; functions with a badge are in no other pool.
         settings: what a grant sets up on a VF; `mac` None leaves the one that it has.
         vf_count: how many VFs each PF of the pool is given when the agent starts and it has none;
             None leaves that to the operator. Never changed while a VF is in use.
@@ -285,6 +290,7 @@ class DevicePool:
     nvme_queues: int | None = None
     one_time_use: bool = False
     link_speed: int | None = None
+    slices: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -416,10 +422,19 @@ class DeviceInventory:
     Attributes:
         functions: by address.
         pools: in the order of the configuration; a function is in the first that matches it.
+        slices: which of them are slices of offload cards, as the cards confirmed.
+        doubts: why a function that says to be one cannot be given to anybody now.
     """
 
     functions: Mapping[PciAddress, PciFunction] = field(default_factory=dict)
     pools: tuple[DevicePool, ...] = ()
+    slices: Mapping[PciAddress, SliceFunction] = field(default_factory=dict)
+    doubts: Mapping[PciAddress, str] = field(default_factory=dict)
+
+    @cached_property
+    def badged(self) -> dict[PciAddress, Badge]:
+        """What functions say of themselves."""
+        return {a: one.badge for a, one in self.functions.items() if one.badge is not None}
 
     @cached_property
     def groups(self) -> dict[int, tuple[PciFunction, ...]]:

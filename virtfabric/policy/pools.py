@@ -43,7 +43,10 @@ def pool_of(inventory: DeviceInventory, address: PciAddress) -> DevicePool | Non
     function = inventory.functions.get(address)
     if function is None or _is_bridge(function):
         return None
-    return next((pool for pool in inventory.pools if _matches(pool.match, function)), None)
+    return next(
+        (pool for pool in inventory.pools if _matches(pool.match, function, slices=pool.slices)),
+        None,
+    )
 
 
 def is_set_up(inventory: DeviceInventory, address: PciAddress) -> bool:
@@ -60,6 +63,8 @@ def obstacles(inventory: DeviceInventory, address: PciAddress) -> tuple[str, ...
     if _is_bridge(function):
         return ("is a bridge or port",)
     found = [f"the host uses it ({use})" for use in function.uses]
+    if address in inventory.doubts:
+        found.append(inventory.doubts[address])
     if function.group is None:
         found.append("has no IOMMU group (is the IOMMU switched on?)")
     found += _vfs_in_the_way(inventory, function)
@@ -110,9 +115,10 @@ def _is_behind(inventory: DeviceInventory, function: PciFunction, ports: list[Pc
     return any(bridge.address in ports for bridge in inventory.above(function.address))
 
 
-def _matches(match: Match, function: PciFunction) -> bool:
+def _matches(match: Match, function: PciFunction, *, slices: bool) -> bool:
     return (
-        (not match.addresses or function.address in match.addresses)
+        (function.badge is not None) == slices
+        and (not match.addresses or function.address in match.addresses)
         and (not match.ids or function.ids in match.ids)
         and f"{function.class_code:06x}".startswith(match.class_prefix)
         and match.pf in (None, function.pf)

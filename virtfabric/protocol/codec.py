@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from virtfabric.model.adapter import ReservationId, SliceId
+from virtfabric.model.badge import BADGE_DIGITS
 from virtfabric.model.capability import parse_capability
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.image import ImageManifest, Phase
@@ -36,6 +38,7 @@ MAX_IMAGE: Final = 1 << 30
 _DIGEST_TEXT: Final = 64
 _SIGNATURE_TEXT: Final = 128
 _MAX_DETAIL: Final = 500
+_BADGE: Final = re.compile(rf"[0-9a-f]{{{BADGE_DIGITS}}}")
 
 _CARD: Final = frozenset({Role.CARD})
 _HOST: Final = frozenset({Role.HOST})
@@ -140,7 +143,7 @@ def _read_error(fields: Fields, _tail: bytes) -> m.Error:
 
 def _form_of_inventory(inventory: m.Inventory) -> dict[str, Any]:
     slices = [
-        {"slice": form_of_slice(r.slice), "phase": r.phase, "image": r.image}
+        {"slice": form_of_slice(r.slice), "phase": r.phase, "image": r.image, "badge": r.badge}
         for r in inventory.slices
     ]
     return {
@@ -163,7 +166,10 @@ def _read_report(fields: Fields) -> m.SliceReport:
     report = m.SliceReport(
         read_slice(fields.table("slice")), fields.choice("phase", Phase),
         fields.text("image", most=MAX_NAME, empty=True),
+        fields.text("badge", "", most=BADGE_DIGITS, empty=True),
     )  # fmt: skip
+    if report.badge and not _BADGE.fullmatch(report.badge):
+        raise fields.fail("badge", f"is not {BADGE_DIGITS} hexadecimal digits")
     fields.finish()
     return report
 

@@ -115,11 +115,17 @@ class InventoryRequest(Message):
 
 @dataclass(frozen=True, slots=True)
 class SliceReport:
-    """A slice as its card sees it. `image` is the one that it is programmed with."""
+    """A slice as its card sees it.
+
+    Attributes:
+        image: the one that it is programmed with.
+        badge: code that its PCI function shows, 32 hexadecimal digits; empty where it has none.
+    """
 
     slice: Slice
     phase: Phase = Phase.BLANK
     image: str = ""
+    badge: str = ""
 
 
 @dataclass(frozen=True, slots=True)

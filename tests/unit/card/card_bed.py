@@ -1,6 +1,7 @@
 """A card on a bench: power can be cut, time moves when told to, images are signed by a signer."""
 
 import functools
+import secrets
 
 from slice_world import AES, adapter
 
@@ -38,7 +39,12 @@ class Bench:
         self.port = EmulatedPort()
         self.log = StateLog(self.path, rotate=self.rotate)
         self.card = Firmware(
-            self.adapter, self.log, clock=self.clock, port=self.port, signers=[PUBLIC]
+            self.adapter,
+            self.log,
+            clock=self.clock,
+            port=self.port,
+            signers=[PUBLIC],
+            secret=secrets.token_bytes(32),
         )
 
     def cut_power(self):

@@ -1,5 +1,6 @@
 """Cards as an agent has them: over a simulated wire with a firmware behind it, or over a socket."""
 
+import secrets
 import sys
 from pathlib import Path
 
@@ -30,7 +31,12 @@ class Brain:
     def __init__(self, place, adapter, clock):
         self._log = StateLog(place / f"{adapter.serial}.flash")
         self.firmware = Firmware(
-            adapter, self._log, clock=clock, port=EmulatedPort(), signers=[PUBLIC]
+            adapter,
+            self._log,
+            clock=clock,
+            port=EmulatedPort(),
+            signers=[PUBLIC],
+            secret=secrets.token_bytes(32),
         )
         self._told = {}
 

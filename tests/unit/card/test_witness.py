@@ -182,6 +182,39 @@ def test_an_inventory_that_cannot_be(bed, change, words):
     bed.must_catch(bed.card.refresh, words)
 
 
+def badges(*codes):
+    return lambda told: replace(
+        told,
+        slices=tuple(replace(r, badge=c) for r, c in zip(told.slices, codes, strict=True)),
+    )
+
+
+def test_badges(bed):
+    bed.make("r-1")
+    bed.make("r-2")
+    first, second = bed.card.view().badges.values()
+    assert first != second
+    bed.lie_about(m.Inventory, badges(first, first))
+    bed.must_catch(bed.card.refresh, f"badge {first} is there twice")
+
+
+def test_a_badge_that_becomes_another(bed):
+    bed.make("r-1")
+    bed.lie_about(m.Inventory, badges("0" * 32))
+    bed.must_catch(bed.card.refresh, "slice-1 has another badge than before")
+
+
+def test_badges_are_other_ones_when_the_card_starts_anew(bed):
+    bed.make("r-1")
+    before = bed.card.view().badges
+    bed.wire.lose("power")
+    bed.brain.close()
+    bed.brain = start_brain(bed.place)
+    power_on(bed.wire, bed.brain)
+    assert bed.card.view().is_usable
+    assert bed.card.view().badges != before
+
+
 def test_two_slices_that_share_a_core(bed):
     bed.make("r-1")
     bed.make("r-2")

@@ -31,8 +31,10 @@ from slice_driver import (
     text,
 )
 from slice_world import AES, ZSTD, spec
-from vfio_client import RESET
+from vfio_client import CONFIG, RESET
 
+from virtfabric.adapters.pci.configspace import choose_recorded, find_acs, parse_badge
+from virtfabric.model.badge import Badge
 from virtfabric.model.units import MIB
 from virtfabric.protocol import messages as m
 
@@ -59,6 +61,39 @@ def until(condition, timeout=20):
 
 
 # -- who it is --------------------------------------------------------------------------------
+
+
+def test_its_configuration_space_shows_the_badge_that_the_card_tells(rig):
+    names = [rig.make(f"r-{number}", spec(cores=1)) for number in range(2)]
+    told = {r.slice.id: r.badge for r in rig.ask(m.InventoryRequest()).slices}
+    assert len(set(told.values())) == 2
+    for name in names:
+        config = rig.connect(name).read(CONFIG, 0, 4096)
+        assert parse_badge(config) == Badge("C-1", name, told[name])
+        assert find_acs(config) == 0x100
+        assert parse_badge(b"".join(choose_pieces(config))) == Badge("C-1", name, told[name])
+    assert parse_badge(rig.connect("management").read(CONFIG, 0, 4096)) is None
+
+
+def choose_pieces(config):
+    """What a record of the machine keeps, zeros between."""
+    at = 0
+    for offset, piece in sorted(choose_recorded(config).items()):
+        yield bytes(offset - at) + piece
+        at = offset + len(piece)
+
+
+@pytest.mark.parametrize(
+    ("offset", "value"),
+    [(0x108, 0x24), (0x10C, 0), (0x10E, 0x02), (0x110, 2), (0x10F, 0x08), (0x124, 0),
+     (0x125, 0x20), (0x164, 0xFF), (0x166, 0x0A)],
+)  # fmt: skip
+def test_a_badge_that_cannot_be_read_is_none(rig, offset, value):
+    config = bytearray(rig.connect(rig.make("r-1", spec(cores=1))).read(CONFIG, 0, 4096))
+    assert parse_badge(bytes(config))
+    config[offset] = value
+    assert parse_badge(bytes(config)) is None
+    assert parse_badge(bytes(config[:0x108])) is None
 
 
 def test_a_slice_says_who_it_is(rig):

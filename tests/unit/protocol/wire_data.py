@@ -15,6 +15,7 @@ FRAMES = int(os.environ.get("VIRTFABRIC_FRAMES", "0"))
 """How many frames a long run takes; 0 for the quick profile of `make check`."""
 
 NAMES = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=20)
+BADGES = st.sampled_from(["", "0123456789abcdef" * 2])
 MAYBE = st.text(st.characters(exclude_categories=["Cs"]), max_size=20)
 WORDS = st.text("abcdefghij", min_size=1, max_size=6)
 CAPABILITIES = st.builds("{}.{}".format, WORDS, WORDS)
@@ -66,7 +67,7 @@ BY_TYPE = {
     m.InventoryRequest: st.builds(m.InventoryRequest),
     m.Inventory: st.builds(
         m.Inventory, ADAPTERS,
-        st.lists(st.builds(m.SliceReport, SLICES, st.sampled_from(Phase), MAYBE),
+        st.lists(st.builds(m.SliceReport, SLICES, st.sampled_from(Phase), MAYBE, BADGES),
                  max_size=3).map(tuple),
         st.lists(RESERVATIONS, max_size=3).map(tuple), NUMBERS),
     m.Telemetry: st.builds(

@@ -272,7 +272,10 @@ class WitnessedCard:
             for report in inventory.slices
         }  # fmt: skip
         with self._turn:
-            self._view = replace(self._view, books=self._witness.books, programs=programs)
+            self._view = replace(
+                self._view, books=self._witness.books, programs=programs,
+                badges=dict(self._witness.badges),
+            )  # fmt: skip
 
     def _news(self, kind: CardNewsKind, detail: str, what: str = "", name: str = "") -> None:
         self._tell(CardNews(self._serial, kind, detail, what, name))

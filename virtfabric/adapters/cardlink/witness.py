@@ -31,6 +31,7 @@ class Witness:
 
     Attributes:
         books: of the last inventory; None before the first.
+        badges: codes of slices that have PCI functions, of the same inventory.
         boot: of its last greeting.
     """
 
@@ -41,6 +42,7 @@ class Witness:
         self._generation = 0
         self._promises: dict[ReservationId, Reservation] = {}
         self._gone: set[SliceId] = set()
+        self.badges: dict[SliceId, str] = {}
 
     def greeted(self, hello: m.Hello, inventory: m.Inventory) -> bool:
         """A new link; whether the card has started anew since the last one.
@@ -93,8 +95,18 @@ class Witness:
         if faults:
             raise LieError(f"its inventory cannot be: {'; '.join(faults[:3])}")
         self._compare(books, restarted=restarted)
+        self._take_badges(told, restarted=restarted)
         self.books = books
         self._promises = {n: p for n, p in self._promises.items() if n in books.reservations}
+
+    def _take_badges(self, told: m.Inventory, *, restarted: bool) -> None:
+        """A badge is one slice's, and stays until the card starts anew."""
+        badges = {report.slice.id: report.badge for report in told.slices if report.badge}
+        _check_names("badge", badges.values())
+        for name, badge in badges.items():
+            if not restarted and self.badges.get(name, badge) != badge:
+                raise LieError(f"{name} has another badge than before")
+        self.badges = badges
 
     def _compare(self, books: AdapterBooks, *, restarted: bool) -> None:
         """With what it said before."""

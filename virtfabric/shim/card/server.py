@@ -11,6 +11,7 @@ import contextlib
 import fcntl
 import logging
 import os
+import secrets
 import socket
 import stat
 import uuid
@@ -55,9 +56,10 @@ class Card:
     """An emulated card with its flash; `close` when its day is over."""
 
     def __init__(
-        self, description: CardDescription, clock: Clock, *, port: ConfigurationPort | None = None
-    ) -> None:
-        """Power on.
+        self, description: CardDescription, clock: Clock, *, port: ConfigurationPort | None = None,
+        has_functions: bool = False,
+    ) -> None:  # fmt: skip
+        """Power on; `has_functions`: somebody will show its slices on a bus.
 
         Raises:
             InvalidValueError: its credentials or signers cannot be used.
@@ -78,7 +80,12 @@ class Card:
         try:
             self._log = StateLog(description.state)
             self.firmware = Firmware(
-                adapter, self._log, clock=clock, port=port or EmulatedPort(), signers=signers
+                adapter,
+                self._log,
+                clock=clock,
+                port=port or EmulatedPort(),
+                signers=signers,
+                secret=secrets.token_bytes(32) if has_functions else b"",
             )
         except BaseException:
             os.close(self._lock)

@@ -140,7 +140,7 @@ class CardDevice:
         for one in books.slices.values():
             if one.id in self._failed:
                 continue
-            view = SliceView(one, self._firmware.phase(one.id))
+            view = SliceView(one, self._firmware.phase(one.id), self._firmware.badge(one.id))
             seated = self._seated.get(one.id)
             if seated is None:
                 self._put_in(view)

@@ -12,6 +12,9 @@ from virtfabric.shim.vfiouser.config import Identity
 VENDOR: Final = 0xF0CA
 """Not assigned to anybody as far as we know; nobody sells such cards."""
 MANAGEMENT_DEVICE, SLICE_DEVICE = 0x0C01, 0x0C02
+BADGE: Final = 1
+"""Which designated capability of this vendor says which slice a function is."""
+BADGE_TEXT: Final = 64
 VERSION: Final = 1 << 16
 BAR_SIZE: Final = 4096
 WINDOW_RING: Final = 64 << 10

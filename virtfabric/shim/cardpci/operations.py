@@ -32,10 +32,11 @@ class Trouble(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class SliceView:
-    """A slice as its function sees it."""
+    """A slice as its function sees it. `badge` as in `Firmware.badge`."""
 
     slice: Slice
     phase: Phase
+    badge: str = ""
 
     def is_ready(self, capability: str) -> bool:
         """Whether it is programmed for that."""

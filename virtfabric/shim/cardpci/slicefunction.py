@@ -21,7 +21,7 @@ from virtfabric.shim.vfiouser.function import Region
 from virtfabric.shim.vfiouser.memory import DmaRefusedError
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Iterator, Mapping
 
     from virtfabric.shim.cardpci.cardmemory import CardMemory
     from virtfabric.shim.cardpci.dma import DmaCounts
@@ -57,7 +57,7 @@ class SliceFunction:
             maps.identify_slice(seat.capability),
             [pci.Bar(0, maps.BAR_SIZE)],
             [pci.power_management(), pci.message_interrupts(), pci.express_endpoint(width),
-             pci.access_control()],
+             pci.access_control(), *_show_badge(serial, view)],
         )  # fmt: skip
         self.regions: Mapping[int, Region] = {0: Region(maps.BAR_SIZE)}
         self._registers = RegisterFile(maps.SLICE)
@@ -282,3 +282,10 @@ class SliceFunction:
                 if step.interrupt:
                     self._cause(SliceCause.QUEUE1 if number else SliceCause.QUEUE0)
         return step
+
+
+def _show_badge(serial: str, view: SliceView) -> Iterator[pci.Capability]:
+    if view.badge:
+        texts = (text.encode().ljust(maps.BADGE_TEXT, b"\0") for text in (serial, view.slice.id))
+        payload = bytes.fromhex(view.badge) + b"".join(texts)
+        yield pci.designated(maps.VENDOR, maps.BADGE, payload)

@@ -6,10 +6,12 @@ knows neither links nor bytes. Time is an argument: what takes time goes on in `
 
 from __future__ import annotations
 
+import hmac
 from collections import Counter
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.adapter import AdapterBooks, ReservationId, SliceId
+from virtfabric.model.badge import BADGE_DIGITS
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.image import Phase
 from virtfabric.policy import slicing
@@ -46,7 +48,7 @@ class Firmware:
 
     def __init__(
         self, adapter: Adapter, log: StateLog, *, clock: Clock, port: ConfigurationPort,
-        signers: Sequence[bytes] = (),
+        signers: Sequence[bytes] = (), secret: bytes = b"",
     ) -> None:  # fmt: skip
         """Power on: the state of before, without images that were on their way.
 
@@ -56,6 +58,7 @@ class Firmware:
             clock: its time; the wall clock is asked for the end date of images.
             port: writes into its accelerators.
             signers: public keys (PEM) of those whose images it takes.
+            secret: what its slices' badges are made of; empty where they have no PCI functions.
 
         Raises:
             StateDamagedError: the flash holds something else than a state of this card.
@@ -64,6 +67,7 @@ class Firmware:
         self._clock = clock
         self._port = port
         self._signers = tuple(signers)
+        self._secret = secret
         self._state = (
             CardState(AdapterBooks(adapter))
             if log.state is None
@@ -94,6 +98,15 @@ class Firmware:
         if name in self._programming:
             return self._programming[name].phase
         return self._settled(name)
+
+    def badge(self, name: SliceId) -> str:
+        """The code that a slice's function shows; empty for a card without functions.
+
+        Only who is told by this card knows it, so no other card's function can show it.
+        """
+        if not self._secret:
+            return ""
+        return hmac.digest(self._secret, name.encode(), "sha256").hex()[:BADGE_DIGITS]
 
     def handle(self, message: Message) -> list[Message]:
         """The answers to a host's message; none to what needs none.
@@ -150,7 +163,7 @@ class Firmware:
 
     def _inventory(self, _message: m.InventoryRequest) -> list[Message]:
         reports = tuple(
-            m.SliceReport(one, self.phase(name), self._state.images.get(name, ""))
+            m.SliceReport(one, self.phase(name), self._state.images.get(name, ""), self.badge(name))
             for name, one in self.books.slices.items()
         )
         promises = tuple(self.books.reservations.values())

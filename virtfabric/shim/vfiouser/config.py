@@ -22,7 +22,7 @@ _MEMORY, _MASTER = 0x02, 0x04
 _STATUS_CAPABILITIES: Final = 0x10
 _CAPABILITIES: Final = 0x40
 _EXTENDED: Final = 0x100
-_PM, _MSI, _EXPRESS, _ACS = 0x01, 0x05, 0x10, 0x0D
+_PM, _MSI, _EXPRESS, _ACS, _DESIGNATED = 0x01, 0x05, 0x10, 0x0D, 0x23
 _FLR: Final = 0x8000
 _GEN4: Final = 4
 """16 GT/s."""
@@ -101,6 +101,13 @@ def access_control() -> Capability:
     Without it Linux puts all functions of a slot into one IOMMU group.
     """
     return Capability(_ACS, bytes(4), bytes(4), extended=True)
+
+
+def designated(vendor: int, number: int, payload: bytes, revision: int = 1) -> Capability:
+    """A designated vendor-specific capability: meant for devices of other vendors as well."""
+    length = 4 + 8 + len(payload)
+    body = struct.pack("<HHHH", vendor, length << 4 | revision, number, 0) + payload
+    return Capability(_DESIGNATED, body, bytes(len(body)), extended=True)
 
 
 class ConfigSpace:
