@@ -33,6 +33,7 @@ class Bench:
         self.adapter = adapter(**amounts)
         self.clock = SimulatedClock()
         self.rotate = rotate
+        self.secret = secrets.token_bytes(32)
         self.power_on()
 
     def power_on(self):
@@ -44,7 +45,7 @@ class Bench:
             clock=self.clock,
             port=self.port,
             signers=[PUBLIC],
-            secret=secrets.token_bytes(32),
+            secret=self.secret,
         )
 
     def cut_power(self):
