@@ -14,7 +14,7 @@ from virtfabric.daemon.allocation import LEASE, Allocation
 from virtfabric.daemon.archive import Archive
 from virtfabric.daemon.authority import Action, Authority
 from virtfabric.daemon.cardcalls import CardCalls
-from virtfabric.daemon.cardparts import wire_cards
+from virtfabric.daemon.cardparts import NoCards, wire_cards
 from virtfabric.daemon.cardviews import card_view
 from virtfabric.daemon.conductor import Conductor
 from virtfabric.daemon.devicedesk import DeviceDesk
@@ -98,7 +98,8 @@ class Agent(CardCalls):
         self._allocation = Allocation(
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, notices=self._notices, authority=self._authority,
-            deadline_s=settings.deadline_s,
+            deadline_s=settings.deadline_s, cards=world.cards or NoCards(), clock=clock,
+            settle_cards_soon=lambda: self._cards.watch.settle_soon(),
         )  # fmt: skip
         self._desk = PolicyDesk(
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,

@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.daemon.intake import parse_request
+from virtfabric.daemon.sliceprelude import SlicePrelude
 from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.daemon.views import plan_view
 from virtfabric.model.amounts import CPU_KEY
 from virtfabric.model.capability import device_key
-from virtfabric.model.errors import Reason, Refusal, RefusedError
+from virtfabric.model.errors import Reason, Refusal, RefusedError, VirtfabricError
 from virtfabric.model.ids import GrantId
 from virtfabric.model.want import Mode
 from virtfabric.policy.arbiter import choose_allocation, choose_release
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from virtfabric.daemon.api import Caller
     from virtfabric.daemon.authority import Authority
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ledger import Grant, HostSnapshot
     from virtfabric.model.request import Request
+    from virtfabric.ports import Cards, Clock
 
     Json = dict[str, Any]
 
@@ -51,7 +53,14 @@ class Allocation:
         notices: Notices,
         authority: Authority,
         deadline_s: float,
+        cards: Cards,
+        clock: Clock,
+        settle_cards_soon: Callable[[], None],
     ) -> None:
+        """`settle_cards_soon` has cards brought to what the books say; it must not block."""
+        self._cards = cards
+        self._clock = clock
+        self._settle_cards_soon = settle_cards_soon
         self._observatory = observatory
         self._ledger = ledger
         self._conductor = conductor
@@ -110,8 +119,12 @@ class Allocation:
             grants=True,
             lease_s=request.lease_s,
             deadline_s=request.deadline_s,
+            prelude=self._prelude(request) if request.devices and self._cards.views() else None,
             body={"asked": request.to_json(), "name": name},
         )
+
+    def _prelude(self, request: Request) -> SlicePrelude:
+        return SlicePrelude(request, self._cards, self._observatory, self._ledger, self._clock)
 
     def preview(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
         """The decision and the exact steps, nothing changed.
@@ -141,7 +154,13 @@ class Allocation:
         name = self.find(guest).name
 
         def run(_: Job, progress: Progress) -> Json:
-            outcome = self._conductor.conduct(self._undertaking(request, name), progress)
+            work = self._undertaking(request, name)
+            try:
+                outcome = self._conductor.conduct(work, progress)
+            except VirtfabricError:
+                if work.prelude is not None:
+                    self._settle_cards_soon()  # of what a lost card could not undo
+                raise
             if outcome.grant:
                 body = outcome.grant.to_json() | {"name": name}
                 self._notices.publish("grant.made", body)

@@ -10,6 +10,7 @@ import logging
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Final
 
+from virtfabric.daemon.custody import idle_slices
 from virtfabric.daemon.errands import Errands
 from virtfabric.daemon.executor import Progress
 from virtfabric.daemon.undertaking import Undertaking, new_request
@@ -147,7 +148,7 @@ class CardWatch:
         def place(snapshot: HostSnapshot, _: Decision | None) -> Plan:
             settling = plan_settling(
                 snapshot.cards, snapshot.books.slices, host=self._cards.host,
-                request=request, generation=snapshot.generation,
+                request=request, generation=snapshot.generation, idle=idle_slices(snapshot.books),
             )  # fmt: skip
             found[:] = [settling]
             return settling.plan
@@ -171,10 +172,11 @@ class CardWatch:
             if view.is_usable and view.books is not None:
                 known.add(serial)
                 ids |= {(serial, one.request): one.id for one in view.books.slices.values()}
+        idle = idle_slices(books)
         return {
             key: replace(one, slice=ids.get((one.card, key), one.slice))
             for key, one in books.slices.items()
-            if one.card not in known or (one.card, key) in ids
+            if one.card not in known or ((one.card, key) in ids and key not in idle)
         }
 
     def _tell(self, settling: Settling) -> None:

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.ledger import Ledger, LedgerView
     from virtfabric.daemon.observatory import Observatory
     from virtfabric.daemon.reclaimer import Reclaimer
-    from virtfabric.daemon.undertaking import Caps, Outcome, Place, Undertaking
+    from virtfabric.daemon.undertaking import Caps, Outcome, Place, Prelude, Undertaking
     from virtfabric.model.decision import Decision
     from virtfabric.model.ids import GuestId, RequestId
     from virtfabric.model.ledger import HostSnapshot
@@ -44,6 +44,8 @@ log = logging.getLogger(__name__)
 
 WAIT_SLICE_S: Final = 1.0
 """Longest wait for another plan before cancellation and deadline are looked at again."""
+_TRIES: Final = 8
+"""Decisions inside a transaction, while the ledger moves."""
 RETRY: Final = frozenset(
     {
         Reason.BUSY,
@@ -143,11 +145,23 @@ class Conductor:
             guests = {**snapshot.guests, work.incoming.uuid: work.incoming}
             snapshot = replace(snapshot, guests=guests)
         snapshot = self._observatory.look_at_pages(snapshot)
+        prelude = work.prelude if without is None else None
+        if prelude is not None:
+            snapshot = prelude.foresee(snapshot)
+        answer = self._decide(work, snapshot, caps or {})
+        if prelude is None:
+            return answer
+        if isinstance(answer, Refusal):
+            return prelude.explain(answer)
+        snapshot, decision, plan = answer
+        return snapshot, decision, prelude.before(plan)
+
+    def _decide(
+        self, work: Undertaking, snapshot: HostSnapshot, caps: Caps
+    ) -> tuple[HostSnapshot, Decision | None, Plan] | Refusal:
         decision: Decision | None = None
         if work.decide is not None:
-            answer = self._reclaimer.decide(
-                work.decide, snapshot, caps or {}, deadline_s=work.deadline_s
-            )
+            answer = self._reclaimer.decide(work.decide, snapshot, caps, deadline_s=work.deadline_s)
             if isinstance(answer, Refusal):
                 return answer
             decision = answer
@@ -270,6 +284,8 @@ class Conductor:
         try:
             subjects = [*subjects_of(work, txn, decision), *sorted(plan.addresses)]
             self._audit.append("plan.begun", subjects, body)
+            if work.prelude is not None and work.prelude.steps:
+                decision, plan = self._prepare(work, work.prelude, txn, execution, progress)
             execution.extend(plan.steps)
             decision, plan = self._run(work, txn, decision, plan, execution, shortfalls)
             return self._settlement.commit(
@@ -279,6 +295,34 @@ class Conductor:
             # also for a defect of ours: what was applied must not stay
             self._settlement.undo(work, txn, decision, execution, error)
             raise
+
+    def _prepare(
+        self, work: Undertaking, prelude: Prelude, txn: TransactionId, execution: Execution,
+        progress: Progress,
+    ) -> tuple[Decision | None, Plan]:  # fmt: skip
+        """Do what comes before, then decide on the host that is there now."""
+        execution.extend(prelude.steps)
+        short = execution.run()
+        if short is not None:
+            raise RefusedError(_uncooperative(short))
+        prelude.finish(progress)
+        for _ in range(_TRIES):
+            answer = self.consider(work, without=txn)
+            if isinstance(answer, Refusal):
+                raise RefusedError(answer)
+            _, decision, plan = answer
+            touched = _guests_of(work, decision, plan) | execution.touched
+            if self._take_hold(work, txn, answer, touched, execution.outside):
+                self._audit.append(
+                    "plan.replanned", subjects_of(work, txn, decision),
+                    {
+                        "title": work.title, "names": self._names(work, decision, plan),
+                        "decision": decision.to_json() if decision else None,
+                        "steps": [str(step) for step in plan.steps],
+                    },
+                )  # fmt: skip
+                return decision, plan
+        raise RefusedError(Refusal(Reason.BUSY, "the host changes all the time; try again"))
 
     def _names(
         self, work: Undertaking, decision: Decision | None, plan: Plan
@@ -327,7 +371,7 @@ class Conductor:
         execution: Execution,
     ) -> tuple[Decision | None, Plan]:
         """Decide again with what the guest did give; the same transaction goes on."""
-        for _ in range(8):
+        for _ in range(_TRIES):
             self._observatory.refresh(execution.touched - work.absent)
             answer = self.consider(
                 work, without=txn, caps=shortfalls.caps, stuck=shortfalls.stuck,

@@ -111,6 +111,7 @@ class HeldSlice:
         slice: the card's id for it.
         wish: what it is a part of: parts of one slice over several cards share it.
         part: what this part was asked to be.
+        transient: made for a guest's request; it ends when no guest has its function.
     """
 
     key: str
@@ -119,12 +120,13 @@ class HeldSlice:
     wish: str
     part: SliceSpec
     holder: str = ""
+    transient: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
         return {
             "key": self.key, "card": self.card, "slice": self.slice, "wish": self.wish,
-            "part": self.part.to_json(), "holder": self.holder,
+            "part": self.part.to_json(), "holder": self.holder, "transient": self.transient,
         }  # fmt: skip
 
     @classmethod
@@ -132,5 +134,5 @@ class HeldSlice:
         """The reverse of `to_json`."""
         return cls(
             data["key"], AdapterId(data["card"]), SliceId(data["slice"]), data["wish"],
-            SliceSpec.from_json(data["part"]), data["holder"],
+            SliceSpec.from_json(data["part"]), data["holder"], data.get("transient", False),
         )  # fmt: skip

@@ -333,22 +333,27 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class HeldFunction:
-    """A function that a guest holds, by the capability that it was granted for."""
+    """A function that a guest holds, by the capability that it was granted for.
+
+    Attributes:
+        slice: key of the slice of an offload card that it is; empty for any other function.
+    """
 
     capability: str
     address: PciAddress
     found: Found = Found()
+    slice: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """For the journal and for clients."""
         body = {"capability": self.capability, "address": self.address}
-        return body | {"found": self.found.to_json()}
+        return body | {"found": self.found.to_json(), "slice": self.slice}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HeldFunction:
         """The reverse of `to_json`."""
         found = Found.from_json(data["found"]) if "found" in data else Found()
-        return cls(data["capability"], PciAddress(data["address"]), found)
+        return cls(data["capability"], PciAddress(data["address"]), found, data.get("slice", ""))
 
 
 @dataclass(frozen=True, slots=True)

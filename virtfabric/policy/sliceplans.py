@@ -65,6 +65,7 @@ class SlicePlan:
 def plan_slices(
     cards: Mapping[AdapterId, CardView], held: Mapping[str, HeldSlice],
     wishes: Sequence[SliceWish], *, host: str, request: RequestId, generation: int,
+    spare_held: bool = False,
 ) -> SlicePlan | Refusal:  # fmt: skip
     """All of these slices, or none.
 
@@ -75,8 +76,10 @@ def plan_slices(
         host: who this host is to cards.
         request: for the keys.
         generation: of the snapshot.
+        spare_held: nobody who uses a slice has to make way, of this host neither.
     """
-    usable = [spared(view.books, host) for view in cards.values() if view.is_usable and view.books]
+    own = "" if spare_held else host
+    usable = [spared(view.books, own) for view in cards.values() if view.is_usable and view.books]
     if not usable:
         return Refusal(Reason.NO_CAPACITY, _no_card(cards))
     pool = SlicePool(usable)
@@ -144,9 +147,12 @@ class Settling:
 
 def plan_settling(
     cards: Mapping[AdapterId, CardView], held: Mapping[str, HeldSlice], *, host: str,
-    request: RequestId, generation: int,
+    request: RequestId, generation: int, idle: Collection[str] = (),
 ) -> Settling:  # fmt: skip
-    """Bring cards that can be asked to what the books say."""
+    """Bring cards that can be asked to what the books say.
+
+    `idle` are keys of slices that were made for guests which do not have them any more; they end.
+    """
     ends: list[Step] = []
     changes: list[Step] = []
     missing: list[HeldSlice] = []
@@ -160,7 +166,10 @@ def plan_settling(
         by_key = {one.request: one for one in view.books.slices.values()}
         for one in (o for o in held.values() if o.card == serial):
             found = by_key.get(one.key)
-            if found is None:
+            if one.key in idle:
+                ends += [_unassign(one)] if found is not None and one.holder else []
+                ends += [_end(one)] if found is not None else []
+            elif found is None:
                 missing.append(one)
                 changes.append(_remake(one))
             elif (found.id, found.holder) != (one.slice, one.holder):
@@ -173,7 +182,7 @@ def plan_settling(
 def spared(books: AdapterBooks, host: str) -> AdapterBooks:
     """The books in which nobody of another host has to make way while it is in use.
 
-    Its guest could only be made to let go by its own host.
+    Its guest could only be made to let go by its own host. An empty `host` spares everybody.
     """
     foreign = {
         name: replace(one, spec=replace(one.spec, reclaimable=False))
@@ -196,7 +205,7 @@ def _strays(
 
 
 def _is_ours(key: str, host: str) -> bool:
-    return key.startswith(f"{host}/")
+    return bool(host) and key.startswith(f"{host}/")
 
 
 def _victims(books: AdapterBooks, part: PoolPart) -> tuple[HeldSlice, ...]:

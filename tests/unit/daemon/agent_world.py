@@ -257,7 +257,7 @@ class AgentWorld:
     cxl_mib: int = 0
     cxl: CxlInventory | None = None
     restarter: Restarter | None = None
-    make_cards: Callable[[], Any] | None = None
+    make_cards: Callable[[SimulatedHost], Any] | None = None
 
     def __post_init__(self) -> None:
         topology = make_topology(cores=self.cores, threads=self.threads)
@@ -290,7 +290,7 @@ class AgentWorld:
             group=GROUP, ceiling_for=_no_ceiling, capacity_of=self.capacity_of, **self.settings,
         )  # fmt: skip
         self._process = Process()
-        cards = self.make_cards() if self.make_cards else None
+        cards = self.make_cards(self.host) if self.make_cards else None
         handlers = JoinedHandlers(
             self.host.handlers, *([HandlerRegistry(card_handlers(cards))] if cards else [])
         )

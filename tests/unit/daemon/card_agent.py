@@ -12,6 +12,7 @@ from card_wires import Brain, card_adapter
 
 from virtfabric.adapters.cardlink.fleet import CardFleet
 from virtfabric.adapters.cardlink.link import WitnessedCard
+from virtfabric.adapters.simulated.cardbus import PluggedCard
 from virtfabric.adapters.simulated.cardwire import SimulatedWire
 from virtfabric.adapters.simulated.clock import SimulatedClock
 from virtfabric.policy.slicecheck import find_faults
@@ -37,31 +38,59 @@ def slice_file(name="one", cores=1, memory="0", units=0, priority=50):
     )  # fmt: skip
 
 
+class Sliced:
+    """Implements `cardbus.SlicedCard`."""
+
+    def __init__(self, firmware, seat):
+        self.firmware, self.badge = firmware, firmware.badge
+        self.handle, self.tick = seat.handle, seat.tick
+
+    @property
+    def books(self):
+        return self.firmware.books
+
+
 class CardWorld:
     """Some cards, and an agent on a simulated host; `agent` is an `AgentWorld`."""
 
-    def __init__(self, place, cards=None):
+    def __init__(self, place, cards=None, *, functions=False, **agent):
+        """With `functions`, slices of cards are functions of the simulated host."""
         self.place = place
+        self.functions, self.plugged = functions, {}
         self.time = SimulatedClock()
         self.amounts = cards or {"C-1": {}, "C-2": {"site": "node:1"}}
         self.brains = {serial: self._brain(serial) for serial in self.amounts}
         self.wires = {}
-        self.agent = aw.AgentWorld(make_cards=self._fleet).start()
+        self.agent = aw.AgentWorld(make_cards=self._fleet, **agent).start()
         self.settle()
 
     def _brain(self, serial):
         return Brain(self.place, card_adapter(serial, **self.amounts[serial]), self.time)
 
-    def _fleet(self):
+    def _fleet(self, host):
         for wire in self.wires.values():
             wire.close()  # of an agent that is dead
         self.wires = {
-            serial: SimulatedWire(serial, brain.join(object()))
-            for serial, brain in self.brains.items()
+            serial: SimulatedWire(serial, self._seat(serial, host))
+            for serial in self.brains
         }  # fmt: skip
         fleet = CardFleet(HOST, [WitnessedCard(s, wire) for s, wire in self.wires.items()])
         fleet.start()
         return fleet
+
+    def _seat(self, serial, host):
+        """What answers on the card's wire; its functions appear on the host there is by then."""
+        seat = self.brains[serial].join(object())
+        if not self.functions:
+            return seat
+        card = Sliced(self.brains[serial].firmware, seat)
+        plugged = self.plugged.get(serial)
+        if plugged is not None and plugged.card.firmware is card.firmware:
+            plugged.card = card  # only the agent is another one
+        else:
+            domain = 1 + sorted(self.amounts).index(serial)
+            self.plugged[serial] = PluggedCard(card, host.devices, domain)
+        return self.plugged[serial]
 
     # -- what people do -----------------------------------------------------------------------
 
@@ -78,11 +107,13 @@ class CardWorld:
     def cut_power(self, serial):
         """The card ends; `power_on` starts it anew with what it kept."""
         self.brains[serial].close()
+        if serial in self.plugged:
+            self.plugged[serial].unplug_all()
         self.wires[serial].lose("the card is gone")
 
     def power_on(self, serial):
         self.brains[serial] = self._brain(serial)
-        self.wires[serial].return_(self.brains[serial].join(object()))
+        self.wires[serial].return_(self._seat(serial, self.agent.host))
 
     def pass_time(self, seconds):
         self.time.advance(seconds)

@@ -449,8 +449,8 @@ def test_a_card_that_is_away_does_not_keep_an_agent_from_starting(world):
     aw.eventually(lambda: world.agent._process._killed, "nobody crashed")
     made = world._fleet
 
-    def without_one():
-        fleet = made()
+    def without_one(host):
+        fleet = made(host)
         world.wires["C-2"].lose("still away")
         return fleet
 

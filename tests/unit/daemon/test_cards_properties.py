@@ -116,6 +116,68 @@ def test_all_or_nothing_whatever_fails_where(wishes, what, serial, kind, number,
             world.close()
 
 
+@given(
+    counts=st.lists(st.integers(1, 3), min_size=1, max_size=2),
+    what=st.sampled_from(FAULTS),
+    serial=st.sampled_from(CARDS[:2]),
+    kind=st.sampled_from([m.InventoryRequest, m.AllocationRequest, m.Commit, m.Assign, m.Release]),
+    number=st.integers(0, 4),
+    ending=st.booleans(),
+)
+@settings(
+    max_examples=examples(30), deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
+)  # fmt: skip
+def test_guests_have_functions_of_slices_or_neither(counts, what, serial, kind, number, ending):
+    """Whatever fails where while a guest gets or gives back functions that cards make for it."""
+    with tempfile.TemporaryDirectory() as place:
+        world = CardWorld(
+            Path(place), {s: {"site": f"node:{n}"} for n, s in enumerate(CARDS[:2])},
+            functions=True,
+        )  # fmt: skip
+        try:
+            grants = [
+                world.agent.allocate(guest, **{"device:crypto.aes": str(count)})["result"]["grant"]
+                for guest, count in zip(("web", "database"), counts, strict=False)
+            ]
+            trouble = Trouble(world, what, serial, kind, number)
+            agent = world.agent.agent
+            conduct(
+                world, lambda: agent.release(aw.ROOT, grants[0]) if ending
+                else agent.allocate(aw.ROOT, "batch", {"device:crypto.aes": "2"}),
+            )  # fmt: skip
+            trouble.heal()
+            world.settle()
+            world.pass_time(31)
+            world.agent.settle()
+            world.settle()
+            world.agent.agent._cards.watch.settle()
+            assert world.promises() == 0
+            world.check()
+            holdings = world.books.holdings.values()
+            owners = {f.slice: h.guest for h in holdings for f in h.functions}
+            assert owners == {
+                key: one.holder for key, one in world.books.slices.items() if one.transient
+            }
+            for spec in world.agent.specs:
+                held = world.books.holdings[spec.uuid].functions
+                there = {d.address for d in world.agent.live(spec.name).devices}
+                assert there == {f.address for f in held}
+        finally:
+            world.close()
+
+
+def conduct(world, start):
+    agent = world.agent.agent
+    try:
+        job = start()["job"]
+    except VirtfabricError:
+        return
+    aw.eventually(
+        lambda: agent._jobs.get(job).ended.is_set() or world.agent._process._killed, "never ended"
+    )
+
+
 def ask(world, what, *, end=False):
     """The state of the job; `crashed` where the agent was killed in it."""
     agent = world.agent.agent
