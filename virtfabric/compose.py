@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
 from virtfabric.adapters.cardlink.fleet import CardFleet
 from virtfabric.adapters.cardlink.handlers import card_handlers
@@ -36,6 +36,7 @@ from virtfabric.dbus.polkit import Polkit
 from virtfabric.model.errors import ConfigError
 
 if TYPE_CHECKING:
+    from virtfabric.adapters.simulated.host import SimulatedHost
     from virtfabric.config import Config
     from virtfabric.daemon.api import Caller
     from virtfabric.model.request import Offerable
@@ -190,7 +191,8 @@ class Composition:
         from virtfabric.composecards import open_cards, simulated_cards
 
         if self.simulate:
-            cards = simulated_cards(_private_dir(state / "cards", 0o700), self._stack)
+            host = cast("SimulatedHost", self._outside.host)
+            cards = simulated_cards(_private_dir(state / "cards", 0o700), self._stack, host)
         else:
             cards = open_cards(self.config.cards)
         self._stack.callback(cards.close)

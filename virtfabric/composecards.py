@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import uuid
+from secrets import token_bytes
 from typing import TYPE_CHECKING, Final
 
 from virtfabric import __version__
@@ -10,6 +11,7 @@ from virtfabric.adapters.cardlink.fleet import CardFleet
 from virtfabric.adapters.cardlink.link import WitnessedCard
 from virtfabric.adapters.cardlink.socketwire import SocketWire
 from virtfabric.adapters.clock import SystemClock
+from virtfabric.adapters.simulated.cardbus import PluggedCard
 from virtfabric.adapters.simulated.cardwire import SimulatedWire
 from virtfabric.model.adapter import Adapter, AdapterId
 from virtfabric.model.errors import ConfigError, InvalidValueError
@@ -25,6 +27,7 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
     from pathlib import Path
 
+    from virtfabric.adapters.simulated.host import SimulatedHost
     from virtfabric.configcards import CardsConfig
 
 SOFTWARE: Final = f"virtfabricd {__version__}"
@@ -55,8 +58,11 @@ def open_cards(config: CardsConfig) -> CardFleet:
     return CardFleet(identity.serial, links)
 
 
-def simulated_cards(directory: Path, stack: ExitStack) -> CardFleet:
-    """Two small cards in this process, to try the commands on; they take no image."""
+def simulated_cards(directory: Path, stack: ExitStack, host: SimulatedHost) -> CardFleet:
+    """Two small cards in this process, to try the commands on; they take no image.
+
+    Their slices are functions of the simulated host.
+    """
     links = []
     for number in (1, 2):
         adapter = Adapter(
@@ -65,6 +71,9 @@ def simulated_cards(directory: Path, stack: ExitStack) -> CardFleet:
         )  # fmt: skip
         flash = StateLog(directory / f"{adapter.serial}.flash")
         stack.callback(flash.close)
-        brain = Firmware(adapter, flash, clock=SystemClock(), port=EmulatedPort())
+        firmware = Firmware(
+            adapter, flash, clock=SystemClock(), port=EmulatedPort(), secret=token_bytes(32)
+        )
+        brain = PluggedCard(firmware, host, domain=number)
         links.append(WitnessedCard(adapter.serial, SimulatedWire(adapter.serial, brain)))
     return CardFleet("simulated", links)

@@ -19,6 +19,9 @@ from virtfabric.model.errors import CardError
 from virtfabric.policy.sliceplans import plan_settling
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from virtfabric.daemon.api import Notice
     from virtfabric.daemon.conductor import Conductor
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.notices import Notices
@@ -78,13 +81,16 @@ class CardWatch:
         self._clock = clock
         self._errands = Errands(workers=1)
         self._floods: dict[str, _Flood] = {}
+        self._unsubscribe: Callable[[], None] = lambda: None
 
     def start(self) -> None:
         """Begin to follow, with what happened since the links were begun."""
+        self._unsubscribe = self._notices.subscribe(self._heed)
         self._cards.follow(self._hear)
 
     def close(self) -> None:
         """End the links, and what they led to; safe to repeat."""
+        self._unsubscribe()
         self._cards.close()
         self._errands.close()
 
@@ -95,6 +101,11 @@ class CardWatch:
     def settle_soon(self) -> None:
         """Bring cards to what the books say, in the watch's thread."""
         self._errands.put(_KEY, self.settle)
+
+    def _heed(self, notice: Notice) -> None:
+        """A slice that was made for a guest ends when that has lost its function."""
+        if notice.kind == "device.lost" and idle_slices(self._ledger.view().books):
+            self.settle_soon()
 
     def _hear(self, news: CardNews) -> None:
         dropped = 0

@@ -89,7 +89,7 @@ class CardWorld:
             plugged.card = card  # only the agent is another one
         else:
             domain = 1 + sorted(self.amounts).index(serial)
-            self.plugged[serial] = PluggedCard(card, host.devices, domain)
+            self.plugged[serial] = PluggedCard(card, host, domain)
         return self.plugged[serial]
 
     # -- what people do -----------------------------------------------------------------------

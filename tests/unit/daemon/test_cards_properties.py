@@ -151,7 +151,7 @@ def test_guests_have_functions_of_slices_or_neither(counts, what, serial, kind, 
             world.pass_time(31)
             world.agent.settle()
             world.settle()
-            world.agent.agent._cards.watch.settle()
+            world.settle()
             assert world.promises() == 0
             world.check()
             holdings = world.books.holdings.values()

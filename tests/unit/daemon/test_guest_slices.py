@@ -221,6 +221,20 @@ def test_a_guest_that_stops_gives_all_back(world):
     assert world.on_cards() == {"C-1": [], "C-2": []}
 
 
+def test_a_card_that_starts_anew_takes_its_functions_out_of_guests(world):
+    """What was made for a guest goes with its function; the guest may ask again."""
+    assert ask(world, "web")["state"] == "done"
+    world.cut_power("C-1")
+    world.power_on("C-1")
+    aw.eventually(lambda: not world.books.slices, "the slice stayed")
+    world.agent.settle()
+    world.settle()
+    check(world)
+    assert any("lost" in text and AES in text for text in world.alerts())
+    assert ask(world, "web")["state"] == "done"
+    check(world)
+
+
 # -- crashes ----------------------------------------------------------------------------------
 
 

@@ -9,7 +9,7 @@ from virtfabric.model.badge import Badge
 from virtfabric.model.device import PciAddress, PciFunction
 
 if TYPE_CHECKING:
-    from virtfabric.adapters.simulated.devices import SimulatedDevices
+    from virtfabric.adapters.simulated.host import SimulatedHost
     from virtfabric.model.adapter import AdapterBooks, SliceId
     from virtfabric.protocol.messages import Message
 
@@ -41,10 +41,10 @@ class PluggedCard:
         is_plugging: False: what is granted does not appear.
     """
 
-    def __init__(self, card: SlicedCard, devices: SimulatedDevices, domain: int) -> None:
+    def __init__(self, card: SlicedCard, host: SimulatedHost, domain: int) -> None:
         """Plug what is granted; each card wants a PCI domain of its own."""
         self.card = card
-        self._devices = devices
+        self._host = host
         self._domain = domain
         self._seats: dict[str, PciAddress] = {}
         self.is_plugging = True
@@ -66,7 +66,7 @@ class PluggedCard:
         """Plug and unplug what is to be."""
         slices = self.card.books.slices
         for name in self._seats.keys() - slices.keys():
-            self._devices.remove(self._seats.pop(name))
+            self._host.remove_function(self._seats.pop(name))
         for name, one in slices.items():
             code = self.card.badge(name)
             if name not in self._seats and code and self.is_plugging:
@@ -76,7 +76,7 @@ class PluggedCard:
     def unplug_all(self) -> None:
         """The card has lost its power."""
         while self._seats:
-            self._devices.remove(self._seats.popitem()[1])
+            self._host.remove_function(self._seats.popitem()[1])
 
     def _plug(self, name: str, badge: Badge, class_code: int) -> None:
         taken = self._seats.values()
@@ -88,4 +88,4 @@ class PluggedCard:
             badge=badge,
         )  # fmt: skip
         self._seats[name] = address
-        self._devices.plug(SimulatedFunction(shown))
+        self._host.devices.plug(SimulatedFunction(shown))
