@@ -7,6 +7,8 @@ from card_process import Served, write_card
 from slice_world import spec
 from trust_data import CARD, HOST, credentials
 
+from virtfabric.adapters.clock import SystemClock
+from virtfabric.adapters.simulated.machines import small_host
 from virtfabric.composecards import open_cards, simulated_cards
 from virtfabric.configcards import CardConfig, CardsConfig
 from virtfabric.model.adapter import Reservation
@@ -57,7 +59,7 @@ def test_credentials_that_cannot_be_used_stop_the_start(tmp_path):
 
 def test_the_simulated_agent_has_two_cards(tmp_path):
     with ExitStack() as stack:
-        cards = simulated_cards(tmp_path, stack)
+        cards = simulated_cards(tmp_path, stack, small_host(SystemClock()))
         cards.start()
         assert list(cards.views()) == ["SIM-1", "SIM-2"]
         assert isinstance(cards.reach("SIM-1").reserve(spec(cores=1), request="x"), Reservation)
