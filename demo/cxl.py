@@ -32,7 +32,7 @@ WINDOW = "decoder0.0"
 NODE = 1
 """What the first window becomes: each has a node of its own."""
 GROWTH = 128 * MIB
-DATABASE = LabGuest(name="database", priority=90, cpu=1, tiered=True)
+DATABASE = LabGuest(name="database", priority=90, tiered=True)
 CONFIG = """\
 [[device]]
 capability = "net.vf"

@@ -41,18 +41,16 @@ class LabError(Exception):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LabGuest:
-    """A guest in the lab.
+    """A guest in the lab, of one vCPU: more fall over too often there (docs/lab.md).
 
     Attributes:
         devices: its policy's `<device>`: capability -> count, all reclaimable.
-        cpu: reservation and limit.
         tiered: whether it may have CXL memory of node 1, see `format_tiered`.
     """
 
     name: str
     priority: int
     devices: tuple[tuple[str, int], ...] = ()
-    cpu: int = 2
     tiered: bool = False
 
     @property
@@ -65,7 +63,7 @@ class LabGuest:
         tiers = ' tiers="dram,cxl"' if self.tiered else ""
         return (
             '<virtfabric:policy xmlns:virtfabric="urn:virtfabric:policy:1" version="1"'
-            f' priority="{self.priority}"><cpu reservation="{self.cpu}" limit="{self.cpu}"/>'
+            f' priority="{self.priority}"><cpu reservation="1" limit="1"/>'
             f'<memory reservation="192MiB"{tiers}/>{devices}</virtfabric:policy>'
         )
 

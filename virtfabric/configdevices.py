@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Final
 from virtfabric.configvalues import WrongValueError, check_parsed, check_switch, check_text
 from virtfabric.model.capability import parse_capability
 from virtfabric.model.device import DevicePool, Match, PciAddress, VfSettings
+from virtfabric.model.profile import Profile, ProfileFile
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping, Sequence
@@ -25,6 +26,8 @@ _DRIVER: Final = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_-]*")
 _SPEED: Final = re.compile(r"([0-9]+(?:\.5)?) ?GT/s")
 LINK_SPEEDS: Final = (2500, 5000, 8000, 16000, 32000, 64000)
 """MT/s of PCIe generations 1 to 6."""
+MOST_WORD: Final = 64
+"""Characters of a profile's value."""
 MAX_VFS: Final = 65535
 """NumVFs is a register of 16 bits. Source: PCIe 6.0, section 9.3.3.7."""
 
@@ -60,6 +63,21 @@ def _driver(value: Any) -> str:
     text = check_text(value)
     if not _DRIVER.fullmatch(text):
         raise WrongValueError("is not the name of a driver")
+    return text
+
+
+def _file(value: Any) -> ProfileFile:
+    file: ProfileFile = check_parsed(value, ProfileFile.parse)
+    return file
+
+
+def _word(value: Any) -> str:
+    """What is written to the file of a profile, and read back without the blanks around it."""
+    text = check_text(value)
+    if not text.isprintable() or text != text.strip():
+        raise WrongValueError("is not printable text without blanks around it")
+    if len(text) > MOST_WORD:
+        raise WrongValueError(f"is longer than {MOST_WORD} characters")
     return text
 
 
@@ -105,6 +123,7 @@ _MATCH: Final[Mapping[str, Check]] = {
 _VF: Final[Mapping[str, Check]] = {
     name: partial(_setting, name=name) for name in ("mac", "vlan", "trust", "spoofchk", "rate")
 }
+_PROFILE: Final[Mapping[str, Check]] = {"file": _file, "value": _word, "none": _word}
 _POOL: Final[Mapping[str, Check]] = {
     "capability": _capability,
     "match": lambda value: value,
@@ -113,6 +132,8 @@ _POOL: Final[Mapping[str, Check]] = {
     "nvme_queues": partial(_count, most=65535),
     "one_time_use": check_switch,
     "link_speed": _speed,
+    "vfio_driver": _driver,
+    "profile": lambda value: value,
 }
 _FIELDS: Final = {"address": "addresses", "class": "class_prefix"}
 """Names in `Match` that differ from the keys."""
@@ -148,8 +169,21 @@ def _read_pool(source: Source, place: str, entry: dict[str, Any]) -> DevicePool:
         raise source.fail(f"{place}.match", {}, "has no condition: every function would be in it")
     match = Match(**{_FIELDS.get(name, name): v for name, v in found.items()})
     settings = VfSettings(**source.table(f"{place}.vf", values.pop("vf", {}), _VF))
+    if "profile" in values:
+        values["profile"] = _read_profile(source, f"{place}.profile", values["profile"])
     _check_sense(source, place, match, settings, values)
     return DevicePool(match=match, settings=settings, **values)
+
+
+def _read_profile(source: Source, place: str, entry: Any) -> Profile:
+    values = source.table(place, entry, _PROFILE)
+    for name in _PROFILE:
+        if name not in values:
+            raise source.fail(place, entry, f"has no {name}")
+    if values["value"] == values["none"]:
+        problem = "is what the file has when no guest has the function, too"
+        raise source.fail(f"{place}.value", values["value"], problem)
+    return Profile(**values)
 
 
 def _check_sense(

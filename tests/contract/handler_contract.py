@@ -45,6 +45,7 @@ OF_THE_HOST = frozenset(
     {
         "bind-driver",
         "set-up-vf",
+        "set-profile",
         "limit-link",
         "create-region",
         "online-memory",

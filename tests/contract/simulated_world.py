@@ -22,6 +22,7 @@ from virtfabric.model.devicesteps import (
     LimitLink,
     Presence,
     ResetFunction,
+    SetProfile,
     SetUpVf,
 )
 from virtfabric.model.guest import MemoryRoom, NumaMode
@@ -43,6 +44,7 @@ from virtfabric.model.plan import (
     SetVcpuCount,
 )
 from virtfabric.model.policy import GuestPolicy
+from virtfabric.model.profile import ProfileFile
 from virtfabric.model.units import GIB, MIB, Bytes, CpuSet
 
 POLICY = format_bare_policy(GuestPolicy(priority=77))
@@ -60,6 +62,8 @@ BIND = BindDriver(guest=DATABASE, address=CRYPTO, before="", after="vfio-pci")
 ATTACH = AttachFunction(
     guest=DATABASE, address=BOUND_VF, before=Presence.ABSENT, after=Presence.ATTACHED
 )
+TYPE = ProfileFile("nvidia/current_vgpu_type")
+PROFILE = SetProfile(guest=DATABASE, address=VF, file=TYPE, before="0", after="1155")
 RESET = ResetFunction(guest=DATABASE, address=BOUND_VF)
 CREATE = CreateRegion(
     window=0x1000000000, members=(Serial(0x100), Serial(0x101)), size=512 * MIB,
@@ -115,6 +119,7 @@ class SimulatedWorld:
             self.clock, small_devices(),
         )  # fmt: skip
         self.host.devices.bind(BOUND_VF, "vfio-pci")
+        self.host.devices.find(VF).profiles = {TYPE: "0"}
         self.host.memory.cxl = CXL
         self.host.memory.make_region(OFFLINE.window, OFFLINE.members, 256 * MIB, 256)
         self.host.pages.set_pool(MAKE_PAGES.pool, 10)
@@ -139,6 +144,7 @@ class SimulatedWorld:
                 guest=DATABASE, address=VF, before=NO_SETTINGS,
                 after=VfSettings(mac="52:54:00:00:00:01", vlan=7, trust=True),
             ),
+            PROFILE,
             LimitLink(guest=DATABASE, address=PORT, before=0, after=2500),
             ATTACH,
             CREATE,

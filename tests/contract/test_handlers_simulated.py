@@ -21,8 +21,10 @@ from tests.contract.simulated_world import (
     PIN,
     PLUG,
     POLICY,
+    PROFILE,
     RESET,
     TIERED,
+    TYPE,
     VF,
     SimulatedWorld,
 )
@@ -104,6 +106,34 @@ def test_undo_of_a_step_of_the_host_fails_without_its_guest_as_well(world):
     assert world.observe(BIND).shown.driver == BIND.after
     assert handler.undo(BIND) == 0
     assert (world.observe(BIND).shown.driver or "") == BIND.before
+
+
+def test_profile_of_somebody_else_is_left_alone(world):
+    found = world.host.devices.find(VF)
+    found.profiles = {TYPE: "42"}
+    with pytest.raises(DeviceError, match="is 42"):
+        world.apply(PROFILE)
+    assert world.handlers.for_step(PROFILE).undo(PROFILE) == 0
+    assert found.profiles == {TYPE: "42"}
+    found.profiles, found.user = {TYPE: "0"}, DATABASE
+    with pytest.raises(DeviceError, match="still open"):
+        world.apply(PROFILE)
+    assert found.profiles == {TYPE: "0"}
+    found.profiles, found.user = {}, None
+    with pytest.raises(DeviceError, match="has no nvidia/current_vgpu_type"):
+        world.apply(PROFILE)
+    assert world.handlers.for_step(PROFILE).undo(PROFILE) == 0
+
+
+def test_function_of_a_vendors_vfio_driver_is_opened_under_it(world):
+    found = world.host.devices.find(VF)
+    world.host.devices.bind(VF, "nvidia")
+    attach = replace(ATTACH, address=VF)
+    with pytest.raises(HypervisorError, match="is bound to nvidia"):
+        world.apply(attach)
+    found.vfio_drivers = (*found.vfio_drivers, "nvidia")
+    world.apply(attach)
+    assert found.user == DATABASE
 
 
 def test_guest_that_gives_only_some(world):

@@ -66,9 +66,12 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
         reports = runtestprotocol(item, nextitem=nextitem, log=False)
         again = item.stash[_FAULTS] and left
         for report in reports:
-            if again and report.failed:
+            failed = report.failed
+            if again and failed:
                 report.outcome = "rerun"  # type: ignore[assignment]
             item.ihook.pytest_runtest_logreport(report=report)
+            if failed:
+                _tell_at_once(item.config, report)
         if not again:
             break
         # the lab, and all that was set up in it
@@ -77,14 +80,24 @@ def pytest_runtest_protocol(item: pytest.Item, nextitem: pytest.Item | None) -> 
     return True
 
 
+def _tell_at_once(config: pytest.Config, report: pytest.TestReport) -> None:
+    """Nobody who runs an hour of tests waits for its end to read this."""
+    told = config.get_terminal_writer()
+    told.line()
+    told.sep("-", report.nodeid)
+    told.line(report.longreprtext)
+    for name, text in report.sections:
+        told.sep("-", name)
+        told.line(text[-6000:])
+
+
 def pytest_report_teststatus(report: pytest.TestReport) -> tuple[str, str, str] | None:
     """R, in a line of dots."""
     return ("rerun", "R", "RERUN") if str(report.outcome) == "rerun" else None
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was run again, and why."""
+    """What was run again, and why; the rest was told when it happened."""
     for report in terminalreporter.getreports("rerun"):
         why = dict(report.sections).get("the emulator", "")
         terminalreporter.write_line(f"run again in a new lab: {report.nodeid}: {why}")
-        terminalreporter.write_line(report.longreprtext[-2000:])

@@ -95,6 +95,15 @@ class CxlBed(DeviceBed):
             self.restart_libvirtd()
         self.await_agent("not document['host']['withheld']")
 
+    def end_regions(self) -> None:
+        """Without the agent, which does not run: all of them, and what it noted of them."""
+        self.lab.run(
+            "for g in $(virsh -q list --name); do virsh -q destroy $g; done; "
+            "if cxl list -R | grep -q region; then daxctl offline-memory all; "
+            f"cxl disable-region all; cxl destroy-region all; fi; rm -rf {MARKS}/*",
+            code=None,
+        )
+
     def await_agent(self, condition: str, *, words: str = "status", timeout_s: float = 300) -> None:
         """Until a Python expression about the `document` that `virtfabric WORDS` prints holds."""
         check = shlex.quote(

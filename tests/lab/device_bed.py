@@ -122,10 +122,13 @@ class DeviceBed:
     # -- guests -------------------------------------------------------------------------------
 
     def define(self, name: str, priority: int, devices: str = "", more: str = "") -> None:
-        """A guest with four root ports, a policy, and `devices` in it."""
+        """A guest with four root ports, a policy, and `devices` in it.
+
+        It has one vCPU: with more an emulated host's guests fall over too often (docs/lab.md).
+        """
         policy = (
             "<metadata><v:policy xmlns:v='urn:virtfabric:policy:1' version='1' "
-            f"priority='{priority}'><v:cpu reservation='1500m' limit='2'/>"
+            f"priority='{priority}'><v:cpu reservation='500m' limit='1'/>"
             f"<v:memory reservation='192MiB' limit='192MiB'/>{devices}</v:policy></metadata>"
         )
         xml = self.lab.run("cat /opt/virtfabric/lab/guest.xml")

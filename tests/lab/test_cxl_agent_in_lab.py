@@ -42,10 +42,11 @@ def bed(cxl: RunningLab) -> CxlBed:
 
 @pytest.fixture
 def idle(bed: CxlBed) -> Iterator[CxlBed]:
-    """No agent runs, whatever a failed test left of it."""
+    """No agent runs and no region is there, whatever a failed test left of them."""
     end = "kill -9 $(pgrep -f '[f]ault_agent|[a]gentd') 2> /dev/null"
     bed.lab.run(end, code=None)
     bed.await_agents_end()
+    bed.end_regions()
     yield bed
     bed.lab.run(end, code=None)
     bed.await_agents_end()
@@ -89,9 +90,13 @@ def test_killed_at_a_boundary(idle: CxlBed, kind: str, phase: str, making: bool)
 def test_killed_while_a_tool_works(agent: CxlBed) -> None:
     """No program of ndctl outlives the agent, and what it left half made goes."""
     before = agent.ground()
-    agent.lab.run(f"setsid virtfabric {agent.create_words()} > /dev/null 2>&1 < /dev/null & disown")
-    agent.lab.wait("pgrep -f '[c]xl create-region' > /dev/null", timeout_s=120)
-    agent.kill_agent()
+    # in one shell: the next command in the lab would come when all is done
+    agent.lab.run(
+        f"setsid virtfabric {agent.create_words()} > /dev/null 2>&1 < /dev/null & disown; "
+        "end=$(( SECONDS + 120 )); until pgrep -f '[c]xl create-region' > /dev/null; do "
+        "[ $SECONDS -lt $end ] || exit 9; done; kill -9 $(pgrep -f '[c]li.agentd')"
+    )
+    agent.await_agents_end()
     agent.lab.wait("! pgrep -f '[c]xl create-region' > /dev/null")
     agent.start_agent()
     assert agent.ground() == before

@@ -21,7 +21,7 @@ NEAR_0 = {"0000:01:10.0", "0000:01:10.2"}
 NEAR_1 = {"0000:51:10.0", "0000:51:10.2"}
 NVME_VFS = {"0000:52:00.1", "0000:52:00.2"}
 RECLAIMABLE = "<v:device capability='net.vf' count='{}' reclaimable='yes'/>"
-ON_NODE_1 = "<numatune><memory mode='restrictive' nodeset='1'/></numatune>"
+ON_NODE = "<numatune><memory mode='restrictive' nodeset='{}'/></numatune>"
 
 pytestmark = pytest.mark.timeout(0)
 
@@ -32,7 +32,7 @@ def bed(passthrough: RunningLab) -> DeviceBed:
     bed = DeviceBed(passthrough)
     bed.prepare()
     bed.start_agent()
-    bed.define("web", 50)
+    bed.define("web", 50, more=ON_NODE.format(0))  # away from the NIC whose node is known
     bed.boot("web")
     return bed
 
@@ -140,7 +140,7 @@ def test_a_victim_gives_its_nic_and_has_it_back(web: DeviceBed) -> None:
 
 
 def test_the_function_is_near_the_guests_memory(web: DeviceBed) -> None:
-    web.define("far", 50, more=ON_NODE_1)
+    web.define("far", 50, more=ON_NODE.format(1))
     web.boot("far")
     grant = web.allocate("far", "net.vf")
     (address,) = web.hostdevs("far")

@@ -5,6 +5,7 @@ What they report is not believed: the lab's own tools are asked (sysfs, ip, virs
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import pytest
@@ -17,9 +18,11 @@ from virtfabric.model.devicesteps import (
     LimitLink,
     Presence,
     ResetFunction,
+    SetProfile,
     SetUpVf,
 )
 from virtfabric.model.ids import GuestId
+from virtfabric.model.profile import ProfileFile
 
 if TYPE_CHECKING:
     from running_lab import RunningLab
@@ -146,6 +149,43 @@ def test_vf_settings_as_ip_shows_them(passthrough: RunningLab, guest: GuestId) -
     answer = carry_out(passthrough, ("apply", broken))[0]
     assert answer["error"] == "DeviceError", answer
     assert "rate=1000000000" in answer["text"]
+
+
+def test_a_profile_of_a_vf(passthrough: RunningLab, guest: GuestId) -> None:
+    """No function of a vendor's vfio driver is in the lab; `power/control` is such a file, too."""
+    assert done(carry_out(passthrough, ("vfs", [IGB, 2]))) == [2]
+    path = f"{DEVICES}/{IGB_VF}/power/control"
+    before = passthrough.run(f"cat {path}")
+    after = {"on": "auto", "auto": "on"}[before]
+    step = SetProfile(
+        guest=guest, name="guest", address=IGB_VF, file=ProfileFile("power/control"),
+        before=before, after=after,
+    )  # fmt: skip
+    done(carry_out(passthrough, ("apply", step), ("apply", step)))
+    assert passthrough.run(f"cat {path}") == after
+    done(carry_out(passthrough, ("undo", step), ("undo", step)))
+    assert passthrough.run(f"cat {path}") == before
+
+    theirs = replace(step, before="first", after="second")
+    answers = carry_out(passthrough, ("apply", theirs), ("undo", theirs))
+    assert answers[0]["error"] == "DeviceError", answers
+    assert "somebody else set it" in answers[0]["text"]
+    assert answers[1]["result"] == 0, answers
+    assert passthrough.run(f"cat {path}") == before
+
+    # what the kernel does not take, and what it does not have
+    refused = replace(step, after="asleep")
+    missing = replace(step, file=ProfileFile("nvidia/current_vgpu_type"))
+    answers = carry_out(
+        passthrough, *((verb, s) for s in (refused, missing) for verb in ("apply", "undo"))
+    )
+    for answer in answers[::2]:
+        assert answer["error"] == "DeviceError", answers
+    assert "Invalid argument" in answers[0]["text"]
+    bound = driver(passthrough, IGB_VF).replace("none", "no driver")
+    assert f"current_vgpu_type is not there; {bound} is bound" in answers[2]["text"]
+    assert [answer["result"] for answer in answers[1::2]] == [0, 0], answers
+    assert passthrough.run(f"cat {path}") == before
 
 
 def test_vf_of_an_nvme_controller(

@@ -44,7 +44,7 @@ time.sleep(600)
 @pytest.fixture(scope="module", autouse=True)
 def worker(small: RunningLab) -> None:
     start_worker(small)
-    small.run(f"cat > /tmp/take.py <<'X'\\n{TAKE}\\nX")
+    small.run(f"cat > /tmp/take.py <<'X'\n{TAKE}\nX")
 
 
 @pytest.fixture(autouse=True)
@@ -53,7 +53,7 @@ def own_pool(small: RunningLab) -> Iterator[None]:
     small.run(f"echo {ADMIN} > {POOL}/nr_hugepages; rm -rf /run/virtfabric/hugepages")
     yield
     assert pool(small) == (ADMIN, ADMIN, 0)
-    assert small.run("dmesg | grep -ci 'out of memory\\\\|oops\\\\|BUG:' || :") == "0"
+    assert small.run("dmesg | grep -ci 'out of memory\\|oops\\|BUG:' || :") == "0"
 
 
 def pool(lab: RunningLab) -> tuple[int, int, int]:

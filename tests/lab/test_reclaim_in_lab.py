@@ -21,10 +21,14 @@ if TYPE_CHECKING:
 
 MIB = 1 << 20
 ALIAS = "ua-virtfabric-cxl1"
-STRICT = "<numatune><memory mode='strict' nodeset='0'/></numatune>"
+STRICT = (
+    "<numatune><memory mode='strict' nodeset='0-1'/>"
+    "<memnode cellid='0' mode='strict' nodeset='0'/></numatune>"
+)
+"""libvirt holds QEMU to the nodes that were named at its start."""
 POLICY = (
     "<metadata><v:policy xmlns:v='urn:virtfabric:policy:1' version='1' priority='50'>"
-    "<v:cpu reservation='500m' limit='2'/>"
+    "<v:cpu reservation='500m' limit='1'/>"
     "<v:memory reservation='128MiB' limit='2GiB' tiers='dram,cxl'/></v:policy></metadata>"
 )
 

@@ -19,10 +19,12 @@ from virtfabric.model.devicesteps import (
     BindDriver,
     LimitLink,
     ResetFunction,
+    SetProfile,
     SetUpVf,
 )
 from virtfabric.model.ledger import Residue
 from virtfabric.model.plan import SetVcpuCount
+from virtfabric.model.profile import Profile
 from virtfabric.policy.faults import find_faults
 from virtfabric.policy.loans import depart, settle
 
@@ -71,7 +73,7 @@ def is_withheld(step: Step, undone: Iterable[Undone]) -> bool:
 def is_prepared_for(step: Step, attach: Step) -> bool:
     """Whether a step prepared the host for a function that this one attached."""
     return (
-        isinstance(step, BindDriver | SetUpVf | LimitLink)
+        isinstance(step, BindDriver | SetUpVf | SetProfile | LimitLink)
         and isinstance(attach, AttachFunction)
         and attach.guest == step.guest
     )
@@ -173,7 +175,7 @@ def after_plan(
     books = _with_pages(with_functions(books, plan.functions), plan.pages)
     ways_back = {f.address: f.found for h in before.holdings.values() for f in h.claims}
     for step, why in skipped:
-        if isinstance(step, ResetFunction | BindDriver | SetUpVf):
+        if isinstance(step, ResetFunction | BindDriver | SetUpVf | SetProfile):
             found = ways_back.get(step.address)
             books = quarantined(books, step.address, f"failed: {step} ({why})", at, found)
     for address in plan.retired:
@@ -208,16 +210,8 @@ def after_undo(books: Books, undone: Collection[Undone], at: float) -> Books:
     ways_back: dict[PciAddress, Found] = {}
     for step in (u.step for u in undone if u.withheld):
         own = kept[step.guest].address
-        match step:
-            case BindDriver():
-                found = ways_back.get(step.address, Found())
-                ways_back[step.address] = replace(found, driver=step.before)
-            case SetUpVf():
-                found = ways_back.get(step.address, Found())
-                ways_back[step.address] = replace(found, settings=step.before)
-            case LimitLink():
-                found = ways_back.get(own, Found())
-                ways_back[own] = replace(found, port=step.address, speed=step.after)
+        about = own if isinstance(step, LimitLink) else getattr(step, "address", own)
+        ways_back[about] = _with_way_back(ways_back.get(about, Found()), step, own)
     for one in undone:
         if one.left and isinstance(one.step, AttachFunction):
             ways_back.setdefault(one.step.address, Found())
@@ -226,6 +220,23 @@ def after_undo(books: Books, undone: Collection[Undone], at: float) -> Books:
         who = ", ".join(f"{name} did not let go of {one}" for name, one in names.items())
         books = quarantined(books, address, f"{who} when its attach was undone", at, found)
     return books
+
+
+def _with_way_back(found: Found, step: Step, kept: PciAddress) -> Found:
+    """With the way back of one more step, the newest first; `kept` is what its guest has."""
+    match step:
+        case BindDriver():
+            vfio_driver = step.after if step.address == kept else found.vfio_driver
+            return replace(found, driver=step.before, vfio_driver=vfio_driver)
+        case SetUpVf():
+            return replace(found, settings=step.before)
+        case SetProfile():
+            profile = found.profile or Profile(step.file, step.after, step.before)
+            return replace(found, profile=profile)
+        case LimitLink():
+            return replace(found, port=step.address, speed=step.after)
+        case _:
+            return found
 
 
 def abandoned(books: Books, guest: GuestId, why: str, at: float) -> Books:

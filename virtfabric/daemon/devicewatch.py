@@ -18,11 +18,11 @@ from virtfabric.daemon.custody import DEVICE, condemned, forfeited, quarantined
 from virtfabric.daemon.homeward import homeward, user_of
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.model.capability import device_key
-from virtfabric.model.device import VFIO_PCI, DeviceNews, PciAddress, alias_of
+from virtfabric.model.device import DeviceNews, PciAddress, alias_of
 from virtfabric.model.errors import Refusal, VirtfabricError
 from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.policy.arbiter import choose_allocation
-from virtfabric.policy.pools import pool_of
+from virtfabric.policy.pools import is_bound_for_guests, pool_of
 from virtfabric.policy.wishes import unmet_wishes
 
 if TYPE_CHECKING:
@@ -171,7 +171,9 @@ class DeviceWatch:
             if function is None:
                 stray = _has_surroundings(found)
             else:
-                stray = function.driver == VFIO_PCI and found.driver is not None
+                stray = _has_way_back(found) and is_bound_for_guests(
+                    snapshot.devices, function, found
+                )
             if stray and address not in self._tried and not user_of(snapshot, entry):
                 self._send_home(entry)
 
@@ -368,6 +370,11 @@ class DeviceWatch:
         except VirtfabricError as error:
             log.error("%s of %s cannot be recorded: %s", kind, entry.address, error)
         self._notices.publish(kind, body)
+
+
+def _has_way_back(found: Found) -> bool:
+    """Whether anything was changed of the function itself that can be changed back."""
+    return found.driver is not None or found.profile is not None
 
 
 def _has_surroundings(found: Found) -> bool:

@@ -14,6 +14,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, Final, Self
 
 from virtfabric.model.errors import InvalidValueError
+from virtfabric.model.profile import Profile
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
@@ -281,6 +282,8 @@ class DevicePool:
         nvme_queues: queue and interrupt resources of each NVMe VF; None leaves them alone.
         one_time_use: a function that a guest had is quarantined until somebody releases it.
         link_speed: MT/s that the port above is limited to while a guest has it; None for no limit.
+        vfio_driver: under which vfio opens it: vfio-pci, or a variant of a vendor's.
+        profile: what that driver is to make of a function that a guest gets; None for nothing.
     """
 
     capability: str
@@ -291,6 +294,8 @@ class DevicePool:
     one_time_use: bool = False
     link_speed: int | None = None
     slices: bool = False
+    vfio_driver: str = VFIO_PCI
+    profile: Profile | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -304,6 +309,8 @@ class Found:
         port: whose link is limited while a guest has it; None where none is.
         speed: MT/s that it is limited to.
         fatal_errors: what `policy.faults` counted; None where nothing counts.
+        profile: that is set while a guest has it, and what is set afterwards; None where none is.
+        vfio_driver: under which the guest was given it.
     """
 
     driver: str | None = None
@@ -312,6 +319,8 @@ class Found:
     port: PciAddress | None = None
     speed: int = 0
     fatal_errors: int | None = None
+    profile: Profile | None = None
+    vfio_driver: str = VFIO_PCI
 
     def to_json(self) -> dict[str, Any]:
         """For the journal."""
@@ -319,16 +328,21 @@ class Found:
             "driver": self.driver, "settings": str(self.settings),
             "siblings": dict(self.siblings), "port": self.port, "speed": self.speed,
             "fatal_errors": self.fatal_errors,
+            "profile": self.profile.to_json() if self.profile else None,
+            "vfio_driver": self.vfio_driver,
         }  # fmt: skip
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Found:
-        """The reverse of `to_json`."""
+        """The reverse of `to_json`; an older agent knew less."""
         siblings = tuple((PciAddress(a), driver) for a, driver in data["siblings"].items())
         port = PciAddress(data["port"]) if data["port"] else None
         settings = VfSettings.parse(data["settings"])
-        errors = data.get("fatal_errors")
-        return cls(data["driver"], settings, siblings, port, data["speed"], errors)
+        profile = Profile.from_json(data["profile"]) if data.get("profile") else None
+        return cls(
+            data["driver"], settings, siblings, port, data["speed"], data.get("fatal_errors"),
+            profile, data.get("vfio_driver", VFIO_PCI),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True)

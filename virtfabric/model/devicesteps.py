@@ -1,4 +1,4 @@
-"""The steps that move PCIe functions: driver, VF settings, attach and detach, reset, link speed."""
+"""The steps that move PCIe functions: driver, VF settings, profile, attach, reset, link speed."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from virtfabric.model.step import Step
 
 if TYPE_CHECKING:
     from virtfabric.model.device import PciAddress, VfSettings
+    from virtfabric.model.profile import ProfileFile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -46,6 +47,24 @@ class SetUpVf(Step):
         return f"{self.name}: VF {self.address} {self.before or 'as it is'} -> {self.after}"
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SetProfile(Step):
+    """Say which profile a vendor's driver makes of a function: text in a file of its directory.
+
+    Only where the file has one of the two values; a third is somebody else's.
+    """
+
+    kind: ClassVar[str] = "set-profile"
+    address: PciAddress
+    file: ProfileFile
+    before: str
+    after: str
+
+    def describe(self) -> str:
+        """One line for a person."""
+        return f"{self.name}: {self.address} profile {self.file} {self.before} -> {self.after}"
+
+
 class Presence(StrEnum):
     """Whether a guest has a function."""
 
@@ -55,7 +74,7 @@ class Presence(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class AttachFunction(Step):
-    """Give a running guest a PCI function that vfio-pci holds, or take it away.
+    """Give a running guest a PCI function that a vfio driver holds, or take it away.
 
     Taking it away needs the guest; a request to the guest is made once and cannot be withdrawn.
     """

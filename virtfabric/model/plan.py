@@ -24,6 +24,7 @@ from virtfabric.model.devicesteps import (
     LimitLink,
     Presence,
     ResetFunction,
+    SetProfile,
     SetUpVf,
 )
 from virtfabric.model.errors import InvalidValueError
@@ -31,6 +32,7 @@ from virtfabric.model.hugepages import MakeHugePages
 from virtfabric.model.ids import GuestId
 from virtfabric.model.mark import PinMark
 from virtfabric.model.memorysteps import AttachDimm, AttachMemory, DetachMemory
+from virtfabric.model.profile import ProfileFile
 from virtfabric.model.step import Step
 from virtfabric.model.units import Bytes, CpuSet, MilliCpu
 
@@ -212,7 +214,7 @@ STEP_TYPES: dict[str, type[Step]] = {
         ResizeVirtioMem, SetBalloon, SetVcpuCount, PinVcpu, PinEmulator, SetQuota, SetShares,
         SetNodeset, MarkPins, SetPolicy, BindDriver, SetUpVf, AttachFunction, ResetFunction,
         LimitLink, CreateRegion, OnlineMemory, AttachMemory, DetachMemory, AttachDimm,
-        MakeHugePages, BringSlice, AssignSlice,
+        MakeHugePages, SetProfile, BringSlice, AssignSlice,
     )
 }  # fmt: skip
 
@@ -235,8 +237,8 @@ _PARSERS: dict[type[Step], Callable[..., Any]] = {
     MarkPins: PinMark.parse, SetPolicy: _parse_text, BindDriver: _parse_text,
     SetUpVf: VfSettings.parse, AttachFunction: _word_parser(Presence),
     DetachMemory: _word_parser(Presence), CreateRegion: _word_parser(RegionPresence),
-    OnlineMemory: _word_parser(MemoryUse), BringSlice: _word_parser(SlicePresence),
-    AssignSlice: _parse_text,
+    OnlineMemory: _word_parser(MemoryUse), SetProfile: _parse_text,
+    BringSlice: _word_parser(SlicePresence), AssignSlice: _parse_text,
 }  # fmt: skip
 """Of `before` and `after`, where the journal has text for them and no integer."""
 
@@ -272,6 +274,8 @@ def _parse_place(kind: type[Step], body: Mapping[str, Any]) -> dict[str, Any]:
         parsed["definition"] = Definition(body["definition"])
     if "address" in body:
         parsed["address"] = PciAddress.parse(str(body["address"]), field="step.address")
+    if "file" in body:
+        parsed["file"] = ProfileFile.parse(str(body["file"]), field="step.file")
     if issubclass(kind, CreateRegion | OnlineMemory):
         parsed |= _parse_region(body)
     if issubclass(kind, BringSlice):
@@ -390,7 +394,7 @@ class Plan:
     @property
     def addresses(self) -> frozenset[PciAddress]:
         """Every PCIe function that it moves, prepares or reserves: no other plan may meanwhile."""
-        steps = (BindDriver, SetUpVf, AttachFunction, ResetFunction)
+        steps = (BindDriver, SetUpVf, SetProfile, AttachFunction, ResetFunction)
         touched = {step.address for step in self.steps if isinstance(step, steps)}
         held = {one.address for functions in self.functions.values() for one in functions}
         return frozenset(touched | held)

@@ -63,10 +63,12 @@ def _unbooked(stock: Stock, state: GuestState) -> list[PciAddress]:
 
 
 def _surplus(snapshot: HostSnapshot, address: PciAddress) -> HeldFunction:
-    """What is known of a function that the books do not have: its pool may name its driver."""
+    """What is known of a function that the books do not have: what its pool says."""
     pool = pool_of(snapshot.devices, address)
-    driver = (pool.match.driver or None) if pool else None
-    return HeldFunction(pool.capability if pool else "", address, Found(driver))
+    if pool is None:
+        return HeldFunction("", address)
+    found = Found(pool.match.driver or None, profile=pool.profile, vfio_driver=pool.vfio_driver)
+    return HeldFunction(pool.capability, address, found)
 
 
 def _missing(stock: Stock, state: GuestState) -> list[HeldFunction]:

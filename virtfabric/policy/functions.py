@@ -16,7 +16,7 @@ from virtfabric.model.errors import Reason, Refusal
 from virtfabric.policy.faults import count_fatal
 from virtfabric.policy.functionoffers import Asker, make_function_offers
 from virtfabric.policy.nearness import memory_nodes, pullable_nodes
-from virtfabric.policy.pools import pool_of
+from virtfabric.policy.pools import pool_of, vfio_driver_of
 from virtfabric.policy.stock import Stock, device_amounts, functions_of
 
 if TYPE_CHECKING:
@@ -228,7 +228,8 @@ class _Origins:
         return Found(
             self._driver(function), settings, self._siblings(inventory, held.address),
             port.address if port is not None and limit else None, limit or 0,
-            count_fatal(inventory, held.address),
+            count_fatal(inventory, held.address), pool.profile if pool else None,
+            vfio_driver_of(inventory, held.address),
         )  # fmt: skip
 
     def regrouped(self, held: HeldFunction) -> Found:

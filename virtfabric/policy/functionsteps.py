@@ -1,8 +1,9 @@
 """Steps of functions: what it takes to bring one to a guest, to pass it on, or to give it back.
 
-Owns their order: detached, reset, its group bound to vfio-pci, set up, link limited, attached. It
-must not choose functions (`policy.functions`). What is given back comes last and is optional: a
-function that cannot be restored is the host's trouble (quarantine), not the guests'.
+Owns their order: detached, reset, bound to its vfio driver and the rest of its group to vfio-pci,
+set up, given its profile, link limited, attached. It must not choose functions (policy.functions).
+What is given back comes last and is optional: a function that cannot be restored is the host's
+trouble (quarantine), not the guests'.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from virtfabric.model.devicesteps import (
     LimitLink,
     Presence,
     ResetFunction,
+    SetProfile,
     SetUpVf,
 )
 from virtfabric.policy.functions import replaced_settings
-from virtfabric.policy.pools import pool_of
+from virtfabric.policy.pools import is_bound_for_guests, pool_of, vfio_driver_of
 from virtfabric.policy.stock import Stock
 
 if TYPE_CHECKING:
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
+    from virtfabric.model.profile import Profile
     from virtfabric.model.step import Step
     from virtfabric.policy.functions import Allotment
 
@@ -62,6 +65,8 @@ class FunctionSteps:
     returns: list[Step] = field(default_factory=list)
     ends: list[Step] = field(default_factory=list)
     _handled: set[PciAddress] = field(default_factory=set)
+    _passed: dict[PciAddress, HeldFunction] = field(default_factory=dict)
+    """What the guest has now that another one gets, as it was prepared for the first."""
 
     def carry_out(self, allotment: Allotment) -> None:
         """All that an allotment moves."""
@@ -81,10 +86,11 @@ class FunctionSteps:
             self.detaches.append(
                 self._attachment(guest, name, held.address, Presence.ATTACHED, Presence.ABSENT)
             )
-        # of one that vanished, only what was done around it is left to undo
-        used = attached or function is None or function.driver == VFIO_PCI
+        used = attached or self._is_used(held)
         theirs = function is None or held.address in self._strangers
         if passes:
+            if attached:
+                self._passed[held.address] = held
             if used and not theirs:
                 # the next guest must not find anything of this one
                 self.prepares.append(
@@ -96,6 +102,7 @@ class FunctionSteps:
         self._unlimit(guest, name, held.found, used=used)
         if function is not None and not theirs:
             self._restore_settings(guest, name, held, function)
+            self._clear_profile(guest, name, held, function, attached=attached)
         for address, driver in ((held.address, held.found.driver), *held.found.siblings):
             self._unbind(guest, name, address, driver)
         self._give_back(held)
@@ -106,9 +113,10 @@ class FunctionSteps:
         if function is None:
             return
         self._assign(state.uuid, held)
-        group = (held.address, *(address for address, _ in held.found.siblings))
-        for address in group:
-            self._bind(state, address)
+        former = self._keep_profile(state, held, function)
+        self._bind(state, held.address, held.found.vfio_driver)
+        for address, _ in held.found.siblings:
+            self._bind(state, address, VFIO_PCI, but=(_STUB,))
         pool = pool_of(self.snapshot.devices, held.address)
         before = replaced_settings(function, pool)
         if pool is not None and function.pf is not None and before != pool.settings:
@@ -118,6 +126,7 @@ class FunctionSteps:
                     before=before, after=pool.settings,
                 )
             )  # fmt: skip
+        self._set_profile(state, held, former)
         self._limit(state, held)
         self.attaches.append(
             self._attachment(
@@ -160,17 +169,73 @@ class FunctionSteps:
 
     # -- parts ------------------------------------------------------------------------------
 
-    def _bind(self, state: GuestState, address: PciAddress) -> None:
+    def _bind(
+        self, state: GuestState, address: PciAddress, driver: str, but: Container[str] = ()
+    ) -> None:
+        """To this driver, unless one of `but` has it."""
         function = self._function(address)
-        if function is None or address in self._handled or function.driver in (VFIO_PCI, _STUB):
+        now = (function.driver or "") if function else driver
+        if address in self._handled or now == driver or now in but:
             return
         self._handled.add(address)
         self.prepares.append(
-            BindDriver(
-                guest=state.uuid, name=state.name, address=address,
-                before=function.driver or "", after=VFIO_PCI,
+            BindDriver(guest=state.uuid, name=state.name, address=address, before=now, after=driver)
+        )
+
+    def _keep_profile(
+        self, state: GuestState, held: HeldFunction, function: PciFunction
+    ) -> Profile | None:
+        """The profile that the guest before left and that can stay, or be replaced where it is.
+
+        One in another file, or of a driver that has to go, is taken back first.
+        """
+        former = self._passed.get(held.address)
+        old, new = former.found.profile if former else None, held.found.profile
+        if old is None:
+            return None
+        stays = function.driver == held.found.vfio_driver
+        if new is not None and new.file == old.file and stays:
+            return old
+        self.prepares.append(
+            SetProfile(
+                guest=state.uuid, name=state.name, address=held.address, file=old.file,
+                before=old.value, after=old.none,
             )
         )  # fmt: skip
+        return None
+
+    def _set_profile(self, state: GuestState, held: HeldFunction, former: Profile | None) -> None:
+        profile = held.found.profile
+        if profile is None:
+            return
+        before = former.value if former else profile.none
+        if before != profile.value:
+            self.prepares.append(
+                SetProfile(
+                    guest=state.uuid, name=state.name, address=held.address, file=profile.file,
+                    before=before, after=profile.value,
+                )
+            )  # fmt: skip
+
+    def _clear_profile(
+        self,
+        guest: GuestId,
+        name: str,
+        held: HeldFunction,
+        function: PciFunction,
+        *,
+        attached: bool,
+    ) -> None:
+        """Under another driver the file is not there, nor is what was written into it."""
+        profile = held.found.profile
+        drivers = (held.found.vfio_driver, vfio_driver_of(self.snapshot.devices, held.address))
+        if profile is not None and (attached or function.driver in drivers):
+            self.returns.append(
+                SetProfile(
+                    guest=guest, name=name, address=held.address, file=profile.file, optional=True,
+                    before=profile.value, after=profile.none,
+                )
+            )  # fmt: skip
 
     def _limit(self, state: GuestState, held: HeldFunction) -> None:
         """The first with a limit sets it; while it has it, nobody sets another."""
@@ -252,6 +317,11 @@ class FunctionSteps:
             guest=guest, name=name, address=address, before=before, after=after,
             deadline_s=self.deadline_s,
         )  # fmt: skip
+
+    def _is_used(self, held: HeldFunction) -> bool:
+        """Whether a guest may have left something in it; of one that vanished, around it."""
+        function, devices = self._function(held.address), self.snapshot.devices
+        return function is None or is_bound_for_guests(devices, function, held.found)
 
     def _state(self, guest: GuestId) -> GuestState | None:
         return self.snapshot.guests.get(guest)

@@ -1,7 +1,8 @@
 """Functions that a guest's own XML names: what is against them, and the steps that make them ready.
 
 With `managed='yes'` libvirt binds and nothing is to be done but to count them as used. With
-`managed='no'` they are brought to vfio-pci before the guest starts, and back after it ended.
+`managed='no'` they are brought to vfio-pci, or to the vfio driver that their pool names, before the
+guest starts, and back after it ended. Profiles are the operator's here: no capability asks for one.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from virtfabric.model.device import VFIO_PCI, Found, HeldFunction
 from virtfabric.model.devicesteps import BindDriver, ResetFunction
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.policy.faults import count_fatal
+from virtfabric.policy.pools import is_bound_for_guests, vfio_driver_of
 from virtfabric.policy.stock import functions_of
 
 if TYPE_CHECKING:
@@ -59,9 +61,12 @@ def plan_binding(snapshot: HostSnapshot, guest: GuestState) -> Binding | Refusal
         if not device.managed:
             moved = {step.address for step in steps}
             own, siblings = _to_bind(snapshot, guest, device.address, moved)
-            steps += [_bind(guest.uuid, guest.name, one) for one in (*siblings, *own)]
+            driver = vfio_driver_of(snapshot.devices, device.address)
+            steps += [_bind(guest, one, VFIO_PCI) for one in siblings]
+            steps += [_bind(guest, one, driver) for one in own]
             if own or siblings:
-                found = _way_back(found, own, siblings)
+                function = snapshot.devices.functions[device.address]
+                found = replace(_way_back(found, function, own, siblings), vfio_driver=driver)
         ready[device.address] = HeldFunction(BY_HAND, device.address, found)
     return Binding(tuple(steps), tuple(ready.values()))
 
@@ -79,7 +84,8 @@ def plan_unbinding(
     resets = [
         ResetFunction(guest=guest, name=name, address=function.address)
         for function in bound
-        if function.address in there and there[function.address].driver == VFIO_PCI
+        if function.address in there
+        and is_bound_for_guests(snapshot.devices, there[function.address], function.found)
     ]
     granted = {function.address for function in functions_of(snapshot, guest)}
     homes: dict[PciAddress, str] = {}
@@ -185,13 +191,14 @@ def _named(snapshot: HostSnapshot, guest: GuestId) -> tuple[HeldFunction, ...]:
 def _to_bind(
     snapshot: HostSnapshot, guest: GuestState, address: PciAddress, moved: set[PciAddress]
 ) -> tuple[list[PciFunction], list[PciFunction]]:
-    """The function and those of its group that another driver than vfio-pci has.
+    """The function and those of its group that another driver has than vfio is to open it under.
 
     A sibling without a driver does no harm; a function without one cannot be given to QEMU.
     """
     named = {device.address for device in guest.devices}
     function = snapshot.devices.functions[address]
-    own = [function] if function.driver != VFIO_PCI and address not in moved else []
+    ready = function.driver in (VFIO_PCI, vfio_driver_of(snapshot.devices, address))
+    own = [] if ready or address in moved else [function]
     return own, list(_foreign_siblings(snapshot, address, named | moved))
 
 
@@ -204,17 +211,19 @@ def _foreign_siblings(
             yield sibling
 
 
-def _bind(guest: GuestId, name: str, function: PciFunction) -> BindDriver:
+def _bind(guest: GuestState, function: PciFunction, driver: str) -> BindDriver:
     return BindDriver(
-        guest=guest, name=name, address=function.address,
-        before=function.driver or "", after=VFIO_PCI,
+        guest=guest.uuid, name=guest.name, address=function.address,
+        before=function.driver or "", after=driver,
     )  # fmt: skip
 
 
-def _way_back(found: Found, own: list[PciFunction], siblings: list[PciFunction]) -> Found:
-    """Of a function that an operator bound to vfio-pci before, that is where it goes back to."""
-    driver = (own[0].driver or "") if own else found.driver
+def _way_back(
+    found: Found, function: PciFunction, own: list[PciFunction], siblings: list[PciFunction]
+) -> Found:
+    """Of a function that an operator bound to vfio before, that is where it goes back to."""
+    driver = found.driver
+    if own or driver is None:
+        driver = function.driver or ""
     drivers = dict(found.siblings) | {one.address: one.driver or "" for one in siblings}
-    return replace(
-        found, driver=VFIO_PCI if driver is None else driver, siblings=tuple(drivers.items())
-    )
+    return replace(found, driver=driver, siblings=tuple(drivers.items()))

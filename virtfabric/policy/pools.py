@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from virtfabric.model.device import (
         DeviceInventory,
         DevicePool,
-        Match,
+        Found,
         PciAddress,
         PciFunction,
     )
@@ -43,10 +43,22 @@ def pool_of(inventory: DeviceInventory, address: PciAddress) -> DevicePool | Non
     function = inventory.functions.get(address)
     if function is None or _is_bridge(function):
         return None
-    return next(
-        (pool for pool in inventory.pools if _matches(pool.match, function, slices=pool.slices)),
-        None,
-    )
+    return next((pool for pool in inventory.pools if _matches(pool, function)), None)
+
+
+def vfio_driver_of(inventory: DeviceInventory, address: PciAddress) -> str:
+    """The driver under which a guest is given it: what its pool says."""
+    pool = pool_of(inventory, address)
+    return pool.vfio_driver if pool else VFIO_PCI
+
+
+def is_bound_for_guests(inventory: DeviceInventory, function: PciFunction, found: Found) -> bool:
+    """Whether it may be as a guest left it: the driver is one under which one had it.
+
+    That is vfio-pci, the one that is known of it, and the one that its pool names now.
+    """
+    drivers = (VFIO_PCI, found.vfio_driver, vfio_driver_of(inventory, function.address))
+    return function.driver in drivers
 
 
 def is_set_up(inventory: DeviceInventory, address: PciAddress) -> bool:
@@ -115,28 +127,30 @@ def _is_behind(inventory: DeviceInventory, function: PciFunction, ports: list[Pc
     return any(bridge.address in ports for bridge in inventory.above(function.address))
 
 
-def _matches(match: Match, function: PciFunction, *, slices: bool) -> bool:
+def _matches(pool: DevicePool, function: PciFunction) -> bool:
+    match = pool.match
     return (
-        (function.badge is not None) == slices
+        (function.badge is not None) == pool.slices
         and (not match.addresses or function.address in match.addresses)
         and (not match.ids or function.ids in match.ids)
         and f"{function.class_code:06x}".startswith(match.class_prefix)
         and match.pf in (None, function.pf)
         and match.vfs in (None, function.pf is not None)
-        and _has_driver(match, function)
+        and _has_driver(pool, function)
     )
 
 
-def _has_driver(match: Match, function: PciFunction) -> bool:
+def _has_driver(pool: DevicePool, function: PciFunction) -> bool:
     """Whether the function is bound to the driver, or is not bound because a guest has it.
 
-    What a function had before vfio-pci cannot be seen, so one that is away stays in its pool if
-    everything else matches. Where nothing else is asked for, that would take in every function of
-    vfio-pci, the operator's own ones too; then only the driver itself counts.
+    What a function had before its vfio driver cannot be seen, so one that is away stays in its
+    pool if everything else matches. Where nothing else is asked for, that would take in every
+    function of that driver, the operator's own ones too; then only the driver itself counts.
     """
+    match = pool.match
     if not match.driver or function.driver == match.driver:
         return True
-    away = function.driver in (None, VFIO_PCI)
+    away = function.driver in (None, VFIO_PCI, pool.vfio_driver)
     return away and bool(match.addresses or match.ids or match.class_prefix or match.pf)
 
 

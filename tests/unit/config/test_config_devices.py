@@ -5,6 +5,7 @@ import pytest
 from virtfabric.config import Config, load_config
 from virtfabric.model.device import DevicePool, Match, PciAddress, VfSettings
 from virtfabric.model.errors import ConfigError
+from virtfabric.model.profile import Profile, ProfileFile
 
 PF = PciAddress("0000:3b:00.0")
 
@@ -34,6 +35,11 @@ def test_everything(tmp_path):
         capability = "storage.nvme"
         match.address = ["0000:01:00.1", "01:00.2"]
         nvme_queues = 2
+        [[device]]
+        capability = "gpu.vf"
+        match.ids = "10de:20b0"
+        vfio_driver = "nvidia"
+        profile = { file = "nvidia/current_vgpu_type", value = "1155", none = "0" }
         """,
         b="""
         [[device]]
@@ -42,7 +48,7 @@ def test_everything(tmp_path):
         vf.mac = "52:54:00:AA:00:01"
         """,
     )
-    net, nvme, one = config.pools
+    net, nvme, gpu, one = config.pools
     assert net == DevicePool(
         "net.vf",
         Match(ids=frozenset({"8086:10ca"}), class_prefix="0200", pf=PF, vfs=True, driver="igbvf"),
@@ -54,10 +60,16 @@ def test_everything(tmp_path):
     assert nvme.match.addresses == {PciAddress("0000:01:00.1"), PciAddress("0000:01:00.2")}
     assert (nvme.nvme_queues, nvme.one_time_use, nvme.settings) == (2, False, VfSettings())
     assert one.settings == VfSettings(mac="52:54:00:aa:00:01")
+    profile = Profile(ProfileFile("nvidia/current_vgpu_type"), "1155", "0")
+    assert (gpu.vfio_driver, gpu.profile) == ("nvidia", profile)
+    assert (one.vfio_driver, one.profile) == ("vfio-pci", None)
 
 
 NET = 'capability = "net.vf"\n'
 ONE = NET + 'match.pf = "3b:00.0"\n'
+PROFILE = ONE + 'profile.file = "vendor/type"\nprofile.value = "7"\n'
+TEXT = ONE + 'profile.file = "vendor/type"\nprofile.none = "0"\n'
+FILE = ONE + 'profile = {{ value = "7", none = "0", file = "{}" }}'
 
 
 @pytest.mark.parametrize(
@@ -111,6 +123,40 @@ ONE = NET + 'match.pf = "3b:00.0"\n'
         (ONE + 'one_time_use = "yes"', "device[1].one_time_use = 'yes' is not true or false"),
         (ONE + 'link_speed = "7GT/s"', "device[1].link_speed = '7GT/s' is not one of 2.5GT/s"),
         (ONE + "link_speed = 8", "device[1].link_speed = 8 is not text"),
+        (
+            ONE + 'vfio_driver = "../x"',
+            "device[1].vfio_driver = '../x' is not the name of a driver",
+        ),
+        (ONE + 'profile = "7"', "device[1].profile = '7' is not a table"),
+        (PROFILE, "device[1].profile = {...} has no none"),
+        (TEXT, "device[1].profile = {...} has no value"),
+        (ONE + "profile = {}", "device[1].profile = {...} has no file"),
+        (PROFILE + 'profile.non = "0"', "device[1].profile.non = '0' is not a known key"),
+        (PROFILE + "profile.none = 0", "device[1].profile.none = 0 is not text"),
+        (PROFILE + 'profile.none = "7"', "device[1].profile.value = '7' is what the file has when"),
+        (TEXT + 'profile.value = ""', "device[1].profile.value = '' is empty"),
+        (TEXT + 'profile.value = "7\\n"', "device[1].profile.value = '7\\n' is not printable"),
+        (TEXT + 'profile.value = " 7"', "device[1].profile.value = ' 7' is not printable"),
+        (
+            TEXT + f'profile.value = "{"7" * 65}"',
+            f"device[1].profile.value = '{'7' * 65}' is longer",
+        ),
+        *(
+            (FILE.format(file), f"device[1].profile.file = {file!r} {problem}")
+            for file, problem in (
+                ("current_vgpu_type", "is not DIRECTORY/NAME below the function (write it like"),
+                ("/nvidia/type", "is not DIRECTORY/NAME"),
+                ("../0000:3b:00.1/type", "is not DIRECTORY/NAME"),
+                ("nvidia/../config", "is not DIRECTORY/NAME"),
+                ("nvidia/a/b", "is not DIRECTORY/NAME"),
+                ("nvidia/a.b", "is not DIRECTORY/NAME"),
+                ("driver/unbind", "leads out of the function's own directory: driver is a link"),
+                ("subsystem/rescan", "leads out of"),
+                ("iommu_group/type", "leads out of"),
+                ("physfn/sriov_numvfs", "leads out of"),
+                ("virtfn12/reset", "leads out of"),
+            )
+        ),
         (
             f"{ONE}[[device]]\n{ONE.replace('net.vf', 'net.other')}",
             "device[2].match = 'pf 0000:3b:00.0' is the same as that of another [[device",

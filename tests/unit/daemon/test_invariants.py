@@ -26,6 +26,7 @@ from virtfabric.model.errors import InvalidValueError, RefusedError
 from virtfabric.model.ids import JobId
 from virtfabric.model.plan import PinVcpu
 from virtfabric.model.policy import DevicePolicy, GuestPolicy, Placement
+from virtfabric.model.profile import Profile, ProfileFile
 from virtfabric.model.units import MIB, CpuSet
 
 CORES = 6
@@ -46,11 +47,16 @@ POLICIES = (
 )
 
 PF = PciAddress("0000:01:00.0")
+TYPE = ProfileFile("vendor/type")
+PROFILE = Profile(TYPE, "1155", "0")
 POOLS = (
-    DevicePool("net.vf", Match(pf=PF), VfSettings(vlan=7, trust=True)),
-    DevicePool("crypto.aes", Match(ids=frozenset({"1234:11e8"})), one_time_use=True),
+    DevicePool("net.vf", Match(pf=PF), VfSettings(vlan=7, trust=True), profile=PROFILE),
+    DevicePool(
+        "crypto.aes", Match(ids=frozenset({"1234:11e8"})), one_time_use=True, profile=PROFILE,
+        vfio_driver="vendor",
+    ),
     DevicePool("storage.nvme", Match(class_prefix="0108")),
-)
+)  # fmt: skip
 """The last one's only function is the host's boot disk."""
 WISHES = {
     "batch": (DevicePolicy("net.vf", 2, reclaimable=True),),
@@ -58,6 +64,7 @@ WISHES = {
     "pinned": (DevicePolicy("storage.nvme", 1),),
 }
 ASSIGNABLE = tuple(f.shown.address for f in small_devices() if f.shown.pf or not f.shown.driver)
+VFIO_DRIVERS = {PciAddress("0000:03:00.0"): "vendor"}
 CAPABILITIES = ("net.vf", "crypto.aes", "storage.nvme")
 
 MUCH = (
@@ -75,6 +82,14 @@ MUCH = (
 names = st.sampled_from(sorted(NAMES))
 nth = st.integers(0, 9)
 phases = st.sampled_from([Phase.APPLY, Phase.APPLIED, Phase.VERIFY, Phase.VERIFIED])
+
+
+def _devices() -> tuple[SimulatedFunction, ...]:
+    devices = small_devices()
+    for one in devices:
+        one.profiles = {TYPE: PROFILE.none}
+        one.vfio_drivers = (VFIO_DRIVERS.get(one.shown.address, VFIO_PCI),)
+    return devices
 
 
 def _specs() -> tuple[object, ...]:
@@ -108,7 +123,7 @@ class Life(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.world = aw.AgentWorld(
-            specs=_specs(), cores=CORES, memory_mib=MEMORY_MIB, functions=small_devices(),
+            specs=_specs(), cores=CORES, memory_mib=MEMORY_MIB, functions=_devices(),
             settings={"pools": POOLS},
         )  # fmt: skip
         self.at_home = {a: (f.driver, f.settings) for a, f in self._functions().items()}
@@ -303,7 +318,12 @@ class Life(RuleBasedStateMachine):
             shown = replace(found.shown, driver=None, driver_override=None)
             driver, settings = self.at_home[which]
             fresh = replace(shown, driver=driver, settings=settings)
-            self.taken_out.append(SimulatedFunction(fresh, limits=found.limits))
+            self.taken_out.append(
+                SimulatedFunction(
+                    fresh, limits=found.limits, profiles={TYPE: PROFILE.none},
+                    vfio_drivers=found.vfio_drivers,
+                )
+            )  # fmt: skip
 
     @rule()
     def put_in_again(self) -> None:
@@ -325,7 +345,7 @@ class Life(RuleBasedStateMachine):
 
     @rule(
         name=names,
-        kind=st.sampled_from(["reset-function", "set-up-vf", "bind-driver"]),
+        kind=st.sampled_from(["reset-function", "set-up-vf", "set-profile", "bind-driver"]),
         phase=phases,
         undone=st.booleans(),
     )
@@ -475,10 +495,13 @@ class Life(RuleBasedStateMachine):
                 count = sum(f.capability == capability for f in holding.functions)
                 assert holding.amounts[device_key(capability)] == count, holding
         for address, function in self._functions().items():
+            profile = self.world.host.devices.find(address).profiles[TYPE]
             if address in held:
-                assert function.driver == VFIO_PCI
+                assert function.driver == VFIO_DRIVERS.get(address, VFIO_PCI)
+                assert profile == PROFILE.value
             elif address not in books.quarantine:
                 assert (function.driver, function.settings) == self.at_home[address], address
+                assert profile == PROFILE.none
         assert "0000:02:00.0" not in {*held, *books.quarantine}  # the boot disk
         assert not set(held) & books.quarantine.keys()
 

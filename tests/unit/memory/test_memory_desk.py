@@ -11,6 +11,7 @@ import pytest
 
 from virtfabric.adapters.cxl.conditions import parse_conditions, read_conditions
 from virtfabric.adapters.cxl.marks import RegionMarks
+from virtfabric.adapters.cxl.memory import SysfsMemory
 from virtfabric.adapters.simulated.clock import SimulatedClock
 from virtfabric.adapters.simulated.machines import small_host
 from virtfabric.cli.memorytables import memory_tables, memory_tree_lines, problem_lines
@@ -19,11 +20,12 @@ from virtfabric.daemon.memorydesk import ASK_EVERY_S, MemoryDesk
 from virtfabric.daemon.memoryviews import memory_view, with_conditions
 from virtfabric.daemon.notices import Notices
 from virtfabric.model.cxl import Condition, HostMemory, PoisonRecord, Serial
-from virtfabric.model.errors import CxlError
+from virtfabric.model.errors import CxlError, StepCancelledError
 from virtfabric.model.hugepages import HugePools
 
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
+    from pathlib import Path
 
     from machine import Machine
 
@@ -164,6 +166,40 @@ def test_an_older_cxl_knows_no_poison() -> None:
 
     assert read_conditions(run, threading.Event()) == {"mem0": Condition("ok")}
     assert len(asked) == 2
+
+
+def test_a_failed_look_does_not_pass_for_memory_without_poison() -> None:
+    def run(command: Any, **_options: Any) -> str:
+        if "--media-errors" in command:
+            raise CxlError("cxl list: no trace instance")
+        return '[{"memdev": "mem0", "health": {"media_normal": true}}]'
+
+    with pytest.raises(CxlError, match="no trace instance"):
+        read_conditions(run, threading.Event())
+
+
+def test_memdevs_are_asked_by_one_at_a_time(tmp_path: Path) -> None:
+    begun, end, running = threading.Event(), threading.Event(), []
+
+    def run(command: Any, **_options: Any) -> str:
+        running.append(command)
+        begun.set()
+        assert end.wait(30)
+        return "[]"
+
+    memory = SysfsMemory(tmp_path, tmp_path, marks=tmp_path / "marks", run=run)
+    first = threading.Thread(target=memory.read_conditions, args=(threading.Event(),))
+    first.start()
+    assert begun.wait(30)
+    given_up = threading.Event()
+    given_up.set()
+    with pytest.raises(StepCancelledError):
+        memory.read_conditions(given_up)
+    assert len(running) == 1
+    end.set()
+    first.join(30)
+    assert memory.read_conditions(threading.Event()) == {}
+    assert len(running) == 2
 
 
 # -- the desk -----------------------------------------------------------------------------------

@@ -138,6 +138,9 @@ class AnsweringFiles(FunctionFiles):
     def _driver_override(self, path: Path, text: str) -> None:
         path.write_text(f"{text or '(null)'}\n")
 
+    def _current_vgpu_type(self, path: Path, text: str) -> None:
+        path.write_text(f"{text}\n")
+
     def _unbind(self, path: Path, text: str) -> None:
         (self.bus / "devices" / text / "driver").unlink()
 

@@ -191,6 +191,41 @@ def test_function_of_another_driver_is_not_attached(host):
     assert host.calls == []
 
 
+def give_to_vendor(host, *, vfio: bool) -> None:
+    (host.machine.path(CARD) / "driver").unlink()
+    host.machine.link_driver(CARD, "nvidia")
+    if vfio:
+        (host.machine.path(CARD) / "vfio-dev" / "vfio3").mkdir(parents=True)
+
+
+def test_function_of_a_vendors_vfio_driver(host, monkeypatch):
+    monkeypatch.setattr("virtfabric.adapters.pci.holders._CLOSING_S", 0.01)
+    give_to_vendor(host, vfio=True)
+    attach(host)
+    host.handler.verify(ATTACH)
+    assert host.handler.undo(ATTACH) == 0
+    host.handler.verify(ATTACH.inverse())
+    assert host.calls == ["attach 1", DETACH_CALL]
+
+
+def test_function_of_a_driver_that_is_none_of_vfio(host):
+    give_to_vendor(host, vfio=False)
+    with pytest.raises(HypervisorError, match=r"to nvidia, not to vfio-pci nor .* no vfio-dev"):
+        attach(host)
+    assert host.calls == []
+
+
+def test_event_that_came_before_qemu_let_go_of_a_vendors_function(host, monkeypatch):
+    monkeypatch.setattr("virtfabric.adapters.libvirt.hostdev._CLOSED_S", 0.02)
+    give_to_vendor(host, vfio=True)
+    attach(host)
+    host.devices = ""
+    with pytest.raises(VerificationError, match="still open"):
+        host.handler.verify(ATTACH.inverse())
+    with pytest.raises(DeviceError, match=f"process {PID}"):
+        attach(host, ATTACH.inverse())
+
+
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [

@@ -148,6 +148,43 @@ def test_unbinding_waits_until_it_is_closed(bench, context):
     assert bench.machine.driver(NIC) == "igb"
 
 
+VENDOR = BindDriver(guest=GUEST, address=NIC, before="igb", after="vendor-vfio")
+
+
+@pytest.fixture
+def vendor(bench):
+    """A vendor's vfio driver, as the kernel shows one while it has the NIC."""
+    bench.machine.add_driver("vendor-vfio")
+    shown = bench.machine.path(NIC) / "vfio-dev" / "vfio0"
+    shown.mkdir(parents=True)
+    return bench
+
+
+def test_a_vendors_vfio_driver_leaves_no_override(vendor, context):
+    vendor.handler.apply(VENDOR, context)
+    vendor.handler.verify(VENDOR)
+    assert (vendor.machine.driver(NIC), vendor.override()) == ("vendor-vfio", "(null)")
+
+
+def test_what_a_guest_has_open_under_a_vendors_driver_is_not_unbound(vendor, context, monkeypatch):
+    """That driver may enable it whenever it likes: who has its files open is all there is."""
+    monkeypatch.setattr("virtfabric.adapters.pci.binding._CLOSED_S", 0.02)
+    (vendor.machine.path(NIC) / "driver").unlink()
+    vendor.machine.link_driver(NIC, "vendor-vfio")
+    for file in ("/dev/vfio/5", "/dev/vfio/devices/vfio0"):
+        descriptors = vendor.machine.add_process(77, file)
+        with pytest.raises(DeviceError, match=r"still open after .* \(process 77\)"):
+            vendor.handler.undo(VENDOR)
+        assert vendor.machine.driver(NIC) == "vendor-vfio"
+        (descriptors / "0").unlink()
+        descriptors.rmdir()
+        descriptors.parent.rmdir()
+    monkeypatch.setattr("virtfabric.adapters.pci.binding._CLOSED_S", 10)
+    monkeypatch.setattr("virtfabric.adapters.pci.holders._CLOSING_S", 0.01)
+    assert vendor.handler.undo(VENDOR) == 0
+    assert vendor.machine.driver(NIC) == "igb"
+
+
 def test_waiting_ends_when_the_caller_gives_up(bench, context):
     bench.handler.apply(TAKE, context)
     (bench.machine.path(NIC) / "enable").write_text("1\n")

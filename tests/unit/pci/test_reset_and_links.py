@@ -24,6 +24,13 @@ def open_by_guest(machine, address):
     machine.add_process(70, "/dev/vfio/9")
 
 
+def give_to_vendor(machine, address):
+    """Under a vfio driver of which nobody knows what it does on closing."""
+    (machine.path(address) / "driver").unlink()
+    machine.link_driver(address, "nvidia")
+    (machine.path(address) / "vfio-dev" / "vfio3").mkdir(parents=True)
+
+
 @pytest.fixture
 def slot(machine):
     """Two functions of one slot behind a port, both with vfio-pci."""
@@ -82,9 +89,14 @@ def test_without_a_method_vfio_reset_the_bus_when_all_of_it_was_closed(slot, res
         (lambda m: open_by_guest(m, TWO), "0000:03:00.1 on its bus is in use"),
         (lambda m: (m.path(TWO) / "driver").unlink(), "is bound to no driver, not to vfio-pci"),
         (lambda m: (m.path(ONE) / "driver").unlink(), "it is not bound to vfio-pci"),
+        (lambda m: give_to_vendor(m, ONE), "it is not bound to vfio-pci"),
+        (lambda m: give_to_vendor(m, TWO), "0000:03:00.1 on its bus is bound to nvidia"),
     ],
 )
-def test_without_a_method_it_fails_where_vfio_could_not_either(slot, reset, context, spoil, said):
+def test_without_a_method_it_fails_where_vfio_could_not_either(
+    slot, reset, context, monkeypatch, spoil, said
+):
+    monkeypatch.setattr("virtfabric.adapters.pci.holders._CLOSING_S", 0.01)
     spoil(slot)
     with pytest.raises(DeviceError, match=said) as caught:
         reset.apply(RESET, context)
@@ -143,6 +155,24 @@ class TestHolders:
         assert (holders.is_open(ONE), holders.is_open(TWO)) == (False, True)
         (slot.path(TWO) / "driver").unlink()  # enabled by a host driver: not through vfio
         assert not holders.is_open(TWO)
+
+    def test_a_vendors_vfio_driver(self, slot, monkeypatch):
+        """It shows itself by `vfio-dev`; when it enables a function, nobody knows."""
+        monkeypatch.setattr("virtfabric.adapters.pci.holders._CLOSING_S", 0.01)
+        holders = VfioHolders(slot.files, slot.proc)
+        (slot.path(ONE) / "driver").unlink()
+        assert not holders.is_openable(ONE)
+        slot.link_driver(ONE, "nvidia")
+        assert not holders.is_openable(ONE)
+        (slot.path(ONE) / "vfio-dev" / "vfio3").mkdir(parents=True)
+        assert holders.is_openable(ONE)
+        assert holders.is_openable(TWO)  # vfio-pci itself, of a kernel that shows no vfio-dev
+        assert not holders.is_open(ONE)
+        holders.wait_closed(ONE, 60)
+        slot.add_process(70, "/dev/vfio/9")
+        assert holders.is_open(ONE)
+        with pytest.raises(DeviceError, match="process 70"):
+            holders.wait_closed(ONE, 0.02)
 
     def test_what_a_driver_left_enabled_is_closed_soon(self, slot, monkeypatch):
         monkeypatch.setattr("virtfabric.adapters.pci.holders._CLOSING_S", 0.01)

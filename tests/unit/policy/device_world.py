@@ -39,15 +39,17 @@ from virtfabric.model.plan import (
     Presence,
     ResetFunction,
     SetNodeset,
+    SetProfile,
     SetUpVf,
 )
 from virtfabric.model.policy import DevicePolicy
+from virtfabric.model.profile import Profile, ProfileFile
 from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.model.units import CpuSet
 from virtfabric.model.want import Mode, Want
 from virtfabric.policy.loans import depart, settle
 from virtfabric.policy.placement import plan_decision
-from virtfabric.policy.pools import members
+from virtfabric.policy.pools import members, pool_of, vfio_driver_of
 
 if TYPE_CHECKING:
     from virtfabric.model.host import HostTopology
@@ -57,6 +59,7 @@ NET, NVME = "net.vf", "storage.nvme"
 IN_USE = (HostUse(UseKind.NETWORK, "eth0 is up"),)
 OLD = VfSettings(mac="52:54:00:00:00:09", vlan=0, trust=False)
 WANTED = VfSettings(vlan=7, trust=True)
+PROFILE = Profile(ProfileFile("vendor/type"), "1155", "0")
 
 
 def at(number: int) -> PciAddress:
@@ -117,12 +120,21 @@ def three_nodes() -> HostTopology:
 
 @dataclass
 class Host:
-    """What a plan changes: drivers, settings of VFs, links, and who has what attached."""
+    """What a plan changes: drivers, settings of VFs, links, profiles, and who has what attached.
+
+    Attributes:
+        profiles: what their files say; of functions in a pool with a profile, one file each.
+        settled: functions of which a step found the profile as it should be already.
+        reconfigured: its pools are not those any more by which guests were given what they have.
+    """
 
     inventory: DeviceInventory
     drivers: dict[PciAddress, str] = field(default_factory=dict)
     settings: dict[PciAddress, VfSettings] = field(default_factory=dict)
     links: dict[PciAddress, int] = field(default_factory=dict)
+    profiles: dict[PciAddress, str] = field(default_factory=dict)
+    settled: set[PciAddress] = field(default_factory=set)
+    reconfigured: bool = False
     attached: dict[PciAddress, GuestId] = field(default_factory=dict)
     by_hand: dict[PciAddress, GuestId] = field(default_factory=dict)
     nodes: dict[GuestId, CpuSet] = field(default_factory=dict)
@@ -134,18 +146,25 @@ class Host:
             inventory,
             {a: f.driver or "" for a, f in found},
             {a: f.settings for a, f in found if f.settings is not None},
-        )
+            profiles={a: pool.profile.none for a in inventory.functions
+                      if (pool := pool_of(inventory, a)) is not None and pool.profile},
+        )  # fmt: skip
 
     def state(self) -> tuple[Any, ...]:
         links = {port: speed for port, speed in self.links.items() if speed}
-        return copy.deepcopy((self.drivers, self.settings, links, self.attached, self.nodes))
+        return copy.deepcopy(
+            (self.drivers, self.settings, links, self.profiles, self.attached, self.nodes)
+        )
 
     def run(self, step: Step) -> None:
         match step:
             case BindDriver():
                 assert step.address not in self.attached | self.by_hand
                 mates = (one.address for one in self.inventory.group_of(step.address))
-                assert step.after == "vfio-pci" or not any(mate in self.attached for mate in mates)
+                open_to_vfio = ("vfio-pci", vfio_driver_of(self.inventory, step.address))
+                assert step.after in open_to_vfio or not any(
+                    mate in self.attached for mate in mates
+                )
                 assert self.drivers[step.address] == step.before != step.after
                 self.drivers[step.address] = step.after
             case SetUpVf():
@@ -157,6 +176,13 @@ class Host:
                     if after is not None:
                         now = replace(now, **{name: after})
                 self.settings[step.address] = now
+            case SetProfile():
+                assert step.address not in self.attached | self.by_hand
+                assert self.profiles[step.address] in (step.before, step.after)
+                assert step.before != step.after
+                if self.profiles[step.address] == step.after:
+                    self.settled.add(step.address)
+                self.profiles[step.address] = step.after
             case LimitLink():
                 assert self.links.get(step.address, 0) == step.before != step.after
                 self.links[step.address] = step.after
@@ -174,9 +200,14 @@ class Host:
 
     def _attach(self, address: PciAddress, guest: GuestId) -> None:
         assert address not in self.attached | self.by_hand
-        assert self.drivers[address] == "vfio-pci"
+        pool = pool_of(self.inventory, address)
+        assert pool is not None
+        if not self.reconfigured:
+            assert self.drivers[address] == pool.vfio_driver
+            assert pool.profile is None or self.profiles[address] == pool.profile.value
         for mate in self.inventory.group_of(address):
-            assert mate.bridge or self.drivers[mate.address] in ("vfio-pci", "")
+            harmless = ("vfio-pci", "", vfio_driver_of(self.inventory, mate.address))
+            assert mate.bridge or self.drivers[mate.address] in harmless
             assert (self.attached | self.by_hand).get(mate.address, guest) == guest
             assert not mate.uses
         self.attached[address] = guest
@@ -236,15 +267,22 @@ class World:
         return replace(guest, devices=devices, free_ports=free, numa_nodes=nodes)
 
     def carry_out(self, plan: Plan) -> None:
-        """All steps; and, on a copy, back from the end through every prefix."""
-        trail = [self.host.state()]
+        """All steps; and, on a copy, back from the end through every prefix.
+
+        But for a profile that was set already, or was not: nobody reads it before the step does,
+        so its undo sets it the other way, which is what the next step of its holder expects.
+        """
+        self.host.settled.clear()
+        trail = [copy.deepcopy(self.host)]
         for step in plan.steps:
             self.host.run(step)
-            trail.append(self.host.state())
+            trail.append(copy.deepcopy(self.host))
         back = copy.deepcopy(self.host)
         for index in reversed(range(len(plan.steps))):
             back.run(plan.steps[index].inverse())
-            assert back.state() == trail[index], plan.steps[index]
+            for address in self.host.settled:
+                trail[index].profiles[address] = back.profiles[address]
+            assert back.state() == trail[index].state(), plan.steps[index]
 
     def commit(self, decision: Decision, ends: Grant | None = None) -> tuple[Plan, Grant]:
         snapshot = self.snapshot()
@@ -261,6 +299,13 @@ class World:
             at=self.now, orders=plan.orders, functions=plan.functions, retired=plan.retired,
         )  # fmt: skip
         return plan, grant
+
+    def reconfigure(self, **net: Any) -> None:
+        """The pool net.vf is another from now on."""
+        inventory = self.host.inventory
+        first, *rest = inventory.pools
+        self.host.inventory = replace(inventory, pools=(replace(first, **net), *rest))
+        self.host.reconfigured = True
 
     def stop(self, guest: GuestId) -> None:
         self.guests[guest] = replace(self.guests[guest], state=RunState.SHUTOFF, pid=None)
@@ -312,7 +357,9 @@ class World:
         functions = dict(self.host.inventory.functions)
         self.gone[address] = functions.pop(address)
         self.host.inventory = replace(self.host.inventory, functions=functions)
-        for kept in (self.host.drivers, self.host.settings, self.host.attached):
+        for kept in (
+            self.host.drivers, self.host.settings, self.host.attached, self.host.profiles,
+        ):  # fmt: skip
             kept.pop(address, None)
 
     def reappear(self, address: PciAddress) -> None:
@@ -326,6 +373,9 @@ class World:
         self.host.drivers[address] = function.driver or ""
         if function.settings is not None:
             self.host.settings[address] = function.settings
+        pool = pool_of(self.host.inventory, address)
+        if pool is not None and pool.profile is not None:
+            self.host.profiles[address] = pool.profile.none
 
     def departed(self, guest: GuestId) -> None:
         self.books = depart(self.books, guest, self.now)

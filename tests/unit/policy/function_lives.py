@@ -16,6 +16,7 @@ from device_world import (
     IN_USE,
     NET,
     NVME,
+    PROFILE,
     World,
     ask_for,
     device_guest,
@@ -27,6 +28,7 @@ from device_world import (
 from virtfabric.model.capability import capability_of, device_key
 from virtfabric.model.decision import Decision
 from virtfabric.model.device import Quarantine
+from virtfabric.model.devicesteps import SetProfile
 from virtfabric.model.errors import Refusal
 from virtfabric.model.guest import NumaMode, RunState
 from virtfabric.model.ids import RequestId
@@ -78,6 +80,8 @@ def make_world(draw: Random) -> World:
     inventory = inventory_of(
         *functions, one_time_use=draw.randint(0, 9) == 0,
         link_speed=draw.choice((None, 5000)),
+        vfio_driver=draw.choice(("vfio-pci", "own", "vendor")),
+        profile=draw.choice((None, PROFILE, PROFILE)),
     )  # fmt: skip
     names = [NET] * (nic in kinds) + [NVME] * (disk in kinds)
     ranks = draw.sample(PRIORITIES, len(PRIORITIES))
@@ -164,6 +168,7 @@ class Life:
         self.check_attached()
         self.seen["takes"] += any(_moves(take.amounts) for take in decision.takes)
         self.seen["returns"] += any(_moves(back.amounts) for back in decision.returns)
+        self.seen["profiles"] += any(isinstance(step, SetProfile) for step in plan.steps)
         self.seen["pulls"] += any(isinstance(step, SetNodeset) for step in plan.steps)
         return plan
 
@@ -391,6 +396,7 @@ def live(seed: int, seen: Counter[str]) -> None:
     for address in world.host.inventory.functions.keys() - life.meddled:
         assert world.host.drivers[address] == (found[address].driver or "")
         assert world.host.settings.get(address) == found[address].settings
+        assert world.host.profiles.get(address, PROFILE.none) == PROFILE.none
     assert not any(world.host.links.values())
     assert not world.host.attached
     assert not world.books.loans

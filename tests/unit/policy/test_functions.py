@@ -11,6 +11,7 @@ from device_world import (
     NET,
     NVME,
     OLD,
+    PROFILE,
     WANTED,
     YIELDS,
     A,
@@ -35,6 +36,7 @@ from virtfabric.model.device import (
     Found,
     GuestDevice,
     HeldFunction,
+    Match,
     PciFunction,
     Quarantine,
     VfSettings,
@@ -51,9 +53,11 @@ from virtfabric.model.plan import (
     Presence,
     ResetFunction,
     SetNodeset,
+    SetProfile,
     SetUpVf,
 )
 from virtfabric.model.policy import DevicePolicy
+from virtfabric.model.profile import Profile, ProfileFile
 from virtfabric.model.units import MIB, Bytes, CpuSet
 from virtfabric.model.want import Mode
 from virtfabric.policy.arbiter import (
@@ -65,6 +69,7 @@ from virtfabric.policy.arbiter import (
 from virtfabric.policy.bookcheck import check_functions, check_new_functions
 from virtfabric.policy.handmade import BY_HAND, with_named
 from virtfabric.policy.placement import plan_convergence, plan_decision, plan_lift
+from virtfabric.policy.pools import members
 from virtfabric.policy.standing import capacity_of, floor_of, free
 from virtfabric.policy.stock import Stock
 from virtfabric.policy.wishes import unmet_wishes
@@ -122,6 +127,163 @@ def test_a_function_goes_from_guest_to_guest_and_home_again():
     assert (world.held(A), world.held(B)) == ([at(1)], [])
     assert [s.guest for s in moves(back)] == [B, B, A]
     assert not world.books.loans
+
+
+OTHER = replace(PROFILE, value="1160")
+ELSEWHERE = Profile(ProfileFile("vendor/mode"), "7", "-")
+
+
+def test_a_profile_is_set_before_the_link_and_taken_back_before_the_driver():
+    world = World.of(inventory_of(nic(1), profile=PROFILE, vfio_driver="vendor", link_speed=5000),
+                     device_guest(1))  # fmt: skip
+    first = world.host.state()
+    plan, grant = allocate(world, net=1)
+    kept = VfSettings(vlan=0, trust=False)
+    assert words(plan) == [
+        f"BindDriver {at(1)} igbvf>vendor",
+        f"SetUpVf {at(1)} {kept}>{WANTED}",
+        f"SetProfile {at(1)} 0>1155",
+        f"LimitLink {at(30)} 0>5000",
+        f"AttachFunction {at(1)} absent>attached",
+    ]
+    assert moves(plan)[2].file == "vendor/type"
+    [held] = plan.functions[A]
+    assert (held.found.profile, held.found.vfio_driver) == (PROFILE, "vendor")
+    assert HeldFunction.from_json(held.to_json()) == held
+    back, _ = world.commit(choose_release(world.snapshot(), REQUEST, grant), grant)
+    assert words(back) == [
+        f"AttachFunction {at(1)} attached>absent",
+        f"ResetFunction {at(1)} 0>0",
+        f"LimitLink {at(30)} 5000>0",
+        f"SetUpVf {at(1)} {WANTED}>{kept}",
+        f"SetProfile {at(1)} 1155>0",
+        f"BindDriver {at(1)} vendor>igbvf",
+    ]
+    assert [s.optional for s in moves(back)] == [False, *[True] * 5]
+    assert world.host.state() == first
+
+
+def test_what_the_vendors_driver_has_already_is_not_bound_to_another():
+    world = World.of(inventory_of(nic(1), profile=PROFILE, vfio_driver="igbvf"), device_guest(1))
+    first = world.host.state()
+    plan, grant = allocate(world, net=1)
+    assert [type(s) for s in moves(plan)] == [SetUpVf, SetProfile, AttachFunction]
+    back, _ = world.commit(choose_release(world.snapshot(), REQUEST, grant), grant)
+    kinds = [type(s) for s in moves(back)]
+    assert kinds == [AttachFunction, ResetFunction, SetUpVf, SetProfile]
+    assert world.host.state() == first
+    # a guest that is gone leaves the same to do
+    allocate(world, net=1)
+    world.stop(A)
+    plan, _ = world.commit(choose_departure(world.snapshot(), A, REQUEST))
+    assert [type(s) for s in moves(plan)] == [ResetFunction, SetUpVf, SetProfile]
+    assert world.host.state()[:4] == first[:4]
+
+
+def test_the_rest_of_a_group_goes_to_vfio_pci():
+    world = World.of(inventory_of(nic(1, 50), disk(2, 50), vfio_driver="vendor"), device_guest(1))
+    plan, _ = allocate(world, net=1)
+    assert words(plan)[:2] == [
+        f"BindDriver {at(1)} igbvf>vendor", f"BindDriver {at(2)} nvme>vfio-pci",
+    ]  # fmt: skip
+
+
+def test_a_function_that_a_stub_keeps_is_bound_and_its_stubbed_sibling_is_let_be():
+    functions = nic(1, 50, driver="pci-stub"), disk(2, 50, driver="pci-stub")
+    world = World.of(inventory_of(*functions), device_guest(1))
+    snapshot = world.snapshot()
+    plan = plan_decision(snapshot, decided(choose_allocation(snapshot, ask_for(A, net=1))))
+    binds = [s for s in moves(plan) if isinstance(s, BindDriver)]
+    assert [(s.address, s.before, s.after) for s in binds] == [(at(1), "pci-stub", "vfio-pci")]
+
+
+def pass_on(**later):
+    """The steps by which B takes A's function after the pool became another meanwhile."""
+    world = World.of(
+        inventory_of(nic(1), profile=PROFILE, vfio_driver="vendor"),
+        device_guest(1, YIELDS, priority=10), device_guest(2, priority=90),
+    )  # fmt: skip
+    first = world.host.state()
+    allocate(world, A, net=1)
+    world.reconfigure(**later)
+    plan, grant = allocate(world, B, net=1)
+    [held] = plan.functions[B]
+    assert (held.found.profile, held.found.vfio_driver, held.found.driver) == (
+        later.get("profile", PROFILE), later.get("vfio_driver", "vendor"), "igbvf",
+    )  # fmt: skip
+    prepares = [s for s in moves(plan) if isinstance(s, SetProfile | BindDriver)]
+    assert {s.guest for s in prepares} <= {B}
+    world.commit(choose_release(world.snapshot(), REQUEST, grant), grant)
+    world.stop(A)
+    world.commit(choose_departure(world.snapshot(), A, REQUEST))
+    assert world.host.drivers == first[0]
+    assert set(world.host.profiles.values()) <= {"0", "-"}
+    return [f"{s.before}>{s.after}" for s in prepares]
+
+
+def test_a_function_keeps_its_profile_on_its_way_from_guest_to_guest():
+    assert pass_on() == []
+
+
+@pytest.mark.parametrize(
+    ("later", "steps"),
+    [
+        ({"profile": OTHER}, ["1155>1160"]),
+        ({"profile": None}, ["1155>0"]),
+        ({"vfio_driver": "vfio-pci"}, ["1155>0", "vendor>vfio-pci", "0>1155"]),
+        ({"vfio_driver": "vfio-pci", "profile": None}, ["1155>0", "vendor>vfio-pci"]),
+    ],
+)
+def test_what_changed_in_its_pool_is_changed_on_its_way(later, steps):
+    assert pass_on(**later) == steps
+
+
+def test_a_profile_in_another_file_replaces_the_first():
+    world = World.of(inventory_of(nic(1), profile=PROFILE), device_guest(1, YIELDS, priority=10),
+                     device_guest(2, priority=90))  # fmt: skip
+    allocate(world, A, net=1)
+    snapshot = world.snapshot()
+    net, nvme = snapshot.devices.pools
+    devices = replace(snapshot.devices, pools=(replace(net, profile=ELSEWHERE), nvme))
+    decision = decided(choose_allocation(snapshot, ask_for(B, net=1)))
+    plan = plan_decision(replace(snapshot, devices=devices), decision)
+    steps = [s for s in moves(plan) if isinstance(s, SetProfile)]
+    assert [(s.file, s.before, s.after) for s in steps] == [
+        ("vendor/type", "1155", "0"), ("vendor/mode", "-", "7"),
+    ]  # fmt: skip
+
+
+def test_the_way_back_is_that_of_the_profile_that_was_set():
+    """The configuration has another one by then, or none, or another driver."""
+    for later in ({"profile": OTHER}, {"profile": None}, {"profile": None, "vfio_driver": "other"}):
+        world = World.of(
+            inventory_of(nic(1), profile=PROFILE, vfio_driver="vendor"), device_guest(1)
+        )
+        _, grant = allocate(world, net=1)
+        world.reconfigure(**later)
+        plan, _ = world.commit(choose_release(world.snapshot(), REQUEST, grant), grant)
+        assert [type(s) for s in moves(plan)][1:] == [
+            ResetFunction, SetUpVf, SetProfile, BindDriver,
+        ]  # fmt: skip
+        assert world.host.profiles == {at(1): "0"}
+
+
+def test_a_profile_went_with_the_driver_that_showed_it():
+    """Unbound by hand while in quarantine: where its file was, nothing is to be written."""
+    world = World.of(inventory_of(nic(1), profile=PROFILE, vfio_driver="vendor"), device_guest(1))
+    allocate(world, net=1)
+    world.stop(A)
+    world.host.drivers[at(1)] = "igbvf"
+    plan = plan_decision(world.snapshot(), choose_departure(world.snapshot(), A, REQUEST))
+    assert [type(s) for s in moves(plan)] == [SetUpVf]
+
+
+def test_a_pool_of_a_driver_keeps_what_a_vendors_vfio_driver_has():
+    pool = {"match": Match(driver="igbvf", class_prefix="0200"), "vfio_driver": "vendor"}
+    for driver, there in (("igbvf", 1), ("vendor", 1), (None, 1), ("vfio-pci", 1), ("igb", 0)):
+        inventory = inventory_of(nic(1, driver=driver))
+        pools = (replace(inventory.pools[0], **pool),)
+        assert len(members(replace(inventory, pools=pools), NET)) == there, driver
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ FIRST: Final = int(
 )
 LEAST: Final = {
     "takes": 25, "returns": 18, "wishes": 30, "pulls": 8, "grabbed": 8, "vanished": 20,
+    "profiles": 100,
     Reason.STRANDS_MEMORY: 20, Reason.NO_CAPACITY: 40, Reason.DEVICE_IN_USE: 30,
     Reason.NO_FREE_PORT: 10, Reason.ABOVE_LIMIT: 20, Reason.BELOW_FLOOR: 15,
 }  # fmt: skip

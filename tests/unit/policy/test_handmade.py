@@ -11,10 +11,12 @@ from virtfabric.adapters.simulated.machines import make_topology
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.device import (
     DeviceInventory,
+    DevicePool,
     Found,
     GuestDevice,
     HeldFunction,
     HostUse,
+    Match,
     PciAddress,
     PciFunction,
     Quarantine,
@@ -141,6 +143,41 @@ def test_what_is_with_vfio_already_stays_there_afterwards() -> None:
     assert moves(plan.steps) == []
     held = plan.named
     assert plan_unbinding(snapshot(there, held=held), DB, "db") == ()
+
+
+VENDORS = DevicePool("net.vf", Match(addresses=frozenset({NIC})), vfio_driver="vendor")
+
+
+def vendors(**changes: object) -> HostSnapshot:
+    """The NIC is in a pool of a vendor's vfio driver."""
+    found = snapshot(functions(**changes))
+    return replace(found, devices=replace(found.devices, pools=(VENDORS,)))
+
+
+def test_a_function_goes_to_the_vfio_driver_of_its_pool_and_its_group_to_vfio_pci() -> None:
+    plan = planned(plan_binding(vendors(), guest(*by_hand(NIC))))
+    assert moves(plan.steps) == [(AUDIO, "snd", "vfio-pci"), (NIC, "ixgbe", "vendor")]
+    found = Found("ixgbe", siblings=((AUDIO, "snd"),), vfio_driver="vendor")
+    assert plan.named == (HeldFunction(BY_HAND, NIC, found),)
+    there = {a: replace(f, driver="vfio-pci") for a, f in functions().items()}
+    there[NIC] = replace(there[NIC], driver="vendor")
+    # also where the pool is gone meanwhile
+    back = plan_unbinding(snapshot(there, held=plan.named), DB, "db")
+    assert resets(back) == [NIC]
+    assert moves(back) == [(NIC, "vendor", "ixgbe"), (AUDIO, "vfio-pci", "snd")]
+
+
+@pytest.mark.parametrize("driver", ["vendor", "vfio-pci"])
+def test_what_vfio_can_open_already_stays_with_its_driver(driver: str) -> None:
+    plan = planned(plan_binding(vendors(driver=driver), guest(*by_hand(NIC))))
+    assert moves(plan.steps) == [(AUDIO, "snd", "vfio-pci")]
+    [held] = plan.named
+    assert held.found.driver == driver
+    found = vendors(driver=driver)
+    own = replace(found.books.holdings[DB], named=plan.named)
+    found = replace(found, books=replace(found.books, holdings={DB: own}))
+    back = plan_unbinding(found, DB, "db")
+    assert (resets(back), moves(back)) == ([NIC], [])
 
 
 def test_our_own_devices_are_not_made_by_hand() -> None:

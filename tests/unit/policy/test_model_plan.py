@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 
 from virtfabric.model.cxl import Serial
 from virtfabric.model.cxlsteps import CreateRegion, MemoryUse, OnlineMemory, RegionPresence
+from virtfabric.model.device import VFIO_PCI, Found, PciAddress
+from virtfabric.model.devicesteps import SetProfile
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.ids import HOST_ITSELF, RequestId
 from virtfabric.model.mark import MarkedPin, PinMark
@@ -29,6 +31,7 @@ from virtfabric.model.plan import (
     SetVcpuCount,
     parse_step,
 )
+from virtfabric.model.profile import Profile, ProfileFile
 from virtfabric.model.step import Step
 from virtfabric.model.units import CpuSet
 
@@ -70,6 +73,12 @@ steps = st.one_of(
         granularity=amount,
     ),
     built(OnlineMemory, st.sampled_from(MemoryUse), **where, deadline_s=seconds),
+    built(
+        SetProfile,
+        st.text(),
+        address=st.just(PciAddress("0000:3b:10.1")),
+        file=st.from_regex(r"n[A-Za-z0-9_-]*/[A-Za-z0-9_-]+", fullmatch=True).map(ProfileFile),
+    ),
 )
 
 
@@ -80,6 +89,7 @@ def test_steps_survive_the_journal(step):
     assert read == step
     assert type(read) is type(step)
     assert type(read.before) is type(step.before)
+    assert getattr(read, "file", None).__class__ is getattr(step, "file", None).__class__
 
 
 @given(steps)
@@ -149,6 +159,43 @@ def test_golden_encodings_of_region_steps(step, encoding, text):
     assert step.guest == HOST_ITSELF
 
 
+PROFILE = {
+    "kind": "set-profile", "version": 1, "guest": str(guest_id(1)), "name": "web",
+    "optional": False, "address": "0000:3b:10.1", "file": "nvidia/current_vgpu_type",
+    "before": "0", "after": "1155",
+}  # fmt: skip
+
+
+def test_golden_encoding_of_a_profile():
+    step = SetProfile(
+        guest=guest_id(1), name="web", address=PciAddress("0000:3b:10.1"),
+        file=ProfileFile("nvidia/current_vgpu_type"), before="0", after="1155",
+    )  # fmt: skip
+    assert json.loads(json.dumps(step.to_json())) == PROFILE
+    assert parse_step(PROFILE) == step
+    assert str(step) == "web: 0000:3b:10.1 profile nvidia/current_vgpu_type 0 -> 1155"
+
+
+FOUND = {
+    "driver": "", "settings": "vlan=0", "siblings": {"0000:3b:10.2": "igbvf"}, "port": None,
+    "speed": 0, "fatal_errors": 3,
+}  # fmt: skip
+"""As an agent before profiles wrote it."""
+
+
+def test_the_way_back_survives_the_journal_and_comes_from_older_ones():
+    old = Found.from_json(FOUND)
+    assert (old.profile, old.vfio_driver, old.fatal_errors) == (None, VFIO_PCI, 3)
+    profile = {"file": "nvidia/current_vgpu_type", "value": "1155", "none": "0"}
+    data = FOUND | {"profile": profile, "vfio_driver": "nvidia"}
+    found = Found.from_json(data)
+    assert json.loads(json.dumps(found.to_json())) == data
+    assert found.profile == Profile(ProfileFile("nvidia/current_vgpu_type"), "1155", "0")
+    assert type(found.profile.file) is ProfileFile
+    with pytest.raises(InvalidValueError, match="leads out"):
+        Found.from_json(data | {"profile": profile | {"file": "driver/unbind"}})
+
+
 GOOD = PinVcpu(guest=guest_id(1), vcpu=0, before=CpuSet((1,)), after=CpuSet((2,))).to_json()
 
 
@@ -167,6 +214,10 @@ GOOD = PinVcpu(guest=guest_id(1), vcpu=0, before=CpuSet((1,)), after=CpuSet((2,)
         ({"kind": "set-policy"}, "step.definition"),
         ({"kind": "set-policy", "definition": "other"}, "step.definition"),
         ({"kind": "set-policy", "definition": "live", "after": 3}, "step.after"),
+        (PROFILE | {"file": "driver/unbind"}, "step.file"),
+        (PROFILE | {"file": "config"}, "step.file"),
+        (PROFILE | {"before": 0}, "step.before"),
+        (PROFILE | {"address": "3b"}, "step.address"),
         (REGION | {"members": []}, "step.members"),
         (REGION | {"members": ["mem0"]}, "step.members"),
         (REGION | {"members": ["0x0"]}, "step.members"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
@@ -15,9 +16,9 @@ from virtfabric.adapters.pci.tree import SysTree
 from virtfabric.adapters.pci.watch import UeventWatcher
 from virtfabric.adapters.sysfs import Sysfs
 from virtfabric.model.cxl import HostMemory
+from virtfabric.model.errors import StepCancelledError
 
 if TYPE_CHECKING:
-    import threading
     from collections.abc import Callable
 
     from virtfabric.adapters.cxl.tools import Tool
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 MARKS: Final = Path("/run/virtfabric/regions")
 _NODES: Final = "devices/system/node"
 _NODE: Final = re.compile(r"node\d+")
+_LOOK_S: Final = 0.1
 SUBSYSTEMS: Final = ("cxl", "dax", "memory", "node")
 """Devices and regions come and go; blocks of memory go online and offline."""
 
@@ -47,6 +49,7 @@ class SysfsMemory:
         self._marks = RegionMarks(marks)
         self._run = run
         self._watchers: list[UeventWatcher] = []
+        self._asking = threading.Lock()
 
     def read_memory(self) -> HostMemory:
         """Nodes by number, and the CXL inventory.
@@ -73,7 +76,14 @@ class SysfsMemory:
             CxlError: `cxl` is not installed or does not answer.
             StepCancelledError: nobody waits for it any more.
         """
-        return read_conditions(self._run, cancelled)
+        # Poison comes as trace events: of two that listen, one may take the other's.
+        while not self._asking.acquire(timeout=_LOOK_S):
+            if cancelled.is_set():
+                raise StepCancelledError("cancelled while another asked the memdevs")
+        try:
+            return read_conditions(self._run, cancelled)
+        finally:
+            self._asking.release()
 
     def read_broken_pages(self) -> dict[int, int]:
         """Pages that the kernel took out of use since it booted, by node; of Linux 6.3 on.

@@ -1,4 +1,4 @@
-"""`AttachFunction`: a function that vfio-pci holds goes to a running guest, or leaves it.
+"""`AttachFunction`: a function that a vfio driver holds goes to a running guest, or leaves it.
 
 libvirt gets `managed='no'`: which driver has the function is this agent's business. A request to
 unplug is made once and cannot be withdrawn; what ends it is that the live XML has lost the device
@@ -80,8 +80,8 @@ class FunctionHandler(LibvirtHandler[AttachFunction]):
             return
         if found is None:
             raise VerificationError(f"{step.name}: {step.address} is not in the live XML")
-        driver = self.host.functions.driver(step.address)
-        if driver != VFIO_PCI:
+        if not self.host.holders.is_openable(step.address):
+            driver = self.host.functions.driver(step.address)
             raise VerificationError(
                 f"{step.name}: {step.address}: driver {VFIO_PCI} expected, {driver or 'none'} found"
             )
@@ -111,11 +111,11 @@ class FunctionHandler(LibvirtHandler[AttachFunction]):
         state = self._read(step)
         if _find_device(state, step.address) is not None:
             return
-        driver = self.host.functions.driver(step.address)
-        if driver != VFIO_PCI:
+        if not self.host.holders.is_openable(step.address):
+            driver = self.host.functions.driver(step.address)
             raise HypervisorError(
                 f"{step.name}: {step.address} is bound to {driver or 'no driver'}, "
-                f"not to {VFIO_PCI}"
+                f"not to {VFIO_PCI} nor to a driver that offers it to vfio (it has no vfio-dev)"
             )
         pid = self.find_pid(step)
         self.host.locked_memory.check(state, pid)

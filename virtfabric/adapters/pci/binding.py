@@ -72,7 +72,8 @@ class DriverBinder:
         """Bring it to `driver`, empty for none.
 
         While vfio-pci has it, `driver_override` keeps every other driver away, also one that is
-        loaded later; with any other driver nothing of this agent's stays behind.
+        loaded later; with any other driver, a vendor's vfio driver too, nothing of this agent's
+        stays behind.
 
         Raises:
             DeviceGoneError, DeviceError, StepCancelledError
@@ -92,7 +93,7 @@ class DriverBinder:
                 f"PCI function {address} is in use by the host: {'; '.join(uses)}",
                 advice="unmount it or set the interface down first",
             )
-        if bound == VFIO_PCI:
+        if self._holders.is_openable(address):
             # The kernel would wait inside the unbind until the last user closes it, for ever.
             self._holders.wait_closed(address, _CLOSED_S, cancelled)
         self._files.write(address, "driver/unbind", address)

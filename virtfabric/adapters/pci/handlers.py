@@ -10,6 +10,7 @@ from virtfabric.adapters.pci.functionfiles import FunctionFiles
 from virtfabric.adapters.pci.holders import VfioHolders
 from virtfabric.adapters.pci.inventory import CurrentUses
 from virtfabric.adapters.pci.linkspeed import LimitLinkHandler, LinkSpeeds
+from virtfabric.adapters.pci.profiles import SetProfileHandler
 from virtfabric.adapters.pci.reset import ResetHandler
 from virtfabric.adapters.pci.vfsettings import SetUpVfHandler, VfSettingsFiles
 
@@ -24,5 +25,6 @@ def pci_handlers(sys: Path = Path("/sys"), proc: Path = Path("/proc")) -> tuple[
     binder = DriverBinder(files, holders, CurrentUses(sys, proc))
     return (
         BindDriverHandler(files, binder), ResetHandler(files, holders),
-        SetUpVfHandler(VfSettingsFiles(files)), LimitLinkHandler(LinkSpeeds(files)),
+        SetUpVfHandler(VfSettingsFiles(files)), SetProfileHandler(files, holders),
+        LimitLinkHandler(LinkSpeeds(files)),
     )  # fmt: skip

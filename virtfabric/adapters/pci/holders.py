@@ -26,7 +26,8 @@ _FIRST_POLL_S: Final = 0.002
 _LAST_POLL_S: Final = 0.1
 _CLOSING_S: Final = 1.0
 """A file is gone from /proc before the kernel has closed it: what is still enabled after this with
-nobody holding it was left so by a driver that had it before."""
+nobody holding it was left so by a driver that had it before. With another driver than vfio-pci this
+time is all that there is to go by."""
 
 
 class VfioHolders:
@@ -58,19 +59,29 @@ class VfioHolders:
         pids = self._pids() if among is None else among
         return tuple(pid for pid in pids if self._has_open(pid, nodes))
 
+    def is_openable(self, address: PciAddress) -> bool:
+        """Whether a vfio driver has it: vfio-pci, or one that the kernel shows as such.
+
+        Source: drivers/vfio/vfio_main.c, `vfio-dev` (Linux 6.1, where vfio-pci has it as well).
+        """
+        bound = self._files.driver(address)
+        return bound == VFIO_PCI or (bool(bound) and self._files.has(address, "vfio-dev"))
+
     def is_open(self, address: PciAddress) -> bool:
-        """Whether somebody uses this very function through vfio-pci.
+        """Whether somebody uses this very function through vfio.
 
         vfio-pci enables a function when it is opened and disables it when it is closed, so the
         kernel's count tells it from a sibling whose group is open
         (drivers/vfio/pci/vfio_pci_core.c, vfio_pci_core_enable). Its files are asked as well: a
-        driver that had it before may have left it enabled.
+        driver that had it before may have left it enabled. Of another vfio driver nobody knows when
+        it enables a function: there whoever has its files open counts as its user, also one that
+        has a sibling of its group only.
         """
-        return self._is_enabled(address) and bool(self.processes(address))
+        return self._may_be_open(address) and bool(self.processes(address))
 
-    def _is_enabled(self, address: PciAddress) -> bool:
+    def _may_be_open(self, address: PciAddress) -> bool:
         if self._files.driver(address) != VFIO_PCI:
-            return False
+            return self.is_openable(address)
         return (self._files.read(address, "enable") or "0") != "0"
 
     def wait_closed(
@@ -87,7 +98,7 @@ class VfioHolders:
         until = time.monotonic() + timeout_s
         seen_held = time.monotonic()
         pause = _FIRST_POLL_S
-        while self._is_still_enabled(address):
+        while self._may_still_be_open(address):
             who = self.processes(address)
             now = time.monotonic()
             if who:
@@ -104,9 +115,9 @@ class VfioHolders:
                 raise StepCancelledError("cancelled by the caller")
             pause = min(pause * 1.5, _LAST_POLL_S)
 
-    def _is_still_enabled(self, address: PciAddress) -> bool:
+    def _may_still_be_open(self, address: PciAddress) -> bool:
         try:
-            return self._is_enabled(address)
+            return self._may_be_open(address)
         except DeviceGoneError:
             return False
 

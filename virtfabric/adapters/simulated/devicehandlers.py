@@ -18,6 +18,7 @@ from virtfabric.model.devicesteps import (
     LimitLink,
     Presence,
     ResetFunction,
+    SetProfile,
     SetUpVf,
 )
 from virtfabric.model.errors import (
@@ -139,6 +140,36 @@ class _LimitLink(_OfHost[LimitLink]):
         return "" if found == step.after else f"{found} found"
 
 
+class _SetProfile(_OfHost[SetProfile]):
+    step_type = SetProfile
+
+    def put(self, step: SetProfile) -> None:
+        now = self._read(step)
+        if now not in (step.before, step.after):
+            raise DeviceError(f"PCI function {step.address}: {step.file} is {now}")
+        found = self.devices.find(step.address)
+        if now != step.after and found.user is not None:
+            raise DeviceError(f"PCI function {step.address} is still open")
+        found.profiles = found.profiles | {step.file: step.after}
+
+    def problem(self, step: SetProfile) -> str:
+        found = self._read(step)
+        return "" if found == step.after else f"{found} found"
+
+    def restore(self, step: SetProfile) -> int:
+        with suppress(DeviceGoneError):
+            found = self.devices.find(step.address).profiles.get(step.file)
+            if found == step.after:
+                self.put(step.inverse())
+        return 0
+
+    def _read(self, step: SetProfile) -> str:
+        found = self.devices.find(step.address).profiles.get(step.file)
+        if found is None:
+            raise DeviceError(f"PCI function {step.address} has no {step.file}")
+        return found
+
+
 class _AttachFunction(SimulatedHandler[AttachFunction]):
     step_type = AttachFunction
     event = None
@@ -194,5 +225,6 @@ class _AttachFunction(SimulatedHandler[AttachFunction]):
 def device_handlers(host: SimulatedHost) -> tuple[StepHandler, ...]:
     """One handler for each of these step types."""
     return (
-        _BindDriver(host), _SetUpVf(host), _Reset(host), _LimitLink(host), _AttachFunction(host),
+        _BindDriver(host), _SetUpVf(host), _SetProfile(host), _Reset(host), _LimitLink(host),
+        _AttachFunction(host),
     )  # fmt: skip

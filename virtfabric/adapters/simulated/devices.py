@@ -6,7 +6,7 @@ Its host locks. There is one truth: what sysfs shows is what is.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.device import (
@@ -46,6 +46,8 @@ class SimulatedFunction:
         limit: of a port, what its link is limited to in MT/s; 0 for no limit.
         limits: of a port, what its link can be limited to; empty where the kernel offers nothing.
         home: the driver that libvirt gives it back to, while `managed='yes'` has it.
+        profiles: files that take a profile, with what they say; replaced whole when one changes.
+        vfio_drivers: under which vfio can open it.
     """
 
     shown: PciFunction
@@ -54,6 +56,8 @@ class SimulatedFunction:
     limit: int = 0
     limits: tuple[int, ...] = ()
     home: str | None = None
+    profiles: dict[str, str] = field(default_factory=dict)
+    vfio_drivers: tuple[str, ...] = (VFIO_PCI,)
 
 
 class SimulatedDevices:
@@ -177,12 +181,12 @@ class SimulatedDevices:
 
         Raises:
             DeviceGoneError
-            HypervisorError: another has it, or vfio-pci does not.
+            HypervisorError: another has it, or no vfio driver does.
         """
         found = self.find(address)
         if found.user not in (None, guest):
             raise HypervisorError(f"PCI device {address} is in use by driver QEMU")
-        if found.shown.driver != VFIO_PCI:
+        if found.shown.driver not in found.vfio_drivers:
             raise HypervisorError(f"{address} is bound to {found.shown.driver or 'no driver'}")
         found.user, found.dirty = guest, True
 
