@@ -153,7 +153,7 @@ static int mailbox(const char *directory) {
     return 0;
 }
 /* The registers are in the memory; a change of WANTED is a new session, the bell is for peer 0, vector 0. */
-static int shared(const char *directory) {
+static void shared(const char *directory) {
     static const uint8_t junk[] = "\x16\x03\x01\x00\x05hello";
     char path[256];
     unsigned long long start = 0;
@@ -182,9 +182,9 @@ static int shared(const char *directory) {
     for (unsigned beat = 1;; beat++) {
         put(0x28, beat);
         *doorbell = 0;
+        if (get(0) != 0x4d434656) exit(0); /* unplugged */
         if (get(0x28) != beat) die("the memory changed");
         tell("shared-beat", beat);
-        tell("shared-status", get(0xc));
         usleep(200000);
     }
 }
@@ -219,33 +219,28 @@ static int shared_vfio(const char *group, const char *address) {
         { sizeof irq, VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_PCI_MSIX_IRQ_INDEX, 0, 1 }, event };
     if (ioctl(device, VFIO_DEVICE_SET_IRQS, &irq)) die("MSI-X");
     uint32_t bell = 0, session = get(0x10), rounds = 50;
+    uint64_t interrupts = 0;
     struct timespec a, b;
     clock_gettime(CLOCK_MONOTONIC, &a);
     for (unsigned i = 0; i < rounds; i++) {
         put(0x10, ++session);
         pwrite(device, &bell, 4, offset_of(0) + 12);
-        while (get(0x14) != session) {
+        do {
             uint64_t count;
             struct pollfd wait = { event, POLLIN, 0 };
             if (poll(&wait, 1, 10000) != 1 || read(event, &count, 8) != 8) die("no interrupt");
-        }
+            interrupts += count;
+        } while (get(0x14) != session);
     }
     clock_gettime(CLOCK_MONOTONIC, &b);
     tell("shared-doorbell-round-us", ((b.tv_sec - a.tv_sec) * 1000000 + (b.tv_nsec - a.tv_nsec) / 1000) / rounds);
-    uint64_t left;
-    struct pollfd any = { event, POLLIN, 0 };
-    if (poll(&any, 1, 0) == 1) read(event, &left, 8);
-    put(0x10, 0);
-    pwrite(device, &bell, 4, offset_of(0) + 12);
-    struct pollfd wait = { event, POLLIN, 0 };
-    tell("shared-interrupt", poll(&wait, 1, 10000));
-    tell("shared-session-after", get(0x14));
+    tell("shared-interrupts", interrupts);
     return 0;
 }
 int main(int argc, char **argv) {
     setvbuf(stdout, 0, _IONBF, 0);
     if (argc == 3 && !strcmp(argv[1], "mailbox")) return mailbox(argv[2]);
-    if (argc == 3 && !strcmp(argv[1], "shared")) return shared(argv[2]);
+    if (argc == 3 && !strcmp(argv[1], "shared")) shared(argv[2]);
     if (argc == 4 && !strcmp(argv[1], "shared-vfio")) return shared_vfio(argv[2], argv[3]);
     if (argc != 5) return 2;
     int container;
