@@ -70,6 +70,11 @@ def is_served(driver):
     return isinstance(Host(driver).ask(m.InventoryRequest()), m.Inventory)
 
 
+def let_it_hear(connect):
+    """Bells that have rung are heard before those of who comes now."""
+    assert is_served(connect())
+
+
 def test_a_card_says_who_it_is(mailbox):
     assert mailbox.client.size == 0x40000
     assert mailbox.memory[0x20000:0x20008] == b"VFCM\x00\x00\x01\x00"
@@ -200,7 +205,7 @@ def test_junk_is_no_tls(mailbox):
 @pytest.mark.parametrize(("register", "value"), [
     (TX_HEAD, 0x10001), (TX_HEAD, 0xFFFFFFFF), (RX_TAIL, 1), (RX_TAIL, 0xFFFEFFFF),
 ])  # fmt: skip
-def test_an_impossible_index_ends_the_session(rig, mailbox, register, value):
+def test_an_impossible_index_ends_the_session(rig, connect, mailbox, register, value):
     mailbox.open()
     mailbox.put(register, value)
     mailbox.client.ring()
@@ -208,8 +213,20 @@ def test_an_impossible_index_ends_the_session(rig, mailbox, register, value):
     mailbox.until(lambda: rig.desk._links == [])
     mailbox.put(TX_HEAD, 5)
     mailbox.client.ring()
-    rig.runner.ask(lambda: None)
+    let_it_hear(connect)
     assert (mailbox.status, mailbox.get(TX_TAIL)) == (READY | BROKEN, 0)
+    assert is_served(mailbox)
+
+
+def test_indices_without_a_session_say_nothing(connect, mailbox):
+    mailbox.open()
+    mailbox.send(b"\x16\x03\x01\x00\x05hello")
+    mailbox.until(lambda: mailbox.status == READY | ENDED)
+    answer = mailbox.get(RX_HEAD)
+    mailbox.put(TX_HEAD, 0xFFFFFFFF)
+    mailbox.client.ring()
+    let_it_hear(connect)
+    assert (mailbox.status, mailbox.get(RX_HEAD)) == (READY | ENDED, answer)
     assert is_served(mailbox)
 
 
