@@ -110,7 +110,8 @@ class SharedDriver:
         self.head = self.tail = 0
 
     def open(self):
-        self.want(self.get(WANTED) % 0xFFFFFFFF + 1)
+        taken = 0, self.get(WANTED), self.get(SESSION)
+        self.want(next(n for n in range(1, 4) if n not in taken))
         assert self.status == READY | OPEN
 
     def until(self, condition, timeout=20):

@@ -105,6 +105,17 @@ def test_an_id_is_free_when_its_client_went(served):
         assert served.next() == ("rung", 1)
 
 
+def test_who_went_rings_nobody(served):
+    """It still has the eventfd, whose number here may be another's by now."""
+    with IvshmemClient(served.path) as one:
+        one.sock.close()
+        assert served.next() == ("gone", 0)
+        with IvshmemClient(served.path) as two:
+            one.ring()
+            two.sock.close()
+            assert served.next() == ("gone", 1), "the first that happens"
+
+
 def test_too_many_are_turned_away(served):
     clients = [IvshmemClient(served.path) for _ in range(s.MAX_CLIENTS)]
     with IvshmemClient(served.path, greet=False) as another:

@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from ivshmem_client import (
     BROKEN,
     ENDED,
+    OPEN,
     READY,
     RX_HEAD,
     RX_TAIL,
     SESSION,
+    STATUS,
     TX_HEAD,
     TX_TAIL,
     WANTED,
@@ -218,6 +220,23 @@ def test_an_impossible_index_ends_the_session(rig, connect, mailbox, register, v
     assert is_served(mailbox)
 
 
+def test_a_driver_that_died_before_it_rang(mailbox):
+    """It left a WANTED that the card has not seen."""
+    mailbox.open()
+    mailbox.put(WANTED, 2)
+    assert is_served(SharedDriver(mailbox.client))
+    assert mailbox.get(SESSION) == 3
+
+
+def test_the_card_restores_its_registers_at_the_bell(mailbox):
+    mailbox.open()
+    for at in (STATUS, SESSION, TX_TAIL, RX_HEAD):
+        mailbox.put(at, 77)
+    mailbox.client.ring()
+    mailbox.until(lambda: mailbox.get(SESSION) == 1)
+    assert [mailbox.get(at) for at in (STATUS, TX_TAIL, RX_HEAD)] == [READY | OPEN, 0, 0]
+
+
 def test_indices_without_a_session_say_nothing(connect, mailbox):
     mailbox.open()
     mailbox.send(b"\x16\x03\x01\x00\x05hello")
@@ -303,7 +322,8 @@ def test_whatever_a_host_writes_harms_only_itself(long_rig, abuse):
             case _:
                 mailbox.client.ring()
     assert host.ask(m.Heartbeat(3)) == m.Heartbeat(3)
-    mailbox.put(SESSION, 0)
+    mailbox.put(SESSION, 2**32 - 1)
+    mailbox.want(0)
     assert is_served(mailbox), "and it may begin anew"
     connecting_.close()
     assert long_rig.told == []

@@ -94,19 +94,18 @@ class SharedMailbox:
     def _show(self) -> bool:
         """Write what the host may see now; whether that is new.
 
-        What is in a ring is there before its index, and the status before whose it is.
+        All of it each time, as the host may have changed it. What is in a ring is there before its
+        index, and the status before whose it is.
         """
         at = self._mailbox.indices
         now: dict[str, int] = {
             "TX_TAIL": at.tx_tail, "RX_HEAD": at.rx_head,
             "STATUS": self._mailbox.status, "SESSION": self._wanted,
         }  # fmt: skip
-        if now == self._shown:
-            return False
         for name, value in now.items():
             self._put(name, value)
-        self._shown = now
-        return True
+        before, self._shown = self._shown, now
+        return now != before
 
     def _get(self, name: str) -> int:
         return self._words[maps.SHARED.by_name[name].offset // WORD]
