@@ -301,7 +301,7 @@ ABUSE = st.lists(
 
 
 @settings(
-    max_examples=examples(150), deadline=None,
+    max_examples=examples(60), deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )  # fmt: skip
 @given(ABUSE)
