@@ -1,4 +1,4 @@
-"""A small guest with empty ports, in QEMU 11 by TCG, for functions of a card in this process."""
+"""A small guest with empty ports, in QEMU by TCG, for functions of a card in this process."""
 
 from __future__ import annotations
 
@@ -23,16 +23,17 @@ from virtfabric.shim.lab.outer import choose_outer
 from virtfabric.shim.topology.needs import DeviceNeed
 
 __all__ = ["Machine", "Rig"]
+VFIO_USER = DeviceNeed("vfio-user-pci", frozenset({"socket"}))
 PORTS = ("management", "slice0", "slice1")
 
 
 class Machine:
     """A small guest with empty ports, and the slots of a card that is plugged there by QMP."""
 
-    def __init__(self, path, words):
+    def __init__(self, path, words, need=VFIO_USER):
         self.console, self.path = path / "console", path
         image = ensure_card_guest()
-        outer = choose_outer([DeviceNeed("vfio-user-pci", frozenset({"socket"}))], print)
+        outer = choose_outer([need], print)
         ports = [
             part
             for number, name in enumerate(PORTS)

@@ -3,7 +3,11 @@
  *     vfcard GROUP ADDRESS FOREIGN-KEY FOREIGN-ADDRESS
  *     vfcard mailbox SYSFS-DIRECTORY
  *
- * The second looks at a management function through sysfs: it says something that is no TLS.
+ *     vfcard shared SYSFS-DIRECTORY
+ *     vfcard shared-vfio GROUP ADDRESS
+ *
+ * The second looks at a management function through sysfs: it says something that is no TLS. The third does the same
+ * with an ivshmem device, then writes and rings until there is none. The fourth rings it and waits for its interrupts.
  *
  * It judges nothing: each line of its output is "VFCARD name=value", for whoever runs the guest.
  */
@@ -116,6 +120,13 @@ static volatile uint8_t *resource(const char *directory, int number, unsigned si
     if (at == MAP_FAILED) die(path);
     return at;
 }
+static void measure_reads(const char *name, volatile uint8_t *memory, int size) {
+    struct timespec a, b;
+    clock_gettime(CLOCK_MONOTONIC, &a);
+    for (int i = 0; i < size; i += 4) (void)*(volatile uint32_t *)(memory + i);
+    clock_gettime(CLOCK_MONOTONIC, &b);
+    tell(name, size / 4 * 1e9 / ((b.tv_sec - a.tv_sec) * 1e9 + (b.tv_nsec - a.tv_nsec)));
+}
 static void wait_for(unsigned at, uint32_t value) {
     time_t end = time(0) + 10;
     while (get(at) != value) if (time(0) > end) { tell("mailbox-register", get(at)); die("no change"); }
@@ -138,25 +149,102 @@ static int mailbox(const char *directory) {
     for (int i = 0; i < 2000; i++) (void)get(0);
     clock_gettime(CLOCK_MONOTONIC, &b);
     tell("register-reads-per-second", 2000e9 / ((b.tv_sec - a.tv_sec) * 1e9 + (b.tv_nsec - a.tv_nsec)));
+    measure_reads("window-reads-per-second", window, 0x20000);
+    return 0;
+}
+/* The registers are in the memory; a change of WANTED is a new session, the bell is for peer 0, vector 0. */
+static void shared(const char *directory) {
+    static const uint8_t junk[] = "\x16\x03\x01\x00\x05hello";
+    char path[256];
+    unsigned long long start = 0;
+    snprintf(path, sizeof path, "%s/resource", directory);
+    FILE *list = fopen(path, "r");
+    if (!list || fscanf(list, "%llx", &start) != 1) die(path);
+    volatile uint32_t *doorbell = (void *)(resource(directory, 0, 4096) + (start & 4095) + 12);
+    volatile uint8_t *memory = resource(directory, 2, 0x40000);
+    bar = (void *)(memory + 0x20000);
+    tell_bytes("shared-magic", (uint8_t[]){ get(0), get(0) >> 8, get(0) >> 16, get(0) >> 24 }, 4);
+    tell("shared-id", doorbell[-1]);
+    put(0x28, 0); put(0x3c, 0);
+    uint32_t session = get(0x10) + 1;
+    put(0x10, session);
+    *doorbell = 0;
+    wait_for(0x14, session);
+    tell("shared-status", get(0xc));
+    for (unsigned i = 0; i < sizeof junk - 1; i++) memory[get(0x20) + i] = junk[i];
+    put(0x28, sizeof junk - 1);
+    *doorbell = 0;
+    wait_for(0xc, 5);
+    uint8_t answer[2] = { memory[get(0x30)], memory[get(0x30) + 1] };
+    tell_bytes("shared-answer", answer, 2);
+    tell("shared-answer-length", get(0x38));
+    measure_reads("shared-reads-per-second", memory, 0x20000);
+    for (unsigned beat = 1;; beat++) {
+        put(0x28, beat);
+        *doorbell = 0;
+        if (get(0) != 0x4d434656) exit(0); /* unplugged */
+        if (get(0x28) != beat) die("the memory changed");
+        tell("shared-beat", beat);
+        usleep(200000);
+    }
+}
+static void open_device(const char *number, const char *address, int *container) {
+    char path[64];
+    snprintf(path, sizeof path, "/dev/vfio/%s", number);
+    int group = open(path, O_RDWR);
+    *container = open("/dev/vfio/vfio", O_RDWR);
+    if (*container < 0 || group < 0) die("open");
+    struct vfio_group_status status = { sizeof status };
+    if (ioctl(group, VFIO_GROUP_GET_STATUS, &status) || !(status.flags & VFIO_GROUP_FLAGS_VIABLE)) die("viable");
+    if (ioctl(group, VFIO_GROUP_SET_CONTAINER, container)) die("container");
+    if (ioctl(*container, VFIO_SET_IOMMU, VFIO_TYPE1v2_IOMMU)) die("iommu");
+    if ((device = ioctl(group, VFIO_GROUP_GET_DEVICE_FD, address)) < 0) die("device");
+}
+static uint64_t offset_of(unsigned index) {
+    struct vfio_region_info region = { sizeof region, 0, index };
+    if (ioctl(device, VFIO_DEVICE_GET_REGION_INFO, &region)) die("region");
+    return region.offset;
+}
+static int shared_vfio(const char *group, const char *address) {
+    int container;
+    open_device(group, address, &container);
+    config = offset_of(VFIO_PCI_CONFIG_REGION_INDEX);
+    uint8_t *memory = mmap(0, 0x40000, PROT_READ | PROT_WRITE, MAP_SHARED, device, offset_of(2));
+    if (memory == MAP_FAILED) die("mmap");
+    bar = (void *)(memory + 0x20000);
+    event = eventfd(0, 0);
+    uint16_t command = 6;
+    pwrite(device, &command, 2, config + 4);
+    struct { struct vfio_irq_set set; int fd; } irq = {
+        { sizeof irq, VFIO_IRQ_SET_DATA_EVENTFD | VFIO_IRQ_SET_ACTION_TRIGGER, VFIO_PCI_MSIX_IRQ_INDEX, 0, 1 }, event };
+    if (ioctl(device, VFIO_DEVICE_SET_IRQS, &irq)) die("MSI-X");
+    uint32_t bell = 0, session = get(0x10), rounds = 50;
+    uint64_t interrupts = 0;
+    struct timespec a, b;
     clock_gettime(CLOCK_MONOTONIC, &a);
-    for (int i = 0; i < 0x20000; i += 4) (void)*(volatile uint32_t *)(window + i);
+    for (unsigned i = 0; i < rounds; i++) {
+        put(0x10, ++session);
+        pwrite(device, &bell, 4, offset_of(0) + 12);
+        do {
+            uint64_t count;
+            struct pollfd wait = { event, POLLIN, 0 };
+            if (poll(&wait, 1, 10000) != 1 || read(event, &count, 8) != 8) die("no interrupt");
+            interrupts += count;
+        } while (get(0x14) != session);
+    }
     clock_gettime(CLOCK_MONOTONIC, &b);
-    tell("window-reads-per-second", 0x8000 * 1e9 / ((b.tv_sec - a.tv_sec) * 1e9 + (b.tv_nsec - a.tv_nsec)));
+    tell("shared-doorbell-round-us", ((b.tv_sec - a.tv_sec) * 1000000 + (b.tv_nsec - a.tv_nsec) / 1000) / rounds);
+    tell("shared-interrupts", interrupts);
     return 0;
 }
 int main(int argc, char **argv) {
     setvbuf(stdout, 0, _IONBF, 0);
     if (argc == 3 && !strcmp(argv[1], "mailbox")) return mailbox(argv[2]);
+    if (argc == 3 && !strcmp(argv[1], "shared")) shared(argv[2]);
+    if (argc == 4 && !strcmp(argv[1], "shared-vfio")) return shared_vfio(argv[2], argv[3]);
     if (argc != 5) return 2;
-    char path[64];
-    snprintf(path, sizeof path, "/dev/vfio/%s", argv[1]);
-    int container = open("/dev/vfio/vfio", O_RDWR), group = open(path, O_RDWR);
-    if (container < 0 || group < 0) die("open");
-    struct vfio_group_status status = { sizeof status };
-    if (ioctl(group, VFIO_GROUP_GET_STATUS, &status) || !(status.flags & VFIO_GROUP_FLAGS_VIABLE)) die("viable");
-    if (ioctl(group, VFIO_GROUP_SET_CONTAINER, &container)) die("container");
-    if (ioctl(container, VFIO_SET_IOMMU, VFIO_TYPE1v2_IOMMU)) die("iommu");
-    if ((device = ioctl(group, VFIO_GROUP_GET_DEVICE_FD, argv[2])) < 0) die("device");
+    int container;
+    open_device(argv[1], argv[2], &container);
     struct vfio_device_info info = { sizeof info };
     ioctl(device, VFIO_DEVICE_GET_INFO, &info);
     tell("can-reset", !!(info.flags & VFIO_DEVICE_FLAGS_RESET));
@@ -166,11 +254,8 @@ int main(int argc, char **argv) {
     irq.index = VFIO_PCI_MSIX_IRQ_INDEX;
     ioctl(device, VFIO_DEVICE_GET_IRQ_INFO, &irq);
     tell("msix-vectors", irq.count);
-    struct vfio_region_info r0 = { sizeof r0, 0, 0 }, rc = { sizeof rc, 0, VFIO_PCI_CONFIG_REGION_INDEX };
-    ioctl(device, VFIO_DEVICE_GET_REGION_INFO, &r0);
-    ioctl(device, VFIO_DEVICE_GET_REGION_INFO, &rc);
-    config = rc.offset;
-    bar = mmap(0, r0.size, PROT_READ | PROT_WRITE, MAP_SHARED, device, r0.offset);
+    config = offset_of(VFIO_PCI_CONFIG_REGION_INDEX);
+    bar = mmap(0, 4096, PROT_READ | PROT_WRITE, MAP_SHARED, device, offset_of(0));
     ram = mmap(0, SIZE, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (bar == MAP_FAILED || ram == MAP_FAILED) die("mmap");
     struct vfio_iommu_type1_dma_map map = { sizeof map, 3, (uint64_t)(uintptr_t)ram, IOVA, SIZE };

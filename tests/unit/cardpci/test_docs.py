@@ -7,6 +7,7 @@ import pytest
 
 from virtfabric.shim.cardpci import maps
 from virtfabric.shim.cardpci.descriptors import Operation, Status
+from virtfabric.shim.ivshmem import maps as shared
 
 TEXT = (Path(__file__).parents[3] / "docs" / "card-protocol.md").read_text()
 
@@ -23,8 +24,9 @@ def rows(text):
 @pytest.mark.parametrize(
     ("registers", "text"),
     [(maps.MANAGEMENT, section("Management, BAR 0", "The mailbox")),
-     (maps.SLICE, section("A slice, BAR 0", "Queues"))],
-    ids=["management", "slice"],
+     (maps.SLICE, section("A slice, BAR 0", "Queues")),
+     (shared.SHARED, section("Registers in shared memory", "Bells"))],
+    ids=["management", "slice", "ivshmem"],
 )  # fmt: skip
 def test_every_register_is_there_and_no_other(registers, text):
     def reset(value):
@@ -36,7 +38,7 @@ def test_every_register_is_there_and_no_other(registers, text):
     ]
 
 
-@pytest.mark.parametrize("registers", [maps.MANAGEMENT, maps.SLICE])
+@pytest.mark.parametrize("registers", [maps.MANAGEMENT, maps.SLICE, shared.SHARED])
 def test_registers_do_not_overlap(registers):
     assert len(registers.by_offset) == sum(one.words for one in registers)
     assert all(one.offset % 4 == 0 for one in registers)

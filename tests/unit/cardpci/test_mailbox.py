@@ -18,6 +18,7 @@ from mailbox_driver import (
     TX_HEAD,
     MailboxDriver,
 )
+from mailbox_host import Host
 from slice_world import AES, spec
 from trust_data import HOST, credentials, end, hello
 from vfio_client import RESET
@@ -36,35 +37,6 @@ def rig(tmp_path):
 @pytest.fixture
 def mailbox(rig):
     return MailboxDriver(rig.connect("management"))
-
-
-class Host:
-    """A host that speaks through a mailbox."""
-
-    def __init__(self, mailbox, **ends):
-        self.mailbox = mailbox
-        mailbox.open()
-        self.link = Link(end(HOST, **ends), hello(HOST))
-        self.got = []
-        mailbox.until(lambda: self.step() or self.link.is_open or self.link.ended_by)
-
-    def step(self):
-        self.mailbox.send(self.link.outgoing())
-        if data := self.mailbox.receive():
-            self.got += self.link.receive(data)
-
-    def ask(self, message):
-        number = self.link.send(message)
-        answers = []
-
-        def answered():
-            self.step()
-            answers[:] = [r.message for r in self.got if r.about == number]
-            return answers or self.link.ended_by
-
-        self.mailbox.until(answered)
-        (answer,) = answers
-        return answer
 
 
 def test_a_card_says_who_it_is(rig):

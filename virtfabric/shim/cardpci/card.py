@@ -1,5 +1,7 @@
 """Joins a card's firmware with its PCI functions: each slice that is granted has a socket.
 
+The management mailbox is also there by ivshmem, for a QEMU that has no vfio-user.
+
 It decides nothing. What it is told to do about a function in the machine around it goes through
 `Slots`, on a thread of its own, as that may take seconds.
 """
@@ -21,6 +23,7 @@ from virtfabric.shim.cardpci.management import ManagementFunction
 from virtfabric.shim.cardpci.operations import SliceView
 from virtfabric.shim.cardpci.slicefunction import SliceFunction
 from virtfabric.shim.cardpci.switch import Switch
+from virtfabric.shim.ivshmem.service import IvshmemService
 from virtfabric.shim.vfiouser.server import FunctionServer
 
 if TYPE_CHECKING:
@@ -33,6 +36,7 @@ if TYPE_CHECKING:
     from virtfabric.shim.firmware.firmware import Firmware
 
 MANAGEMENT: Final = "management"
+_IVSHMEM: Final = "ivshmem.sock"
 
 
 class Slots(Protocol):
@@ -89,7 +93,8 @@ class CardDevice:
         Args:
             firmware: which decides.
             desk: of it.
-            directory: for sockets, of this card alone: `management.sock`, `SLICE.sock`.
+            directory: for sockets, of this card alone: `management.sock`, `SLICE.sock`,
+                `ivshmem.sock`.
             boot: as the desk has it.
             post: runs a job on the firmware's thread, soon; from any thread.
             slots: where functions are plugged.
@@ -121,13 +126,22 @@ class CardDevice:
             wake=Errand(post, self._pump).ask,
         )  # fmt: skip
         self._server = self._serve(MANAGEMENT, self._management)
+        self._ivshmem = IvshmemService(
+            desk, directory / _IVSHMEM, serial=self._serial, boot=self._boot, post=post,
+            report=report,
+        )  # fmt: skip
         self.refresh()
 
     @property
     def sockets(self) -> dict[str, Path]:
-        """Of every function, by name."""
+        """Of every function, by name: vfio-user."""
         slices = {str(name): one.server.path for name, one in self._seated.items()}
         return {MANAGEMENT: self._server.path, **slices}
+
+    @property
+    def ivshmem(self) -> Path:
+        """The socket of its ivshmem server: the mailbox once more, for each host that connects."""
+        return self._ivshmem.path
 
     def refresh(self) -> None:
         """Follow the firmware; on its thread, after whatever it has done."""
@@ -155,12 +169,14 @@ class CardDevice:
                        "dma_refused": counts.refused},
             )  # fmt: skip
         self._management.pump()
+        self._ivshmem.pump()
 
     def close(self) -> None:
         """Take all out; nothing of the card answers any more. Safe to repeat."""
         if self._closed:
             return
         self._closed = True
+        self._ivshmem.close()
         for name in list(self._seated):
             self._take_out(name)
         self._plugging.submit(self._end, MANAGEMENT, self._server, self._management.close)

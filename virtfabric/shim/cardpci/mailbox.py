@@ -27,15 +27,18 @@ _PASS: Final = 16 << 10
 
 
 class Window:
-    """The shared memory. Nobody can make it shorter, which would kill this process by SIGBUS."""
+    """The shared memory: the rings, and from `WINDOW` on what a transport has there beside them.
 
-    def __init__(self) -> None:
+    Nobody can make it shorter, which would kill this process by SIGBUS.
+    """
+
+    def __init__(self, size: int = WINDOW) -> None:
         self.fd = os.memfd_create("card-window", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-        os.ftruncate(self.fd, WINDOW)
+        os.ftruncate(self.fd, size)
         fcntl.fcntl(
             self.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
         )
-        self.memory = mmap.mmap(self.fd, WINDOW)
+        self.memory = mmap.mmap(self.fd, size)
 
     def close(self) -> None:
         """Give it back; safe to repeat."""
@@ -45,8 +48,8 @@ class Window:
             self.fd = -1
 
     def clear(self) -> None:
-        """All zeros."""
-        self.memory[:] = bytes(WINDOW)
+        """All zeros in the rings."""
+        self.memory[:WINDOW] = bytes(WINDOW)
 
     def take(self, ring: int, tail: int, count: int) -> bytes:
         """Bytes of a ring (0 or 1) from a count on."""

@@ -35,11 +35,8 @@ class Vectors:
                 raise InvalidRequestError("the descriptor is no eventfd", errno.EBADF)
         with self._lock:
             for vector in range(start, start + len(fds)):
-                fd = fds.pop(0)
-                # a counter that the client has filled up must not hold the device
-                os.set_blocking(fd, False)
                 self._drop(vector)
-                self._fds[vector] = fd
+                self._fds[vector] = fds.pop(0)
 
     def detach(self, start: int, count: int) -> None:
         """Silence vectors; safe to repeat."""
@@ -53,6 +50,9 @@ class Vectors:
             fd = self._fds.get(vector)
             if fd is None:
                 return False
+            # A counter that the client has filled up must not hold the device. The client has the
+            # same file, and may have made it blocking at any time.
+            os.set_blocking(fd, False)
             with suppress(BlockingIOError):  # it is raised already
                 os.write(fd, _ONE)
             return True
