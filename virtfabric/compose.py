@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from virtfabric.adapters.simulated.host import SimulatedHost
     from virtfabric.config import Config
     from virtfabric.daemon.api import Caller
+    from virtfabric.model.card import Carded
     from virtfabric.model.request import Offerable
     from virtfabric.ports import (
         Clock,
@@ -74,7 +75,7 @@ def _group_id(name: str) -> int | None:
         return None
 
 
-def _settings(config: Config, libvirt_version: str) -> Settings:
+def _settings(config: Config, libvirt_version: str, carded: Carded | None) -> Settings:
     def ceiling_for(caller: Caller) -> Offerable:
         try:
             name = pwd.getpwuid(caller.uid).pw_name
@@ -95,6 +96,7 @@ def _settings(config: Config, libvirt_version: str) -> Settings:
         lend_ballooned=config.memory.lend_ballooned,
         pools=config.pools,
         polkit=Polkit(config.agent.bus or None),
+        carded=carded,
     )
 
 
@@ -167,6 +169,7 @@ class Composition:
         self._stack.callback(audit.close)
         topology = outside.host.read_topology()
         cards = self._open_cards(state)
+        self._carded = config.cards.carded(cards.views())
         handlers = JoinedHandlers(outside.handlers, HandlerRegistry(card_handlers(cards)))
         world = World(
             host=outside.host, guests=outside.guests, devices=outside.devices,
@@ -177,7 +180,7 @@ class Composition:
         )  # fmt: skip
         self.agent = Agent(
             world,
-            _settings(config, outside.version),
+            _settings(config, outside.version, self._carded),
             topology,
             resolve_capacity(config, topology),
         )
@@ -259,7 +262,8 @@ class Composition:
             log.warning("[cards] takes effect at the next start")
         topology = self._outside.host.read_topology()
         capacity = resolve_capacity(config, topology)
-        self.agent.reconfigure(_settings(config, self._outside.version), topology, capacity)
+        settings = _settings(config, self._outside.version, self._carded)
+        self.agent.reconfigure(settings, topology, capacity)
         self.config = config
 
     def close(self) -> None:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from virtfabric.configvalues import check_parsed, check_path
+from virtfabric.configvalues import check_parsed, check_path, check_seconds, check_text
+from virtfabric.model.card import PATIENCE_S, Carded, Fallback
+from virtfabric.model.errors import ConfigError
 from virtfabric.protocol.messages import Role
 from virtfabric.trust.identity import Identity
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping, Sequence
+    from collections.abc import Collection, Mapping, Sequence
 
     from virtfabric.configvalues import Check, Source
 
@@ -33,10 +36,33 @@ class CardsConfig:
     Attributes:
         credentials: directory with this host's certificate and key, and the authority's
             certificate, as `virtfabric card provision --host` makes it.
+        arbiter: serial number of the card that decides about this host's CPU and memory (*carded*
+            mode); empty: the agent does.
+        fallback: what is done while it does not.
+        patience_s: in which it has to answer.
     """
 
     cards: tuple[CardConfig, ...] = ()
     credentials: Path = CREDENTIALS
+    arbiter: str = ""
+    fallback: Fallback = Fallback.OWN
+    patience_s: float = PATIENCE_S
+
+    def carded(self, serials: Collection[str]) -> Carded | None:
+        """Which card decides, of those that there are; None where the agent does.
+
+        Raises:
+            ConfigError: there is no such card.
+        """
+        if not self.arbiter:
+            return None
+        if self.arbiter not in serials:
+            known = ", ".join(sorted(serials)) or "none"
+            raise ConfigError(
+                f"cards.arbiter = {self.arbiter!r} is none of the cards",
+                advice=f"there are {known}",
+            )
+        return Carded(self.arbiter, self.fallback, self.patience_s)
 
 
 def _serial(value: Any) -> str:
@@ -47,6 +73,9 @@ def _serial(value: Any) -> str:
 _CARD: Final[Mapping[str, Check]] = {"serial": _serial, "socket": check_path}
 KEYS: Final[Mapping[str, Check]] = {
     "credentials": check_path,
+    "arbiter": lambda value: "" if value == "" else _serial(value),
+    "fallback": lambda value: Fallback(check_text(value, choices=tuple(Fallback))),
+    "patience_s": partial(check_seconds, least=0.05, most=30),
     "card": lambda value: value,
 }
 

@@ -14,17 +14,20 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
     from virtfabric.model.adapter import AdapterId, Reservation, Slice, SliceId, SliceSpec
+    from virtfabric.model.amounts import Amounts
     from virtfabric.model.card import CardNews, CardView, SignedImage
     from virtfabric.model.cxl import Condition, HostMemory
+    from virtfabric.model.decision import Course, Proposal
     from virtfabric.model.device import DeviceNews, PciAddress, PciFunction
     from virtfabric.model.errors import Refusal
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import HostTopology
     from virtfabric.model.hugepages import HugePools
-    from virtfabric.model.ids import GuestId, TransactionId
-    from virtfabric.model.ledger import Books
+    from virtfabric.model.ids import GuestId, RequestId, TransactionId
+    from virtfabric.model.ledger import Books, HostSnapshot
     from virtfabric.model.policy import GuestPolicy
     from virtfabric.model.reclaim import MemoryReport
+    from virtfabric.model.request import Request
     from virtfabric.model.step import Step
 
 
@@ -222,7 +225,30 @@ class CardImages(Protocol):
         """
 
 
-class Card(CardLink, CardSlices, CardImages, Protocol):
+class CardArbiter(Protocol):
+    """A card that decides about CPU and memory of this host (*carded* mode); repeating is safe.
+
+    Raises (all calls):
+        CardLostError, CardDistrustedError, CardError
+    """
+
+    def show(self, snapshot: HostSnapshot, *, deadline_s: float) -> None:
+        """Have it know this host as it is now."""
+
+    def propose(
+        self, snapshot: HostSnapshot, request: Request, caps: Mapping[GuestId, Amounts], *,
+        deadline_s: float,
+    ) -> Proposal | Refusal:  # fmt: skip
+        """Ask it to decide. What it proposes is unchecked."""
+
+    def measured(self, readings: Mapping[str, Mapping[str, int]], *, deadline_s: float) -> None:
+        """Tell it figures of the host and its guests, by subject."""
+
+    def report(self, request: RequestId, course: Course, detail: str, *, deadline_s: float) -> None:
+        """Tell it what became of a request that it decided."""
+
+
+class Card(CardLink, CardSlices, CardImages, CardArbiter, Protocol):
     """All that a card does for this host."""
 
 

@@ -16,7 +16,7 @@ def card_table(cards: list[Json]) -> Table:
     """Every card: what it has, what is free of it, and how its link is."""
     rows = tuple(
         (
-            card["serial"], card["condition"], _of(card, "site"), _share(card, "cores"),
+            card["serial"], _link(card), _of(card, "site"), _share(card, "cores"),
             _memory(card), _share(card, "lanes"), _accelerators(card), str(card["slices"]),
             card["why"],
         )
@@ -48,6 +48,12 @@ def card_lines(card: Json) -> list[str]:
     lines = [f"card {card['serial']}: {card['condition']}"]
     if card["why"]:
         lines.append(f"  {card['why']}")
+    if card.get("arbiter"):
+        lines.append(
+            "  decides about CPU and memory of this host"
+            if card["deciding"]
+            else "  is to decide about CPU and memory of this host, and does not"
+        )
     adapter = card["adapter"]
     if adapter is None:
         return lines
@@ -63,6 +69,23 @@ def card_lines(card: Json) -> list[str]:
         figures = ", ".join(f"{name} {value}" for name, value in sorted(values.items()))
         lines.append(f"  measured, {subject}: {figures}")
     return lines
+
+
+def _link(card: Json) -> str:
+    return f"{card['condition']}, decides" if card.get("deciding") else str(card["condition"])
+
+
+def arbiter_lines(arbiter: Json) -> list[str]:
+    """Who decides about allocations; nothing where no card is to."""
+    if arbiter["mode"] == "own":
+        return []
+    if arbiter["deciding"]:
+        return [f"card {arbiter['card']} decides about CPU and memory"]
+    instead = {"own": "the agent decides by itself", "refuse": "allocations are refused"}
+    return [
+        f"card {arbiter['card']} is to decide about CPU and memory and does not "
+        f"({arbiter['why']}): {instead[arbiter['fallback']]}"
+    ]
 
 
 def _of(card: Json, name: str) -> str:

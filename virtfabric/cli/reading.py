@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.cli import tables
-from virtfabric.cli.cardtables import card_table
+from virtfabric.cli.cardtables import arbiter_lines, card_table
 from virtfabric.cli.screen import print_json, print_lines, print_tables
 from virtfabric.cli.session import DONE, ask
 
@@ -23,6 +23,7 @@ def _status(args: argparse.Namespace) -> int:
         return DONE
     host, guests = status["host"], status["guests"]
     print_lines(tables.capacity_lines(host))
+    print_lines(arbiter_lines(status["arbiter"]) if "arbiter" in status else [])
     print_lines([f"alert: {a}" for a in status["alerts"]])
     print()
     print_tables(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from virtfabric import __version__
 from virtfabric.daemon.allocation import LEASE, Allocation
+from virtfabric.daemon.arbitration import Arbitration
 from virtfabric.daemon.archive import Archive
 from virtfabric.daemon.authority import Action, Authority
 from virtfabric.daemon.cardcalls import CardCalls
@@ -85,11 +86,16 @@ class Agent(CardCalls):
         self._jobs = Jobs(self._notices)
         self._drift = DriftWatch(self._observatory, self._notices, world.audit)
         reclaimer = Reclaimer(world.stats)
+        self._arbitration = Arbitration(
+            settings.carded, cards=world.cards or NoCards(), audit=world.audit,
+            notices=self._notices, look=self._observatory.snapshot,
+        )  # fmt: skip
         self._conductor = Conductor(
             ledger=self._ledger, observatory=self._observatory, journal=world.journal,
             audit=world.audit, handlers=world.handlers, clock=clock,
             reclaimer=reclaimer,
         )  # fmt: skip
+        self._conductor.tell_ends(self._arbitration.report)
         self._lifecycle = Lifecycle(
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, notices=self._notices, journal=world.journal, audit=world.audit,
@@ -100,10 +106,12 @@ class Agent(CardCalls):
             jobs=self._jobs, notices=self._notices, authority=self._authority,
             deadline_s=settings.deadline_s, cards=world.cards or NoCards(), clock=clock,
             settle_cards_soon=lambda: self._cards.watch.settle_soon(),
+            choose=self._arbitration.choose,
         )  # fmt: skip
         self._desk = PolicyDesk(
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, lifecycle=self._lifecycle, writer=world.policies, clock=clock,
+            choose=self._arbitration.choose,
         )  # fmt: skip
         self._devices = DeviceDesk(
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
@@ -118,7 +126,7 @@ class Agent(CardCalls):
         self._memory, self._memorywatch, self._hostwatch, self._regions, self._reclaim = parts
         self._cards = wire_cards(
             world, observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
-            jobs=self._jobs, notices=self._notices,
+            jobs=self._jobs, notices=self._notices, arbitration=self._arbitration,
         )  # fmt: skip
         self._ports = PortDesk(world.definitions, world.audit)
         self._archive = Archive(world.audit, self._observatory, self._jobs)
@@ -126,7 +134,7 @@ class Agent(CardCalls):
             settings=lambda: self._settings, world=world, observatory=self._observatory,
             ledger=self._ledger, conductor=self._conductor, lifecycle=self._lifecycle,
             drift=self._drift, notices=self._notices, host=self._hostwatch, memory=self._memory,
-            memorywatch=self._memorywatch,
+            memorywatch=self._memorywatch, measured=self._arbitration.measured,
         )  # fmt: skip
         self._drift.repair_with(self._rounds.repair)
         self._leases = LeaseWatch(self._ledger, clock, self._expire)
@@ -239,11 +247,12 @@ class Agent(CardCalls):
     def status(self, caller: Caller) -> Json:
         """See `AgentApi`."""
         self._require(caller, Action.READ)
-        snapshot = self._observatory.snapshot()
+        snapshot, arbiter = self._observatory.snapshot(), self._arbitration.view()
         return {
             "host": host_view(snapshot), "guests": guests_view(snapshot),
             "grants": grants_view(snapshot), "loans": loans_view(snapshot),
-            "cards": [card_view(view) for view in snapshot.cards.values()],
+            "cards": [card_view(view, arbiter) for view in snapshot.cards.values()],
+            "arbiter": arbiter,
             "generation": snapshot.generation, "alerts": self._notices.alerts,
         }  # fmt: skip
 

@@ -13,7 +13,7 @@ from virtfabric.model.capability import device_key
 from virtfabric.model.errors import Reason, Refusal, RefusedError, VirtfabricError
 from virtfabric.model.ids import GrantId
 from virtfabric.model.want import Mode
-from virtfabric.policy.arbiter import choose_allocation, choose_release
+from virtfabric.policy.arbiter import choose_release
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.notices import Notices
     from virtfabric.daemon.observatory import Observatory
-    from virtfabric.daemon.undertaking import Caps, Outcome
+    from virtfabric.daemon.undertaking import Caps, Choose, Outcome
     from virtfabric.model.decision import Decision
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ledger import Grant, HostSnapshot
@@ -56,8 +56,14 @@ class Allocation:
         cards: Cards,
         clock: Clock,
         settle_cards_soon: Callable[[], None],
+        choose: Choose,
     ) -> None:
-        """`settle_cards_soon` has cards brought to what the books say; it must not block."""
+        """Wire it; nothing is asked yet.
+
+        `settle_cards_soon` has cards brought to what the books say; it must not block. `choose`
+        decides what a guest that runs is to have, whoever does.
+        """
+        self._choose = choose
         self._cards = cards
         self._clock = clock
         self._settle_cards_soon = settle_cards_soon
@@ -109,7 +115,7 @@ class Allocation:
 
     def _undertaking(self, request: Request, name: str) -> Undertaking:
         def decide(snapshot: HostSnapshot, caps: Caps) -> Decision | Refusal:
-            return choose_allocation(snapshot, request, caps=caps)
+            return self._choose(snapshot, request, caps)
 
         return Undertaking(
             request.id,
@@ -192,6 +198,7 @@ class Allocation:
                 for r in outcome.residues
             ],
             "considered": [str(c) for c in decision.considered] if decision else [],
+            "decided_by": decision.by if decision else "",
             "reclaimed": [one.to_json() for one in outcome.reclaimed],
             "steps": list(outcome.steps), "took_s": round(outcome.took_s, 4),
             "agent_s": round(outcome.agent_s, 4),

@@ -63,8 +63,14 @@ class CardDesk:
     def __init__(
         self, *, cards: Cards, observatory: Observatory, ledger: Ledger, conductor: Conductor,
         jobs: Jobs, audit: AuditLog, settle_soon: Callable[[], None],
+        arbiter: Callable[[], Json],
     ) -> None:  # fmt: skip
-        """`settle_soon` has cards brought to what the books say; it must not block."""
+        """Wire it; nothing is asked yet.
+
+        `settle_soon` has cards brought to what the books say; it must not block. `arbiter` says who
+        decides about the host, as `daemon.arbitration` shows it.
+        """
+        self._arbiter = arbiter
         self._settle_soon = settle_soon
         self._cards = cards
         self._observatory = observatory
@@ -77,7 +83,8 @@ class CardDesk:
 
     def show(self) -> list[Json]:
         """Every card, as last told of."""
-        return [card_view(view) for view in self._cards.views().values()]
+        arbiter = self._arbiter()
+        return [card_view(view, arbiter) for view in self._cards.views().values()]
 
     def show_card(self, serial: str) -> Json:
         """One card, with its slices and what it measures.
@@ -88,7 +95,7 @@ class CardDesk:
         view = self._find_card(serial).view()
         held = self._ledger.view().books.slices
         slices = view.books.slices.values() if view.books else ()
-        return card_view(view) | {
+        return card_view(view, self._arbiter()) | {
             "slice_list": [
                 slice_view(view, one, held.get(one.request), self._name_of) for one in slices
             ],
@@ -281,7 +288,7 @@ class CardDesk:
         was = card.view()
         self._audit.append("card.trusted", [serial], {"card": serial, "was": was.why, "by": by})
         card.trust()
-        return card_view(card.view())
+        return card_view(card.view(), self._arbiter())
 
     def _find_card(self, serial: str) -> Card:
         found = self._cards.find(serial)

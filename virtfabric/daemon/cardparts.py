@@ -11,6 +11,7 @@ from virtfabric.model.errors import CardError
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from virtfabric.daemon.arbitration import Arbitration
     from virtfabric.daemon.conductor import Conductor
     from virtfabric.daemon.jobs import Jobs
     from virtfabric.daemon.ledger import Ledger
@@ -55,16 +56,16 @@ class NoCards:
 
 def wire_cards(
     world: World, *, observatory: Observatory, ledger: Ledger, conductor: Conductor, jobs: Jobs,
-    notices: Notices,
+    notices: Notices, arbitration: Arbitration,
 ) -> CardParts:  # fmt: skip
     """Both; nothing is asked yet."""
     cards = world.cards or NoCards()
     watch = CardWatch(
         cards=cards, ledger=ledger, conductor=conductor, audit=world.audit, notices=notices,
-        clock=world.clock,
+        clock=world.clock, heed=arbitration.heed,
     )  # fmt: skip
     desk = CardDesk(
         cards=cards, observatory=observatory, ledger=ledger, conductor=conductor, jobs=jobs,
-        audit=world.audit, settle_soon=watch.settle_soon,
+        audit=world.audit, settle_soon=watch.settle_soon, arbiter=arbitration.view,
     )  # fmt: skip
     return CardParts(desk, watch)

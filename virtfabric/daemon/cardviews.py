@@ -18,12 +18,19 @@ if TYPE_CHECKING:
     Json = dict[str, Any]
 
 
-def card_view(view: CardView) -> Json:
-    """One card; what it has is None where it was never there."""
+def card_view(view: CardView, arbiter: Json) -> Json:
+    """One card; what it has is None where it was never there.
+
+    Args:
+        view: as last told.
+        arbiter: who decides about the host, as `daemon.arbitration` shows it.
+    """
+    appointed = arbiter["card"] == view.serial
     shown: Json = {
         "serial": view.serial, "condition": view.condition.value, "why": view.why,
         "boot": view.boot, "software": view.software, "adapter": None, "free": None,
-        "slices": 0, "promises": 0, "generation": None,
+        "slices": 0, "promises": 0, "generation": None, "arbiter": appointed,
+        "deciding": appointed and arbiter["deciding"],
     }  # fmt: skip
     if view.books is None:
         return shown

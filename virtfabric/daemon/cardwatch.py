@@ -71,8 +71,10 @@ class CardWatch:
 
     def __init__(
         self, *, cards: Cards, ledger: Ledger, conductor: Conductor, audit: AuditLog,
-        notices: Notices, clock: Clock,
+        notices: Notices, clock: Clock, heed: Callable[[CardNews], None],
     ) -> None:  # fmt: skip
+        """`heed` hears news in the watch's thread, before anything follows from them."""
+        self._heed_news = heed
         self._cards = cards
         self._ledger = ledger
         self._conductor = conductor
@@ -131,6 +133,7 @@ class CardWatch:
             self._notices.settle(topic)
         self._audit.append(f"card.{news.kind}", [news.serial], body)
         self._notices.publish(f"card.{news.kind}", body)
+        self._heed_news(news)
         self._ledger.touch()  # which functions are its slices may be another answer now
         if news.kind in _SETTLES:
             self._refresh(news)

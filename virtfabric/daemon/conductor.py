@@ -16,11 +16,13 @@ from virtfabric.daemon.settlement import Settlement, refusal_body, subjects_of
 from virtfabric.daemon.shortfalls import Shortfalls
 from virtfabric.daemon.unfinished import Unfinished
 from virtfabric.model.amounts import Amounts
+from virtfabric.model.decision import Course
 from virtfabric.model.errors import (
     Reason,
     Refusal,
     RefusedError,
     StepCancelledError,
+    VirtfabricError,
 )
 from virtfabric.model.ids import TransactionId
 from virtfabric.policy.placement import plan_convergence, plan_decision
@@ -79,6 +81,7 @@ class Conductor:
         self._audit = audit
         self._handlers = handlers
         self._clock = clock
+        self._told: Callable[[RequestId, Course, str], None] = lambda *_: None
         self.unfinished = Unfinished(
             ledger=ledger, journal=journal, audit=audit, handlers=handlers, clock=clock
         )
@@ -91,6 +94,10 @@ class Conductor:
         """Whom to tell when functions may have become free; it must not block."""
         self._settlement.tell_moves(moved)
         self.unfinished.tell_moves(moved)
+
+    def tell_ends(self, told: Callable[[RequestId, Course, str], None]) -> None:
+        """Whom to tell how each undertaking ended, in the thread that conducted it."""
+        self._told = told
 
     def place_decision(self, deadline_s: float) -> Place:
         """A placer of decisions, with this deadline for each step that needs a guest."""
@@ -177,6 +184,15 @@ class Conductor:
             RefusedError: nothing was changed.
             StepCancelledError, VirtfabricError: everything was undone.
         """
+        try:
+            outcome = self._conduct(work, progress)
+        except VirtfabricError as error:
+            self._told(work.request, Course.UNDONE, str(error))
+            raise
+        self._told(work.request, Course.DONE, "")
+        return outcome
+
+    def _conduct(self, work: Undertaking, progress: Progress) -> Outcome:
         self.unfinished.finish()
         began, outside = self._clock.monotonic(), Stopwatch(self._clock)
         txn = TransactionId(f"txn-{uuid.uuid4().hex[:12]}")

@@ -21,10 +21,12 @@ if TYPE_CHECKING:
     from virtfabric.model.ledger import Books, Grant, HostSnapshot, Residue
     from virtfabric.model.plan import Plan
     from virtfabric.model.reclaim import Yield
+    from virtfabric.model.request import Request
     from virtfabric.model.step import Step
 
     Caps = Mapping[GuestId, Amounts]
     Decide = Callable[[HostSnapshot, Caps], Decision | Refusal]
+    Choose = Callable[[HostSnapshot, Request, Caps], Decision | Refusal]
     Place = Callable[[HostSnapshot, Decision | None], Plan | Refusal]
 
 

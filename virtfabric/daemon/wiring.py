@@ -10,6 +10,7 @@ if TYPE_CHECKING:
 
     from virtfabric.daemon.api import Caller
     from virtfabric.daemon.authority import Polkit
+    from virtfabric.model.card import Carded
     from virtfabric.model.device import DevicePool
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.request import Offerable
@@ -67,6 +68,7 @@ class Settings:
     """The part of the configuration that the agent itself acts on.
 
     Attributes:
+        carded: the card that decides about allocations; None: the agent does.
         capacity_of: what may be granted of a host; raises ConfigError.
     """
 
@@ -82,3 +84,4 @@ class Settings:
     lend_ballooned: bool = False
     pools: tuple[DevicePool, ...] = ()
     polkit: Polkit | None = None
+    carded: Carded | None = None

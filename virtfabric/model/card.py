@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.model.adapter import AdapterId, SliceId, SliceSpec
 from virtfabric.model.image import Phase
@@ -136,3 +136,27 @@ class HeldSlice:
             data["key"], AdapterId(data["card"]), SliceId(data["slice"]), data["wish"],
             SliceSpec.from_json(data["part"]), data["holder"], data.get("transient", False),
         )  # fmt: skip
+
+
+PATIENCE_S: Final = 1.0
+
+
+class Fallback(StrEnum):
+    """What is done while the card that is to decide does not. Published; the words of users."""
+
+    OWN = "own"
+    REFUSE = "refuse"
+
+
+@dataclass(frozen=True, slots=True)
+class Carded:
+    """*Carded* mode.
+
+    Attributes:
+        card: serial number of the one that decides.
+        patience_s: in which it has to answer; an answer takes it milliseconds.
+    """
+
+    card: str
+    fallback: Fallback = Fallback.OWN
+    patience_s: float = PATIENCE_S

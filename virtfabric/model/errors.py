@@ -48,6 +48,10 @@ class Reason(StrEnum):
     NO_HUGE_PAGES = "no-huge-pages"
     SHUTTING_DOWN = "shutting-down"
     IMAGE_REFUSED = "image-refused"
+    DECISION_REJECTED = "decision-rejected"
+    """A card's decision that would have broken an invariant."""
+    NO_ARBITER = "no-arbiter"
+    """The card that is to decide does not, and nobody else may."""
 
 
 class VirtfabricError(Exception):

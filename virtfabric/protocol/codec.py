@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 
 from virtfabric.model.adapter import ReservationId, SliceId
@@ -25,6 +24,8 @@ from virtfabric.protocol.adapterforms import (
 )
 from virtfabric.protocol.fields import Fields, format_json, parse_json
 from virtfabric.protocol.frames import Frame
+from virtfabric.protocol.hostkinds import HOST_KINDS
+from virtfabric.protocol.kind import BOTH, CARD, HOST, Kind
 from virtfabric.protocol.messages import Message, Role
 
 if TYPE_CHECKING:
@@ -40,33 +41,7 @@ _SIGNATURE_TEXT: Final = 128
 _MAX_DETAIL: Final = 500
 _BADGE: Final = re.compile(rf"[0-9a-f]{{{BADGE_DIGITS}}}")
 
-_CARD: Final = frozenset({Role.CARD})
-_HOST: Final = frozenset({Role.HOST})
-_BOTH: Final = frozenset(Role)
-
 M = TypeVar("M", bound=Message)
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """One kind of message: its number on the wire, its senders, and how its body is made and read.
-
-    Attributes:
-        form: the body of a message.
-        read: a message of a body and a tail.
-    """
-
-    code: int
-    type: type[Message]
-    senders: frozenset[Role]
-    form: Callable[[Any], dict[str, Any]]
-    read: Callable[[Fields, bytes], Message]
-
-    @property
-    def name(self) -> str:
-        """As documents and errors have it: `allocation-request`."""
-        letters = (f"-{c.lower()}" if c.isupper() else c for c in self.type.__name__)
-        return "".join(letters).lstrip("-")
 
 
 def encode(message: Message, number: int, about: int = 0, *, version: int = VERSION) -> bytes:
@@ -302,34 +277,35 @@ def _named(field_name: str, kind: type[M]) -> tuple[Callable[[M], dict[str, Any]
     return form, read
 
 
-KINDS: Final = (
-    Kind(0x01, m.Hello, _BOTH, _form_of_hello, _read_hello),
-    Kind(0x02, m.Heartbeat, _BOTH, lambda beat: {"beat": beat.beat},
+KINDS: Final[tuple[Kind, ...]] = (
+    Kind(0x01, m.Hello, BOTH, _form_of_hello, _read_hello),
+    Kind(0x02, m.Heartbeat, BOTH, lambda beat: {"beat": beat.beat},
          lambda fields, _: m.Heartbeat(fields.number("beat"))),
-    Kind(0x03, m.Error, _BOTH, _form_of_error, _read_error),
-    Kind(0x04, m.Done, _BOTH, _nothing, lambda _, __: m.Done()),
-    Kind(0x10, m.InventoryRequest, _HOST, _nothing, lambda _, __: m.InventoryRequest()),
-    Kind(0x11, m.Inventory, _CARD, _form_of_inventory, _read_inventory),
-    Kind(0x12, m.Telemetry, _BOTH, _form_of_telemetry, _read_telemetry),
-    Kind(0x13, m.Event, _CARD, _form_of_event, _read_event),
-    Kind(0x20, m.AllocationRequest, _HOST, _form_of_request, _read_request),
-    Kind(0x21, m.Decision, _CARD, _form_of_decision, _read_decision),
-    Kind(0x22, m.Commit, _HOST, *_named("reservation", m.Commit)),
-    Kind(0x23, m.Abort, _HOST, *_named("reservation", m.Abort)),
-    Kind(0x24, m.Grant, _CARD,
+    Kind(0x03, m.Error, BOTH, _form_of_error, _read_error),
+    Kind(0x04, m.Done, BOTH, _nothing, lambda _, __: m.Done()),
+    Kind(0x10, m.InventoryRequest, HOST, _nothing, lambda _, __: m.InventoryRequest()),
+    Kind(0x11, m.Inventory, CARD, _form_of_inventory, _read_inventory),
+    Kind(0x12, m.Telemetry, BOTH, _form_of_telemetry, _read_telemetry),
+    Kind(0x13, m.Event, CARD, _form_of_event, _read_event),
+    Kind(0x20, m.AllocationRequest, HOST, _form_of_request, _read_request),
+    Kind(0x21, m.Decision, CARD, _form_of_decision, _read_decision),
+    Kind(0x22, m.Commit, HOST, *_named("reservation", m.Commit)),
+    Kind(0x23, m.Abort, HOST, *_named("reservation", m.Abort)),
+    Kind(0x24, m.Grant, CARD,
          lambda grant: {"slice": form_of_slice(grant.slice), "generation": grant.generation},
          lambda fields, _: m.Grant(read_slice(fields.table("slice")), fields.number("generation"))),
-    Kind(0x25, m.Assign, _HOST,
+    Kind(0x25, m.Assign, HOST,
          lambda assign: {"slice": assign.slice, "holder": assign.holder},
          lambda fields, _: m.Assign(fields.text("slice", most=MAX_NAME),
                                     fields.text("holder", most=MAX_NAME, empty=True))),
-    Kind(0x26, m.Release, _HOST, *_named("slice", m.Release)),
-    Kind(0x30, m.Configure, _HOST, _form_of_configure, _read_configure),
-    Kind(0x31, m.ImageData, _HOST,
+    Kind(0x26, m.Release, HOST, *_named("slice", m.Release)),
+    Kind(0x30, m.Configure, HOST, _form_of_configure, _read_configure),
+    Kind(0x31, m.ImageData, HOST,
          lambda data: {"slice": data.slice, "offset": data.offset},
          lambda fields, tail: m.ImageData(fields.text("slice", most=MAX_NAME),
                                           fields.number("offset"), tail)),
-    Kind(0x32, m.Progress, _CARD, _form_of_progress, _read_progress),
+    Kind(0x32, m.Progress, CARD, _form_of_progress, _read_progress),
+    *HOST_KINDS,
 )  # fmt: skip
 BY_CODE: Final = {kind.code: kind for kind in KINDS}
 BY_TYPE: Final = {kind.type: kind for kind in KINDS}

@@ -225,11 +225,11 @@ class Fields:
                 raise self.fail(name, f"holds something else than {width} numbers up to {most}")
         return found
 
-    def texts(self, name: str, default: object = _NONE) -> tuple[str, ...]:
+    def texts(self, name: str, default: object = _NONE, *, most: int = MAX_TEXT) -> tuple[str, ...]:
         """A list of texts."""
         entries = {str(n): entry for n, entry in enumerate(self._list(name, default, MAX_ENTRIES))}
         inner = Fields(entries, self.path(name))
-        return tuple(inner.text(place) for place in entries)
+        return tuple(inner.text(place, most=most) for place in entries)
 
     def figures(self, name: str, default: object = _NONE) -> dict[str, int]:
         """A table of whole numbers from 0 by name."""

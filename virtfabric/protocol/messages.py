@@ -24,7 +24,13 @@ if TYPE_CHECKING:
         SliceId,
         SliceSpec,
     )
+    from virtfabric.model.amounts import Amounts, Tier
+    from virtfabric.model.decision import Course, Take
+    from virtfabric.model.guest import GuestState
+    from virtfabric.model.ids import GuestId
     from virtfabric.model.image import ImageManifest
+    from virtfabric.model.ledger import Books, HostSnapshot
+    from virtfabric.model.want import Want
 
 
 class Role(StrEnum):
@@ -265,3 +271,77 @@ class Event(Message):
     at_ms: int
     detail: str
     slice: str = ""
+
+
+# -- carded mode: the card decides about the host ---------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HostPicture(Message):
+    """A part of what a host is; the last one makes it whole, and the one before is forgotten.
+
+    Attributes:
+        picture: its name, another one for each that differs.
+        part: from 0, one after the other.
+        host: without guests and books; with part 0 only.
+        books: of any guests.
+    """
+
+    picture: str
+    part: int
+    parts: int
+    host: HostSnapshot | None
+    guests: tuple[GuestState, ...]
+    books: Books
+
+
+@dataclass(frozen=True, slots=True)
+class HostRequest(Message):
+    """Asks a card to decide about CPU and memory of a guest.
+
+    Attributes:
+        picture: of the host as it is now.
+        wants: by how much, or to what; `tier` says which memory, None where nobody named it.
+        partial: take what fits.
+        caps: the most that a guest can give, in every resource; others have no such bound.
+    """
+
+    picture: str
+    request: str
+    guest: GuestId
+    cpu: Want | None
+    memory: Want | None
+    tier: Tier | None
+    partial: bool
+    caps: Mapping[GuestId, Amounts]
+
+
+@dataclass(frozen=True, slots=True)
+class HostDecision(Message):
+    """Who gets, and who pays, on the host of this picture."""
+
+    picture: str
+    request: str
+    delta: Amounts
+    takes: tuple[Take, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HostRefusal(Message):
+    """It cannot be, and why; `would_fit` could be had instead."""
+
+    picture: str
+    request: str
+    reason: str
+    detail: str
+    would_fit: Mapping[str, int]
+    considered: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class HostOutcome(Message):
+    """What became of a decision."""
+
+    request: str
+    course: Course
+    detail: str

@@ -6,6 +6,7 @@ import pytest
 
 from virtfabric.config import load_config
 from virtfabric.configcards import CREDENTIALS, CardConfig
+from virtfabric.model.card import Carded, Fallback
 from virtfabric.model.errors import ConfigError
 
 TWO = """
@@ -62,3 +63,26 @@ def test_what_is_wrong_is_named(load, old, new, problem):
     with pytest.raises(ConfigError) as error:
         load(text)
     assert problem in str(error.value)
+
+
+def test_a_card_that_decides(load):
+    text = 'arbiter = "C-2"\nfallback = "refuse"\npatience_s = 0.5'
+    cards = load(TWO.replace('credentials = "/etc/x"', text))
+    assert cards.carded({"C-1", "C-2"}) == Carded("C-2", Fallback.REFUSE, 0.5)
+    assert load(TWO).carded({"C-1"}) is None
+    with pytest.raises(ConfigError, match="'C-2' is none of the cards"):
+        cards.carded({"C-1"})
+
+
+@pytest.mark.parametrize(
+    ("line", "problem"),
+    [
+        ('arbiter = "C 2"', "cards.arbiter = 'C 2' is not 1 to 64"),
+        ('fallback = "yes"', "cards.fallback = 'yes'"),
+        ("patience_s = 0", "cards.patience_s = 0"),
+    ],
+)
+def test_what_is_wrong_with_a_card_that_decides(load, line, problem):
+    with pytest.raises(ConfigError) as caught:
+        load(TWO.replace('credentials = "/etc/x"', line))
+    assert problem in str(caught.value)

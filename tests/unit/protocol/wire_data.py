@@ -3,6 +3,7 @@
 import os
 from itertools import pairwise
 
+from host_wire_data import HOST_MESSAGES
 from hypothesis import strategies as st
 
 from virtfabric.model.adapter import Adapter, Extent, Reservation, Seat, Slice, SliceSpec
@@ -88,6 +89,7 @@ BY_TYPE = {
     m.ImageData: st.builds(m.ImageData, NAMES, NUMBERS, st.binary(max_size=300)),
     m.Progress: st.builds(m.Progress, NAMES, st.sampled_from(Phase), NUMBERS, NUMBERS, MAYBE),
 }  # fmt: skip
+BY_TYPE |= HOST_MESSAGES
 MESSAGES = st.one_of(*BY_TYPE.values())
 
 

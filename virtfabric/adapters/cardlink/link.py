@@ -7,6 +7,7 @@ import time
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from virtfabric.adapters.cardlink.hostlink import HostLink
 from virtfabric.adapters.cardlink.witness import Witness
 from virtfabric.model.adapter import Reservation, SliceId
 from virtfabric.model.card import CardCondition, CardNews, CardNewsKind, CardView, SliceProgram
@@ -36,12 +37,11 @@ _LOOK_S: Final = 0.25
 """Without a word of the card so long, it is asked how far it is."""
 
 
-class WitnessedCard:
+class WitnessedCard(HostLink):
     """Implements `ports.Card`, and hears its wire (`WireListener`)."""
 
     def __init__(self, serial: AdapterId, wire: Wire) -> None:
-        self._serial = serial
-        self._wire = wire
+        super().__init__(serial, wire)
         self._witness = Witness(serial)
         self._turn = threading.Condition()
         self._view = CardView(serial)
@@ -287,7 +287,3 @@ class WitnessedCard:
             raise self._failure(error)
         detail = f"card {self._serial}: {error.detail}"
         return Refusal(Reason(error.reason), detail, error.would_fit)
-
-    def _failure(self, error: m.Error) -> CardError:
-        reason = f" ({error.reason})" if error.reason else ""
-        return CardError(f"card {self._serial}: {error.code}{reason}: {error.detail}")

@@ -212,6 +212,11 @@ class Witness:
         if progress.done > progress.total:
             raise LieError(f"{progress.slice}: {progress.done} bytes of {progress.total}")
 
+    def _decided(self, asked: m.HostRequest, answer: m.HostDecision | m.HostRefusal) -> None:
+        """It is the answer to this; whether it may be done is not for the link to say."""
+        if (answer.picture, answer.request) != (asked.picture, asked.request):
+            raise LieError(f"asked about {asked.request}, it decided {answer.request!r}")
+
     def _beat(self, asked: m.Heartbeat, answer: m.Heartbeat) -> None:
         if asked != answer:
             raise LieError(f"it answered heartbeat {asked.beat} with {answer.beat}")
@@ -233,6 +238,10 @@ class Witness:
         (m.Configure, m.Progress): _progress,
         (m.ImageData, m.Progress): _progress,
         (m.Heartbeat, m.Heartbeat): _beat,
+        (m.HostPicture, m.Done): lambda *_: None,
+        (m.HostRequest, m.HostDecision): _decided,
+        (m.HostRequest, m.HostRefusal): _decided,
+        (m.HostOutcome, m.Done): lambda *_: None,
     }
     """By what was asked, what may answer it."""
 

@@ -66,6 +66,20 @@ def _tell_data(asked: m.ImageData, answer: Message) -> str:
     return f"{asked.slice}: {answer.detail or 'the image is whole; writing it'}"
 
 
+def _tell_host_request(asked: m.HostRequest, answer: Message) -> str:
+    what = f"{asked.request} of guest {asked.guest}"
+    if isinstance(answer, m.HostRefusal):
+        return f"{what}: refused, {answer.reason}: {answer.detail}"
+    if not isinstance(answer, m.HostDecision):
+        return ""
+    paid = "".join(f"; {take.victim} pays {take.amounts}" for take in answer.takes)
+    return f"{what}: decided, {answer.delta}{paid}"
+
+
+def _tell_outcome(asked: m.HostOutcome, _answer: Message) -> str:
+    return f"{asked.request} is {asked.course}" + (f": {asked.detail}" if asked.detail else "")
+
+
 _TELLERS: Final[dict[type[Message], Callable[..., str]]] = {
     m.AllocationRequest: _tell_request,
     m.Commit: _tell_commit,
@@ -73,6 +87,8 @@ _TELLERS: Final[dict[type[Message], Callable[..., str]]] = {
     m.Assign: _tell_assign,
     m.Release: lambda asked, _: f"{asked.slice} ended",
     m.Configure: _tell_configure,
+    m.HostRequest: _tell_host_request,
+    m.HostOutcome: _tell_outcome,
     m.ImageData: _tell_data,
 }
 

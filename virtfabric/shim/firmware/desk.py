@@ -61,7 +61,8 @@ class Desk:
             message = received.message
             if isinstance(message, Heartbeat) and received.about:
                 continue  # the answer to one of ours
-            for answer in self._firmware.handle(message):
+            who = link.peer.serial if link.peer else ""
+            for answer in self._firmware.handle(message, who):
                 self._answered(link, message, answer)
                 self._say(link, answer, received.number)
         self._forget_ended()

@@ -18,6 +18,7 @@ from virtfabric.policy import slicing
 from virtfabric.policy.seating import free_of
 from virtfabric.policy.slicecheck import AccessFault, check_access
 from virtfabric.protocol import messages as m
+from virtfabric.shim.firmware.hostdesk import HostDesk
 from virtfabric.shim.firmware.programming import (
     MAX_IMAGE,
     PATIENCE_S,
@@ -44,7 +45,11 @@ TELEMETRY_S: Final = 1.0
 
 
 class Firmware:
-    """One card. Not for several threads at once."""
+    """One card. Not for several threads at once.
+
+    Attributes:
+        hosts: for whose CPU and memory it decides.
+    """
 
     def __init__(
         self, adapter: Adapter, log: StateLog, *, clock: Clock, port: ConfigurationPort,
@@ -63,6 +68,7 @@ class Firmware:
         Raises:
             StateDamagedError: the flash holds something else than a state of this card.
         """
+        self.hosts = HostDesk()
         self._log = log
         self._clock = clock
         self._port = port
@@ -108,11 +114,18 @@ class Firmware:
             return ""
         return hmac.digest(self._secret, name.encode(), "sha256").hex()[:BADGE_DIGITS]
 
-    def handle(self, message: Message) -> list[Message]:
+    def handle(self, message: Message, host: str = "") -> list[Message]:
         """The answers to a host's message; none to what needs none.
 
         What cannot be kept on the flash has not happened, and is answered with `internal`.
+
+        Args:
+            message: what it said.
+            host: who said it, as its certificate proved.
         """
+        answer = self.hosts.handle(message, host)
+        if answer is not None:
+            return [answer]
         handler = self._HANDLERS.get(type(message))
         if handler is None:
             return []
@@ -240,9 +253,6 @@ class Firmware:
     def _heartbeat(self, message: m.Heartbeat) -> list[Message]:
         return [message]
 
-    def _take_telemetry(self, _message: m.Telemetry) -> list[Message]:
-        return [m.Done()]
-
     # -- images -------------------------------------------------------------------------------
 
     def _configure(self, message: m.Configure) -> list[Message]:
@@ -340,7 +350,9 @@ class Firmware:
     def _telemetry(self, now: float) -> m.Telemetry:
         free = slicing.would_fit(free_of(self.books).vector(""))
         slices = (m.Reading(name, values) for name, values in self._figures.items())
-        return m.Telemetry(self._ms(now), (m.Reading("adapter", free), *slices))
+        decided = dict(self.hosts.counts)
+        arbiter = (m.Reading("arbiter", decided),) if decided else ()
+        return m.Telemetry(self._ms(now), (m.Reading("adapter", free), *arbiter, *slices))
 
     def _tell(self, what: m.EventKind, detail: str, name: str = "") -> None:
         self._events.append(m.Event(what, self._ms(self._clock.monotonic()), detail, name))
@@ -365,7 +377,7 @@ class Firmware:
     _HANDLERS: Final[dict[type[Message], Callable[..., list[Message]]]] = {
         m.InventoryRequest: _inventory, m.AllocationRequest: _allocate, m.Commit: _commit,
         m.Abort: _abort, m.Assign: _assign, m.Release: _release, m.Configure: _configure,
-        m.ImageData: _load, m.Heartbeat: _heartbeat, m.Telemetry: _take_telemetry,
+        m.ImageData: _load, m.Heartbeat: _heartbeat,
     }  # fmt: skip
 
 
