@@ -60,6 +60,7 @@ class EventKind(StrEnum):
     """What a card tells by itself."""
 
     ACCESS_FAULT = "access-fault"
+    DMA_REFUSED = "dma-refused"
     RESERVATION_EXPIRED = "reservation-expired"
     SLICE_RECLAIMED = "slice-reclaimed"
     STATE_RESTORED = "state-restored"

@@ -1,7 +1,6 @@
 """The wire over a socket, with cards that hang, replay, forge, downgrade or are somebody else."""
 
 import contextlib
-import socket
 import threading
 import time
 from itertools import pairwise
@@ -9,6 +8,7 @@ from itertools import pairwise
 import pytest
 from card_process import Served, write_card
 from card_wires import QUICK, card_adapter, link_to, start_brain
+from line import Line
 from rogue import RogueCard, smuggle
 from trust_data import CARD, credentials
 
@@ -112,7 +112,7 @@ def test_a_replayed_frame_ends_the_link_and_is_told(meet, honest):
 def test_a_replayed_record_ends_the_session(meet, honest, tmp_path):
     """As somebody on the line would, who has no keys: the same bytes twice."""
     served = Served(write_card(tmp_path))
-    pipe = _Replaying(tmp_path / "line", served.socket)
+    pipe = Line(tmp_path / "line", served.socket)
     card, news = link_to(tmp_path / "line", "host-a", timing=SLOW), News()
     try:
         card.watch(news)
@@ -127,50 +127,9 @@ def test_a_replayed_record_ends_the_session(meet, honest, tmp_path):
         served.stop()
 
 
-class _Replaying:
-    """A line on which each record of the card can come twice, or cut short."""
-
-    def __init__(self, path, target):
-        self.replay = False
-        self.cut = False
-        self._target = target
-        self._listener = socket.socket(socket.AF_UNIX)
-        self._listener.bind(str(path))
-        self._listener.listen()
-        threading.Thread(target=self._accept, daemon=True).start()
-
-    def _accept(self):
-        while True:
-            try:
-                near, _ = self._listener.accept()
-            except OSError:
-                return
-            far = socket.socket(socket.AF_UNIX)
-            far.connect(str(self._target))
-            for a, b, back in ((near, far, False), (far, near, True)):
-                threading.Thread(target=self._carry, args=(a, b, back), daemon=True).start()
-
-    def _carry(self, source, target, back):
-        try:
-            while data := source.recv(1 << 16):
-                if back and self.cut:
-                    target.sendall(data[:-3])
-                    break
-                target.sendall(data * 2 if back and self.replay else data)
-        except OSError:
-            pass
-        for end in (source, target):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
-
-    def close(self):
-        self._listener.shutdown(socket.SHUT_RDWR)
-        self._listener.close()
-
-
 def test_a_frame_cut_short_is_a_link_that_was_cut_off(tmp_path):
     served = Served(write_card(tmp_path))
-    pipe = _Replaying(tmp_path / "line", served.socket)
+    pipe = Line(tmp_path / "line", served.socket)
     card, news = link_to(tmp_path / "line", "host-a", timing=SLOW), News()
     try:
         card.watch(news)

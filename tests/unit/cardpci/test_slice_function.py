@@ -203,6 +203,17 @@ def test_dma_outside_the_guest_is_refused_and_seen(driver, address):
     assert client.get(FAULT) == 0
 
 
+def test_the_host_hears_of_refused_dma(rig, driver):
+    start, _ = driver.piece()
+    for _ in range(3):
+        assert driver.do(STORE, key=driver.key(), source=(0, 16), card=(start, 0)) == (DMA_BAD, 0)
+    rig.runner.ask(lambda: None)  # the card looks at its functions whenever it has done something
+    rig.runner.ask(rig.bench.card.tick)
+    events = [event for event in rig.events if event.what == "dma-refused"]
+    assert {event.slice for event in events} == {"slice-1"}
+    assert sum(int(event.detail.split()[0]) for event in events) == 3
+
+
 def test_telemetry_has_the_counts(rig, driver):
     start, _ = driver.piece()
     driver.store(start, bytes(1000))

@@ -42,6 +42,7 @@ if TYPE_CHECKING:
 PROMISE_S: Final = 30.0
 """How long a reservation waits for its commit."""
 TELEMETRY_S: Final = 1.0
+_REFUSED: Final = "dma_refused"
 
 
 class Firmware:
@@ -86,6 +87,7 @@ class Firmware:
         # half; how long it had waited is not known any more, so it waits anew
         self._expires = dict.fromkeys(self.books.reservations, now + PROMISE_S)
         self._faults: Counter[str] = Counter()
+        self._refused_dma: Counter[SliceId] = Counter()
         self._first_fault: dict[str, AccessFault] = {}
         self._figures: dict[SliceId, dict[str, int]] = {}
         self._told = now
@@ -169,7 +171,14 @@ class Firmware:
         self._first_fault.setdefault(fault.slice, fault)
 
     def measure(self, name: SliceId, values: Mapping[str, int]) -> None:
-        """Figures of a slice, for telemetry; the latest count."""
+        """Figures of a slice, for telemetry; the latest count.
+
+        DMA that was refused meanwhile (`dma_refused`) is told once a tick.
+        """
+        before = self._figures.get(name, {}).get(_REFUSED, 0)
+        refused = values.get(_REFUSED, 0) - before
+        if refused > 0:
+            self._refused_dma[name] += refused
         self._figures[name] = dict(values)
 
     # -- slices -------------------------------------------------------------------------------
@@ -346,6 +355,10 @@ class Firmware:
             self._tell(m.EventKind.ACCESS_FAULT, f"{self._first_fault[name]}{more}", name)
         self._faults.clear()
         self._first_fault.clear()
+        for name, count in self._refused_dma.items():
+            detail = f"{count} DMA accesses outside of the memory that its host mapped for it"
+            self._tell(m.EventKind.DMA_REFUSED, detail, name)
+        self._refused_dma.clear()
 
     def _telemetry(self, now: float) -> m.Telemetry:
         free = slicing.would_fit(free_of(self.books).vector(""))
