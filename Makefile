@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .NOTPARALLEL:
 
-.PHONY: help demo demo-cxl demo-passthrough test check checks lab lab-agent vagrant-box bench bench-passthrough clean setup setup-checks setup-lab setup-vagrant
+.PHONY: help demo demo-cxl demo-passthrough test check checks lab lab-agent vagrant-box bench bench-cards bench-passthrough clean setup setup-checks setup-lab setup-vagrant
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -63,6 +63,10 @@ vagrant-box: setup-vagrant  ## build the Vagrant box of this checkout into the c
 
 bench: setup  ## benchmarks: prints a table, writes benchmarks/results.json
 	@$(VENV)/python benchmarks/run.py
+
+bench-cards: setup-checks  ## cards: decisions, combinations against OR-tools, calls through the mailbox
+	@$(VENV)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@$(VENV)/python benchmarks/run.py card combination cardlink
 
 bench-passthrough: setup-lab  ## a VF for a running guest against raw virsh, in a nested lab
 	@$(VENV)/python benchmarks/run.py passthrough

@@ -72,7 +72,7 @@ def measure() -> list[dict[str, Any]]:
 
     In CPU time: a decision waits for nothing, and so the figures hold on a busy machine as well.
     """
-    rows = []
+    rows, sizes = [], {}
     for count in SIZES:
         draw = random.Random(count)
         tracemalloc.start()
@@ -88,10 +88,17 @@ def measure() -> list[dict[str, Any]]:
             rows += _rows(f"slice on several of {count} adapters", combined, COMBINED_MS)
         updates = list(_updates(pool, by_serial, draw))
         rows += _rows(f"slice made on one of {count} adapters, index updated", updates, SINGLE_MS)
+        sizes[count] = held / count / 1024
         rows.append({
             "what": f"memory for each of {count} adapters", "value": round(held / count / 1024, 1),
             "unit": "KiB", "target": 32, "met": held / count / 1024 <= 32,
         })  # fmt: skip
+    growth = sizes[SIZES[-1]] / sizes[SIZES[1]]
+    rows.append({
+        "what": f"memory for each of {SIZES[-1]} adapters, as a part of that for each of "
+        f"{SIZES[1]} (1: linear)", "value": round(growth, 2), "unit": "", "target": 1.2,
+        "met": growth <= 1.2,
+    })  # fmt: skip
     return rows
 
 

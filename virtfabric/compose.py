@@ -97,6 +97,7 @@ def _settings(config: Config, libvirt_version: str, carded: Carded | None) -> Se
         pools=config.pools,
         polkit=Polkit(config.agent.bus or None),
         carded=carded,
+        idle_after_s=config.cards.idle_after_s,
     )
 
 

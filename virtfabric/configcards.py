@@ -40,6 +40,7 @@ class CardsConfig:
             mode); empty: the agent does.
         fallback: what is done while it does not.
         patience_s: in which it has to answer.
+        idle_after_s: how long nobody may use a slice before it is idle; 0: for ever.
     """
 
     cards: tuple[CardConfig, ...] = ()
@@ -47,6 +48,7 @@ class CardsConfig:
     arbiter: str = ""
     fallback: Fallback = Fallback.OWN
     patience_s: float = PATIENCE_S
+    idle_after_s: float = 600.0
 
     def carded(self, serials: Collection[str]) -> Carded | None:
         """Which card decides, of those that there are; None where the agent does.
@@ -76,6 +78,7 @@ KEYS: Final[Mapping[str, Check]] = {
     "arbiter": lambda value: "" if value == "" else _serial(value),
     "fallback": lambda value: Fallback(check_text(value, choices=tuple(Fallback))),
     "patience_s": partial(check_seconds, least=0.05, most=30),
+    "idle_after_s": partial(check_seconds, least=0, most=30 * 86400),
     "card": lambda value: value,
 }
 

@@ -34,7 +34,7 @@ def slice_table(slices: list[Json]) -> Table:
     rows = tuple(
         (
             f"{one['card']}/{one['id']}", one["spec"]["name"] or "-", one["wish"] or _FOREIGN,
-            _content(one), str(one["spec"]["qos"]["priority"]), one["holder_name"] or "nobody",
+            _content(one), str(one["spec"]["qos"]["priority"]), _holder(one),
             _program(one),
         )
         for one in slices
@@ -69,6 +69,12 @@ def card_lines(card: Json) -> list[str]:
         figures = ", ".join(f"{name} {value}" for name, value in sorted(values.items()))
         lines.append(f"  measured, {subject}: {figures}")
     return lines
+
+
+def _holder(one: Json) -> str:
+    idle = one.get("idle_s")
+    who = one["holder_name"] or "nobody"
+    return who if idle is None else f"{who}, idle {round(idle / 60)} min"
 
 
 def _link(card: Json) -> str:

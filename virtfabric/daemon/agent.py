@@ -106,7 +106,7 @@ class Agent(CardCalls):
             jobs=self._jobs, notices=self._notices, authority=self._authority,
             deadline_s=settings.deadline_s, cards=world.cards or NoCards(), clock=clock,
             settle_cards_soon=lambda: self._cards.watch.settle_soon(),
-            choose=self._arbitration.choose,
+            choose=self._arbitration.choose, idle_slices=lambda: self._cards.idle.takeable(),
         )  # fmt: skip
         self._desk = PolicyDesk(
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
@@ -127,6 +127,7 @@ class Agent(CardCalls):
         self._cards = wire_cards(
             world, observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, notices=self._notices, arbitration=self._arbitration,
+            idle_after_s=settings.idle_after_s,
         )  # fmt: skip
         self._ports = PortDesk(world.definitions, world.audit)
         self._archive = Archive(world.audit, self._observatory, self._jobs)
@@ -134,7 +135,7 @@ class Agent(CardCalls):
             settings=lambda: self._settings, world=world, observatory=self._observatory,
             ledger=self._ledger, conductor=self._conductor, lifecycle=self._lifecycle,
             drift=self._drift, notices=self._notices, host=self._hostwatch, memory=self._memory,
-            memorywatch=self._memorywatch, measured=self._arbitration.measured,
+            memorywatch=self._memorywatch, measured=self._measured,
         )  # fmt: skip
         self._drift.repair_with(self._rounds.repair)
         self._leases = LeaseWatch(self._ledger, clock, self._expire)
@@ -173,6 +174,10 @@ class Agent(CardCalls):
 
     def _judge_memory_soon(self, conditions: Mapping[Serial, Condition]) -> None:
         self._lifecycle.enqueue(lambda: self._rounds.judge_memory(conditions))
+
+    def _measured(self, figures: Mapping[str, Mapping[str, float]]) -> None:
+        self._arbitration.measured(figures)
+        self._cards.idle.look()
 
     def _make_vfs(self) -> None:
         make_vfs(self._world.vfs, self._settings.pools, self._notices, self._world.audit)

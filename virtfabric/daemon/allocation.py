@@ -16,7 +16,7 @@ from virtfabric.model.want import Mode
 from virtfabric.policy.arbiter import choose_release
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from virtfabric.daemon.api import Caller
     from virtfabric.daemon.authority import Authority
@@ -57,12 +57,15 @@ class Allocation:
         clock: Clock,
         settle_cards_soon: Callable[[], None],
         choose: Choose,
+        idle_slices: Callable[[], Sequence[str]],
     ) -> None:
         """Wire it; nothing is asked yet.
 
         `settle_cards_soon` has cards brought to what the books say; it must not block. `choose`
-        decides what a guest that runs is to have, whoever does.
+        decides what a guest that runs is to have, whoever does. `idle_slices` says which slices
+        of cards nobody would miss.
         """
+        self._idle_slices = idle_slices
         self._choose = choose
         self._cards = cards
         self._clock = clock
@@ -130,7 +133,9 @@ class Allocation:
         )
 
     def _prelude(self, request: Request) -> SlicePrelude:
-        return SlicePrelude(request, self._cards, self._observatory, self._ledger, self._clock)
+        return SlicePrelude(
+            request, self._cards, self._observatory, self._ledger, self._clock, self._idle_slices
+        )
 
     def preview(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
         """The decision and the exact steps, nothing changed.

@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 
     from virtfabric.daemon.conductor import Conductor
     from virtfabric.daemon.executor import Progress
+    from virtfabric.daemon.idleslices import IdleSlices
     from virtfabric.daemon.jobs import Job, Jobs
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.observatory import Observatory
@@ -63,7 +64,7 @@ class CardDesk:
     def __init__(
         self, *, cards: Cards, observatory: Observatory, ledger: Ledger, conductor: Conductor,
         jobs: Jobs, audit: AuditLog, settle_soon: Callable[[], None],
-        arbiter: Callable[[], Json],
+        arbiter: Callable[[], Json], idle: IdleSlices,
     ) -> None:  # fmt: skip
         """Wire it; nothing is asked yet.
 
@@ -71,6 +72,7 @@ class CardDesk:
         decides about the host, as `daemon.arbitration` shows it.
         """
         self._arbiter = arbiter
+        self._idle = idle
         self._settle_soon = settle_soon
         self._cards = cards
         self._observatory = observatory
@@ -94,17 +96,18 @@ class CardDesk:
         """
         view = self._find_card(serial).view()
         held = self._ledger.view().books.slices
-        slices = view.books.slices.values() if view.books else ()
+        slices, idle = view.books.slices.values() if view.books else (), self._idle.idle()
         return card_view(view, self._arbiter()) | {
             "slice_list": [
-                slice_view(view, one, held.get(one.request), self._name_of) for one in slices
+                slice_view(view, one, held.get(one.request), self._name_of, idle) for one in slices
             ],
             "readings": {subject: dict(values) for subject, values in view.readings.items()},
         }  # fmt: skip
 
     def slices(self) -> list[Json]:
         """Every slice of every card."""
-        return slices_view(self._cards.views(), self._ledger.view().books.slices, self._name_of)
+        held = self._ledger.view().books.slices
+        return slices_view(self._cards.views(), held, self._name_of, self._idle.idle())
 
     def _name_of(self, holder: str) -> str:
         found = self._observatory.find(holder)
@@ -168,7 +171,7 @@ class CardDesk:
         return found
 
     def _creation(self, wishes: Sequence[SliceWish], by: str) -> _Making:
-        making = _Making(self._cards, wishes, new_request())
+        making = _Making(self._cards, wishes, new_request(), self._idle.takeable)
         names = [wish.spec.name for wish in wishes]
         making.work = Undertaking(
             making.request, f"slices {', '.join(filter(None, names))}".rstrip(), making.place,
@@ -318,7 +321,11 @@ class _Making:
 
     work: Undertaking
 
-    def __init__(self, cards: Cards, wishes: Sequence[SliceWish], request: RequestId) -> None:
+    def __init__(
+        self, cards: Cards, wishes: Sequence[SliceWish], request: RequestId,
+        takeable: Callable[[], Sequence[str]],
+    ) -> None:  # fmt: skip
+        self._takeable = takeable
         self._cards = cards
         self._wishes = wishes
         self.request = request
@@ -328,7 +335,7 @@ class _Making:
     def place(self, snapshot: HostSnapshot, _: Decision | None) -> Plan | Refusal:
         answer = plan_slices(
             snapshot.cards, snapshot.books.slices, self._wishes, host=self._cards.host,
-            request=self.request, generation=snapshot.generation,
+            request=self.request, generation=snapshot.generation, idle=self._takeable(),
         )  # fmt: skip
         if isinstance(answer, Refusal):
             return answer

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from virtfabric.daemon.carddesk import CardDesk
 from virtfabric.daemon.cardwatch import CardWatch
+from virtfabric.daemon.idleslices import IdleSlices
 from virtfabric.model.errors import CardError
 
 if TYPE_CHECKING:
@@ -28,6 +29,7 @@ class CardParts(NamedTuple):
 
     desk: CardDesk
     watch: CardWatch
+    idle: IdleSlices
 
 
 class NoCards:
@@ -56,16 +58,21 @@ class NoCards:
 
 def wire_cards(
     world: World, *, observatory: Observatory, ledger: Ledger, conductor: Conductor, jobs: Jobs,
-    notices: Notices, arbitration: Arbitration,
+    notices: Notices, arbitration: Arbitration, idle_after_s: float,
 ) -> CardParts:  # fmt: skip
-    """Both; nothing is asked yet."""
+    """All; nothing is asked yet."""
     cards = world.cards or NoCards()
     watch = CardWatch(
         cards=cards, ledger=ledger, conductor=conductor, audit=world.audit, notices=notices,
         clock=world.clock, heed=arbitration.heed,
     )  # fmt: skip
+    idle = IdleSlices(
+        cards=cards, ledger=ledger, audit=world.audit, notices=notices, clock=world.clock,
+        after_s=idle_after_s,
+    )  # fmt: skip
     desk = CardDesk(
         cards=cards, observatory=observatory, ledger=ledger, conductor=conductor, jobs=jobs,
         audit=world.audit, settle_soon=watch.settle_soon, arbiter=arbitration.view,
+        idle=idle,
     )  # fmt: skip
-    return CardParts(desk, watch)
+    return CardParts(desk, watch, idle)

@@ -52,24 +52,30 @@ def slices_view(
     cards: Mapping[AdapterId, CardView],
     held: Mapping[str, HeldSlice],
     name_of: Callable[[str], str],
+    idle: Mapping[str, float],
 ) -> list[Json]:
     """Every slice of every card, other hosts' too; those of a lost card as it was last seen."""
     return [
-        slice_view(view, one, held.get(one.request), name_of)
+        slice_view(view, one, held.get(one.request), name_of, idle)
         for view in cards.values()
         for one in (view.books.slices.values() if view.books else ())
     ]
 
 
 def slice_view(
-    view: CardView, one: Slice, held: HeldSlice | None, name_of: Callable[[str], str]
-) -> Json:
-    """One slice; `wish` is what it is a part of, None for another host's."""
+    view: CardView, one: Slice, held: HeldSlice | None, name_of: Callable[[str], str],
+    idle: Mapping[str, float],
+) -> Json:  # fmt: skip
+    """One slice; `wish` is what it is a part of, None for another host's.
+
+    `idle` are seconds for which nobody has used slices, by key.
+    """
     program = view.programs.get(one.id, SliceProgram())
     return form_of_slice(one) | {
         "card": view.serial, "known": view.is_usable, "wish": held.wish if held else None,
         "holder_name": name_of(one.holder) if one.holder else "",
         "phase": program.phase.value, "image": program.image,
+        "idle_s": round(idle[one.request]) if one.request in idle else None,
     }  # fmt: skip
 
 

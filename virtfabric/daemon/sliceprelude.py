@@ -15,6 +15,8 @@ from virtfabric.model.errors import CardError, Refusal, StepCancelledError
 from virtfabric.policy.guestslices import choose_slices, foresee, functions_to_come, lacks_group
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     from virtfabric.daemon.executor import Progress
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.observatory import Observatory
@@ -39,8 +41,10 @@ class SlicePrelude:
 
     def __init__(
         self, request: Request, cards: Cards, observatory: Observatory, ledger: Ledger,
-        clock: Clock,
+        clock: Clock, idle_slices: Callable[[], Sequence[str]],
     ) -> None:  # fmt: skip
+        """`idle_slices` says which slices nobody would miss."""
+        self._idle_slices = idle_slices
         self._request = request
         self._cards = cards
         self._observatory = observatory
@@ -57,7 +61,8 @@ class SlicePrelude:
     def foresee(self, snapshot: HostSnapshot) -> HostSnapshot:
         """The host as it will be when the steps are done."""
         found = choose_slices(
-            snapshot, self._request, host=self._cards.host, making=new_request()
+            snapshot, self._request, host=self._cards.host, making=new_request(),
+            idle=self._idle_slices(),
         )  # fmt: skip
         self._found = found
         return foresee(snapshot, found.slices) if found.slices else snapshot

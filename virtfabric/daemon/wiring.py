@@ -69,6 +69,7 @@ class Settings:
 
     Attributes:
         carded: the card that decides about allocations; None: the agent does.
+        idle_after_s: how long nobody may use a slice of a card before it is idle; 0: for ever.
         capacity_of: what may be granted of a host; raises ConfigError.
     """
 
@@ -85,3 +86,4 @@ class Settings:
     pools: tuple[DevicePool, ...] = ()
     polkit: Polkit | None = None
     carded: Carded | None = None
+    idle_after_s: float = 0.0

@@ -20,7 +20,7 @@ from virtfabric.policy.sliceplans import SlicePlan, SliceWish, plan_slices
 from virtfabric.policy.stock import Stock, functions_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
 
     from virtfabric.model.adapter import AdapterId
     from virtfabric.model.badge import SliceFunction
@@ -51,8 +51,9 @@ class Foresight:
 
 
 def choose_slices(
-    snapshot: HostSnapshot, request: Request, *, host: str, making: RequestId
-) -> Foresight:
+    snapshot: HostSnapshot, request: Request, *, host: str, making: RequestId,
+    idle: Sequence[str] = (),
+) -> Foresight:  # fmt: skip
     """As many of the slices that are missing as cards can have made now.
 
     Args:
@@ -60,6 +61,7 @@ def choose_slices(
         request: what is asked for.
         host: who this host is to cards.
         making: for the keys of the slices; another one for each try.
+        idle: as for `plan_slices`.
     """
     guest = snapshot.guests.get(request.guest)
     if guest is None or guest.policy is None or not guest.active or not snapshot.cards:
@@ -69,7 +71,7 @@ def choose_slices(
     while wishes:
         found = plan_slices(
             snapshot.cards, snapshot.books.slices, wishes, host=host, request=making,
-            generation=snapshot.generation, spare_held=True,
+            generation=snapshot.generation, spare_held=True, idle=idle,
         )  # fmt: skip
         if isinstance(found, SlicePlan):
             return Foresight(found, refusal)

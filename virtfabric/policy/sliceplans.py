@@ -14,10 +14,10 @@ from virtfabric.model.cardsteps import AssignSlice, BringSlice, SlicePresence
 from virtfabric.model.errors import Reason, Refusal
 from virtfabric.model.plan import Plan
 from virtfabric.policy.slicepool import SlicePool
-from virtfabric.policy.slicing import reserve
+from virtfabric.policy.slicing import release, reserve
 
 if TYPE_CHECKING:
-    from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+    from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 
     from virtfabric.model.adapter import AdapterBooks, AdapterId, Slice, SliceId, SliceSpec
     from virtfabric.model.card import CardView
@@ -65,9 +65,11 @@ class SlicePlan:
 def plan_slices(
     cards: Mapping[AdapterId, CardView], held: Mapping[str, HeldSlice],
     wishes: Sequence[SliceWish], *, host: str, request: RequestId, generation: int,
-    spare_held: bool = False,
+    spare_held: bool = False, idle: Sequence[str] = (),
 ) -> SlicePlan | Refusal:  # fmt: skip
     """All of these slices, or none.
+
+    Where there is too little, slices that nobody uses are ended for them, no more than it takes.
 
     Args:
         cards: as last told of; those that cannot be asked now give nothing.
@@ -77,9 +79,66 @@ def plan_slices(
         request: for the keys.
         generation: of the snapshot.
         spare_held: nobody who uses a slice has to make way, of this host neither.
+        idle: keys of slices of this host that nobody would miss, in the order in which they end;
+            all parts of each.
     """
+
+    def plan(gone: Collection[str]) -> SlicePlan | Refusal:
+        found = _plan_without(
+            gone, cards, held, wishes, host=host, request=request, generation=generation,
+            spare_held=spare_held,
+        )  # fmt: skip
+        return found if isinstance(found, Refusal) else _after_the_end(found, gone, held)
+
+    answer = plan(())
+    if not isinstance(answer, Refusal) or answer.reason is not Reason.NO_CAPACITY:
+        return answer
+    names = list(dict.fromkeys(held[key].wish for key in idle if key in held))
+    for count in range(1, len(names) + 1):
+        found = plan(_parts_of(names[:count], held))
+        if isinstance(found, SlicePlan):
+            return _with_fewest(plan, names[:count], held, found)
+    return answer
+
+
+def _parts_of(names: Collection[str], held: Mapping[str, HeldSlice]) -> frozenset[str]:
+    return frozenset(key for key, one in held.items() if one.wish in names)
+
+
+def _with_fewest(
+    plan: Callable[[Collection[str]], SlicePlan | Refusal], names: list[str],
+    held: Mapping[str, HeldSlice], found: SlicePlan,
+) -> SlicePlan:  # fmt: skip
+    """Without the ends that turn out not to be needed: the last one made it possible."""
+    for name in names[:-1]:
+        fewer = [other for other in names if other != name]
+        without = plan(_parts_of(fewer, held))
+        if isinstance(without, SlicePlan):
+            names, found = fewer, without
+    return found
+
+
+def _after_the_end(
+    found: SlicePlan, gone: Collection[str], held: Mapping[str, HeldSlice]
+) -> SlicePlan:
+    ends = tuple(_end(held[key]) for key in sorted(gone))
+    plan = replace(found.plan, steps=(*ends, *found.plan.steps))
+    return SlicePlan(plan, found.parts, found.ends | frozenset(gone))
+
+
+def _plan_without(
+    gone: Collection[str], cards: Mapping[AdapterId, CardView], held: Mapping[str, HeldSlice],
+    wishes: Sequence[SliceWish], *, host: str, request: RequestId, generation: int,
+    spare_held: bool,
+) -> SlicePlan | Refusal:  # fmt: skip
+    """As `plan_slices`, where these slices of this host have ended."""
+    held = {key: one for key, one in held.items() if key not in gone}
     own = "" if spare_held else host
-    usable = [spared(view.books, own) for view in cards.values() if view.is_usable and view.books]
+    usable = [
+        spared(_without(view.books, gone), own)
+        for view in cards.values()
+        if view.is_usable and view.books
+    ]
     if not usable:
         return Refusal(Reason.NO_CAPACITY, _no_card(cards))
     pool = SlicePool(usable)
@@ -100,6 +159,14 @@ def plan_slices(
             books[part.adapter] = promise.books
             pool.put(promise.books)
     return _plan(made, held, request, generation)
+
+
+def _without(books: AdapterBooks, gone: Collection[str]) -> AdapterBooks:
+    for one in tuple(books.slices.values()):
+        if one.request in gone:
+            left = release(books, one.id)
+            books = books if isinstance(left, Refusal) else left
+    return books
 
 
 def _plan(
