@@ -1,19 +1,25 @@
 """The conformance suite: the emulated card passes, and cards with a fault fail where it is."""
 
 import ssl
+from dataclasses import replace
 
 import pytest
 from card_bed import BITS, signed
 from card_process import Served, write_card
 from trust_data import HOST, credentials
 
+from virtfabric.adapters.cardlink import conformancechecks
 from virtfabric.adapters.cardlink.conformance import Outcome, run_suite
 from virtfabric.cli.main import main
+from virtfabric.model.amounts import Amounts
 from virtfabric.model.errors import CardLostError
+from virtfabric.model.policy import CpuPolicy
+from virtfabric.model.units import MilliCpu
 from virtfabric.policy import slicing
+from virtfabric.policy.arbiter import choose_allocation
 from virtfabric.protocol import conversation
 from virtfabric.protocol.imagefile import format_manifest
-from virtfabric.shim.firmware import firmware
+from virtfabric.shim.firmware import firmware, hostdesk
 from virtfabric.shim.firmware.firmware import Firmware
 from virtfabric.trust.store import write_credentials
 
@@ -84,6 +90,47 @@ def _mutants():
     }  # fmt: skip
 
 
+def _arbiters():
+    return {
+        "takes nothing from an equal priority, nor below a reservation":
+            (hostdesk, "choose_allocation", _without_reservations),
+        "has a busy guest pay nothing":
+            (hostdesk, "choose_allocation", _without_regard("busy", frozenset())),
+        "takes no more than a guest can spare":
+            (hostdesk, "choose_allocation", _without_caps),
+        "decides on free capacity":
+            (hostdesk, "choose_allocation", _without_regard("pending", Amounts.of(cpu=4000))),
+        "refuses a request about another picture as stale":
+            (hostdesk.HostDesk._HANDLERS, firmware.m.HostRequest, _whatever_picture),
+    }  # fmt: skip
+
+
+def _without_caps(host, asked, caps):
+    return choose_allocation(host, asked)
+
+
+def _without_regard(name, value):
+    return lambda host, asked, caps: choose_allocation(
+        replace(host, **{name: value}), asked, caps=caps
+    )
+
+
+def _without_reservations(host, asked, caps):
+    guests = {
+        uuid: replace(guest, policy=replace(guest.policy, cpu=CpuPolicy(MilliCpu(0))))
+        for uuid, guest in host.guests.items()
+    }
+    return choose_allocation(replace(host, guests=guests), asked, caps=caps)
+
+
+def _whatever_picture(desk, asked, host):
+    frame = desk._frame(host)
+    return _DECIDE(desk, replace(asked, picture=frame.name), host)
+
+
+_DECIDE = hostdesk.HostDesk._decide
+
+
 def _agree_with_anybody(self, hello, number):
     self._proved = None
     return _AGREE(self, hello, number)
@@ -102,6 +149,26 @@ def test_a_card_with_a_fault_fails_where_it_is(suite, monkeypatch, name):
     assert results[name].outcome is Outcome.FAILED, results[name]
     passed = [r for r in results.values() if r.outcome is Outcome.PASSED]
     assert len(passed) >= 10, "the whole card is broken"
+
+
+@pytest.mark.parametrize("name", sorted(_arbiters()))
+def test_an_arbiter_with_a_fault_fails_where_it_is(suite, monkeypatch, name):
+    where, what, fault = _arbiters()[name]
+    set_ = monkeypatch.setitem if isinstance(where, dict) else monkeypatch.setattr
+    set_(where, what, fault)
+    monkeypatch.setattr(conformancechecks, "CHECKS", [])  # they have their own cards with faults
+    results = suite()
+    assert results[name].outcome is Outcome.FAILED, results[name]
+    assert sum(r.outcome is Outcome.PASSED for r in results.values()) >= 4, "all of it is broken"
+
+
+def test_a_card_without_an_arbiter_skips_its_checks(suite, monkeypatch):
+    no = firmware.m.Error(firmware.m.ErrorCode.REFUSED, "it has none", reason="not-allowed")
+    monkeypatch.setitem(hostdesk.HostDesk._HANDLERS, firmware.m.HostPicture, _always(no))
+    monkeypatch.setattr(conformancechecks, "CHECKS", [])
+    results = [one for one in suite().values() if one.area == "carded"]
+    assert len(results) == 8
+    assert {one.outcome for one in results} == {Outcome.SKIPPED}
 
 
 def test_a_card_that_speaks_tls_1_2_fails(place):

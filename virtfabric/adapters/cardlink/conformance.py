@@ -125,6 +125,7 @@ def run_suite(
     """
     # imported here: the checks are registered with what this module defines
     from virtfabric.adapters.cardlink.conformancechecks import CHECKS
+    from virtfabric.adapters.cardlink.conformancehosts import HOST_CHECKS
 
     credentials = read_credentials(directory)
     host = identity_of_pem(credentials.certificate).serial
@@ -133,7 +134,7 @@ def run_suite(
     bench = Bench(path, serial, host, make_context(credentials, server=False), old, image)
     with bench.visit():
         pass  # that somebody listens at all is not one failure for each check
-    results = [_run(check, bench) for check in CHECKS]
+    results = [_run(check, bench) for check in (*CHECKS, *HOST_CHECKS)]
     return [*results, _clean_up(bench)]
 
 
