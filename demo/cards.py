@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CARDS = ("card0", "card1")
 IMAGE = "/opt/virtfabric/lab/cards/crypto.aes.img"
 INITRD = "/root/card-initrd"
-BATCH = LabGuest(name="batch", priority=10, devices=(("crypto.aes", 3),))
+BATCH = LabGuest(name="batch", priority=10, devices=(("crypto.aes", 4),))
 DATABASE = LabGuest(name="database", priority=90)
 
 
