@@ -151,7 +151,7 @@ int main(int argc, char **argv) {
     set_up();
     uint32_t state = ~0u;
     int attacks = argc > 2;
-    for (unsigned round = 1;; sleep(1)) {
+    for (unsigned round = 1;; sleep(3)) {
         if (get(0) != 0x53434656) { printf("VFAES %s gone\n", address); return 0; }
         if (get(0xc) != state) printf("VFAES %s state=%u\n", address, state = get(0xc));
         if (state == GONE) return 0;

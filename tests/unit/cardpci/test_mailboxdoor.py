@@ -91,7 +91,7 @@ def test_who_uses_it_when_it_is_pulled_out_lives(meet, function):
 @pytest.mark.usefixtures("function")
 def test_another_card_in_that_place_is_told(meet):
     _, news = meet("C-2")
-    assert "it is not that of card C-2, but of C-1" in news.wait(CardNewsKind.LOST)[0].detail
+    assert "it is that of card C-1" in news.wait(CardNewsKind.LOST)[0].detail
 
 
 def test_two_do_not_share_a_mailbox(meet, function):

@@ -183,8 +183,9 @@ def main(argv: list[str]) -> int:
     _, directory, serial = argv
     try:
         mailbox = Mailbox(directory)
-        if mailbox.serial != serial:
-            raise GoneError(f"it is not that of card {serial}, but of {mailbox.serial or 'none'}")
+        if (found := mailbox.serial) != serial:
+            told = f"it is that of card {found}" if found else "it does not answer"
+            raise GoneError(told)
         mailbox.open()
         gone = (BrokenPipeError, ConnectionResetError)
         with socket.socket(fileno=0) as stream, contextlib.suppress(*gone):
