@@ -8,15 +8,11 @@ card itself counts.
 from __future__ import annotations
 
 import json
-import sys
 import time
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 from running_lab import bring_up, lab_command
-
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from demo import cardchecker as judge
 from demo.cards import CARDS, IMAGE, CardHost
