@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .NOTPARALLEL:
 
-.PHONY: help demo demo-cxl demo-passthrough test check checks lab lab-agent vagrant-box bench bench-cards bench-passthrough clean setup setup-checks setup-lab setup-vagrant
+.PHONY: help demo demo-card demo-cxl demo-passthrough test check checks lab lab-agent vagrant-box bench bench-cards bench-passthrough clean setup setup-checks setup-lab setup-vagrant
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -34,6 +34,9 @@ demo: setup  ## the main job on real guests, with a readable account of what hap
 
 demo-passthrough: setup-lab  ## PCIe functions of running guests, in a nested lab; some minutes
 	@$(VENV)/python demo/passthrough.py
+
+demo-card: setup-lab  ## offload cards and running guests, in a nested lab; some minutes
+	@$(VENV)/python demo/cards.py
 
 demo-cxl: setup-lab  ## CXL memory of a running guest, in a nested lab; in work, not run yet
 	@$(VENV)/python demo/cxl.py

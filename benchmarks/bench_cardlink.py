@@ -64,7 +64,7 @@ def _socket(place: Path) -> list[dict[str, Any]]:
     from card_process import Served, write_card
     from card_wires import link_to
 
-    from virtfabric.adapters.cardlink.socketwire import Timing
+    from virtfabric.adapters.cardlink.streamwire import Timing
     from virtfabric.protocol.messages import Heartbeat
 
     served = Served(write_card(place))

@@ -7,9 +7,10 @@ from secrets import token_bytes
 from typing import TYPE_CHECKING, Final
 
 from virtfabric import __version__
+from virtfabric.adapters.cardlink.doors import MailboxDoor, SocketDoor
 from virtfabric.adapters.cardlink.fleet import CardFleet
 from virtfabric.adapters.cardlink.link import WitnessedCard
-from virtfabric.adapters.cardlink.socketwire import SocketWire
+from virtfabric.adapters.cardlink.streamwire import StreamWire
 from virtfabric.adapters.clock import SystemClock
 from virtfabric.adapters.simulated.cardbus import PluggedCard
 from virtfabric.adapters.simulated.cardwire import SimulatedWire
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
     from contextlib import ExitStack
     from pathlib import Path
 
+    from virtfabric.adapters.cardlink.doors import Door
     from virtfabric.adapters.simulated.host import SimulatedHost
-    from virtfabric.configcards import CardsConfig
+    from virtfabric.configcards import CardConfig, CardsConfig
 
 SOFTWARE: Final = f"virtfabricd {__version__}"
 
@@ -52,10 +54,17 @@ def open_cards(config: CardsConfig) -> CardFleet:
         raise ConfigError(f"cards.credentials: {config.credentials} are those of {identity}")
     hello = Hello(Role.HOST, identity.serial, SOFTWARE, uuid.uuid4().hex[:16], ())
     links = [
-        WitnessedCard(AdapterId(card.serial), SocketWire(card.socket, card.serial, context, hello))
+        WitnessedCard(AdapterId(card.serial), StreamWire(_door(card), card.serial, context, hello))
         for card in config.cards
     ]
     return CardFleet(identity.serial, links)
+
+
+def _door(card: CardConfig) -> Door:
+    if card.mailbox is not None:
+        return MailboxDoor(card.mailbox, card.serial)
+    assert card.socket is not None
+    return SocketDoor(card.socket)
 
 
 def simulated_cards(directory: Path, stack: ExitStack, host: SimulatedHost) -> CardFleet:

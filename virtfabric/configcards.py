@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.configvalues import check_parsed, check_path, check_seconds, check_text
 from virtfabric.model.card import PATIENCE_S, Carded, Fallback
+from virtfabric.model.device import PciAddress
 from virtfabric.model.errors import ConfigError
 from virtfabric.protocol.messages import Role
 from virtfabric.trust.identity import Identity
@@ -23,10 +24,21 @@ CREDENTIALS: Final = Path("/etc/virtfabric/card-host")
 
 @dataclass(frozen=True, slots=True)
 class CardConfig:
-    """`[[cards.card]]`: one card, and where it listens."""
+    """`[[cards.card]]`: one card, and the way to it: one of both.
+
+    Attributes:
+        socket: where it listens.
+        mailbox: its management function on this host.
+    """
 
     serial: str
-    socket: Path
+    socket: Path | None = None
+    mailbox: PciAddress | None = None
+
+    @property
+    def way(self) -> str:
+        """As it is in the configuration."""
+        return str(self.socket or self.mailbox)
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +84,14 @@ def _serial(value: Any) -> str:
     return identity.serial
 
 
-_CARD: Final[Mapping[str, Check]] = {"serial": _serial, "socket": check_path}
+def _address(value: Any) -> PciAddress:
+    address: PciAddress = check_parsed(value, PciAddress.parse)
+    return address
+
+
+_CARD: Final[Mapping[str, Check]] = {
+    "serial": _serial, "socket": check_path, "mailbox": _address,
+}  # fmt: skip
 KEYS: Final[Mapping[str, Check]] = {
     "credentials": check_path,
     "arbiter": lambda value: "" if value == "" else _serial(value),
@@ -98,14 +117,16 @@ def read_cards(source: Source, value: Any, others: Sequence[CardConfig]) -> list
     for number, entry in enumerate(source.tables("cards.card", value), 1):
         place = f"cards.card[{number}]"
         values = source.table(place, entry, _CARD)
-        for name in _CARD:
-            if name not in values:
-                raise source.fail(place, entry, f"has no {name}")
+        if "serial" not in values:
+            raise source.fail(place, entry, "has no serial")
+        if ("socket" in values) == ("mailbox" in values):
+            raise source.fail(place, entry, "needs socket or mailbox, one of both")
         card = CardConfig(**values)
         for other in (*others, *cards):
             if card.serial == other.serial:
                 raise source.fail(f"{place}.serial", card.serial, "is there twice")
-            if card.socket == other.socket:
-                raise source.fail(f"{place}.socket", str(card.socket), "is that of another card")
+            if card.way == other.way:
+                name = "socket" if card.socket else "mailbox"
+                raise source.fail(f"{place}.{name}", card.way, "is that of another card")
         cards.append(card)
     return cards

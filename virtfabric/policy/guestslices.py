@@ -14,6 +14,7 @@ from virtfabric.model.adapter import Seat, Slice, SliceId, SliceSpec
 from virtfabric.model.badge import Badge
 from virtfabric.model.capability import device_key
 from virtfabric.model.device import PciAddress, PciFunction
+from virtfabric.model.units import MIB, Bytes
 from virtfabric.model.want import Mode
 from virtfabric.policy.badges import join_slices
 from virtfabric.policy.sliceplans import SlicePlan, SliceWish, plan_slices
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from virtfabric.model.request import Request
     from virtfabric.policy.sliceplans import SlicePart
 
+MEMORY: Final = Bytes(MIB)
+"""Of the card's, for each function: keys for `crypto.aes` are in the card's memory or nowhere."""
 _NOWHERE: Final = 0xFFFF
 """PCI domain of functions that are not there yet; the largest that firmware can name."""
 
@@ -89,7 +92,7 @@ def _wishes(snapshot: HostSnapshot, guest: GuestState, request: Request) -> tupl
             continue
         # only this host can take it out of its guest: for others it is not to be had
         spec = SliceSpec(
-            capability=capability, units=1, priority=priority, reclaimable=False
+            memory=MEMORY, capability=capability, units=1, priority=priority, reclaimable=False
         )  # fmt: skip
         found += [SliceWish(spec, guest.uuid, near)] * count
     return tuple(found)

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from card_bed import PUBLIC
 
+from virtfabric.adapters.cardlink.doors import SocketDoor
 from virtfabric.adapters.cardlink.link import WitnessedCard
-from virtfabric.adapters.cardlink.socketwire import SocketWire, Timing
+from virtfabric.adapters.cardlink.streamwire import StreamWire, Timing
 from virtfabric.adapters.clock import SystemClock
 from virtfabric.adapters.simulated.cardwire import SimulatedWire
 from virtfabric.model.adapter import Adapter, AdapterId
@@ -95,4 +96,6 @@ def link_to(path, host, serial="C-1", timing=QUICK, mine=None):
     identity = Identity.of(Role.HOST, host)
     context = make_context(mine or credentials(identity), server=False)
     hello = Hello(Role.HOST, host, "test 1", "boot", ())
-    return WitnessedCard(AdapterId(serial), SocketWire(path, serial, context, hello, timing))
+    return WitnessedCard(
+        AdapterId(serial), StreamWire(SocketDoor(path), serial, context, hello, timing)
+    )

@@ -346,6 +346,23 @@ def test_memory_of_a_slice_that_ended_is_scrubbed(rig):
     assert other.peek(target, 6) == bytes(6)
 
 
+def test_what_a_guest_stored_is_not_there_for_the_next(rig):
+    name = rig.make("r-1", spec(cores=1, memory=1), holder="guest")
+    driver = SliceDriver(rig.connect(name))
+    start, _ = driver.piece()
+    target = DATA + 0x200000
+
+    def stored():
+        assert driver.do(LOAD, key=driver.key(), target=(target, 6), card=(start, 6)) == (OK, 6)
+        return driver.peek(target, 6)
+
+    assert driver.store(start, b"secret") == (OK, 6)
+    rig.ask(m.Assign(name, "guest"))
+    assert stored() == b"secret", "it has it already"
+    rig.ask(m.Assign(name, ""))
+    assert stored() == bytes(6)
+
+
 def test_a_slice_that_grows_keeps_its_function_and_what_it_holds(rig):
     name = rig.make("r-1", spec(cores=1, memory=1, contiguous=True), holder="guest")
     driver = SliceDriver(rig.connect(name))

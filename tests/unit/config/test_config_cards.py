@@ -7,6 +7,7 @@ import pytest
 from virtfabric.config import load_config
 from virtfabric.configcards import CREDENTIALS, CardConfig
 from virtfabric.model.card import Carded, Fallback
+from virtfabric.model.device import PciAddress
 from virtfabric.model.errors import ConfigError
 
 TWO = """
@@ -44,6 +45,14 @@ def test_cards_of_several_files_add_up(load):
     assert cards.cards[0] == CardConfig("C-1", Path("/run/c1.sock"))
 
 
+def test_the_way_to_a_card_may_be_its_mailbox(load):
+    cards = load('[[cards.card]]\nserial = "C-1"\nmailbox = "0000:01:00.0"\n')
+    assert cards.cards == (CardConfig("C-1", mailbox=PciAddress("0000:01:00.0")),)
+    twice = '[[cards.card]]\nserial = "C-2"\nmailbox = "0000:01:00.0"\n'
+    with pytest.raises(ConfigError, match=r"cards.card\[1\].mailbox = '0000:01:00.0' is that of"):
+        load('[[cards.card]]\nserial = "C-1"\nmailbox = "0000:01:00.0"\n', twice)
+
+
 @pytest.mark.parametrize(
     ("old", "new", "problem"),
     [
@@ -51,7 +60,9 @@ def test_cards_of_several_files_add_up(load):
         ('serial = "C-2"', 'serial = "C-1"', "cards.card[2].serial = 'C-1' is there twice"),
         ("/run/c2.sock", "/run/c1.sock", "cards.card[2].socket"),
         ("/run/c1.sock", "c1.sock", "is not an absolute path"),
-        ('socket = "/run/c1.sock"', "", "has no socket"),
+        ('socket = "/run/c1.sock"', "", "needs socket or mailbox, one of both"),
+        ('"/run/c1.sock"', '"/run/c1.sock"\nmailbox = "0000:01:00.0"', "one of both"),
+        ('socket = "/run/c1.sock"', 'mailbox = "01:00"', "cards.card[1].mailbox"),
         ("credentials", "credential", "did you mean credentials?"),
         ("[[cards.card]]", "[cards.card]", "is not a list of tables"),
     ],

@@ -159,7 +159,8 @@ class CardDevice:
             if seated is None:
                 self._put_in(view)
             else:
-                self._memory.scrub(_new_pieces(seated.slice, one))
+                passed = one.holder != seated.slice.holder  # keys of the former one are in there
+                self._memory.scrub(one.seat.memory if passed else _new_pieces(seated.slice, one))
                 seated.slice = one
                 seated.function.update(view)
         for name, seated in self._seated.items():

@@ -1,4 +1,4 @@
-"""A wire over a Unix socket: TLS, greeting, answers by number, heartbeats, and coming back.
+"""A wire over a stream of bytes: TLS, greeting, answers by number, heartbeats, and coming back.
 
 One thread with an event loop of its own for each card: whoever asks waits in a thread of theirs,
 and the agent's loop never does. A card that does not answer in time is cut off: what it would have
@@ -31,8 +31,8 @@ from virtfabric.trust.session import Session
 if TYPE_CHECKING:
     import ssl
     from collections.abc import Callable
-    from pathlib import Path
 
+    from virtfabric.adapters.cardlink.doors import Door
     from virtfabric.adapters.cardlink.wire import WireListener
     from virtfabric.protocol.conversation import Received
     from virtfabric.protocol.messages import Hello, Message
@@ -66,23 +66,23 @@ class _Asked:
     late: asyncio.TimerHandle
 
 
-class SocketWire:
+class StreamWire:
     """Implements `Wire`."""
 
     def __init__(
-        self, path: Path, serial: str, context: ssl.SSLContext, hello: Hello,
+        self, door: Door, serial: str, context: ssl.SSLContext, hello: Hello,
         timing: Timing | None = None,
     ) -> None:  # fmt: skip
         """Nothing is opened before `start`.
 
         Args:
-            path: of the card's socket.
+            door: the way to the card.
             serial: of the card that has to be there.
             context: TLS settings with this host's certificate.
             hello: what this host says of itself.
             timing: None for the usual.
         """
-        self._path = path
+        self._door = door
         self._serial = serial
         self._context = context
         self._hello = hello
@@ -191,11 +191,9 @@ class SocketWire:
             LieError
         """
         try:
-            reader, writer = await asyncio.wait_for(
-                asyncio.open_unix_connection(self._path), self._timing.greeting_s
-            )
+            reader, writer = await asyncio.wait_for(self._door.open(), self._timing.greeting_s)
         except (OSError, TimeoutError) as error:
-            return f"socket {self._path}: {getattr(error, 'strerror', '') or 'no answer'}"
+            return f"{self._door}: {getattr(error, 'strerror', '') or 'no answer'}"
         session = Session(self._context, server=False, peer_role=m.Role.CARD, serial=self._serial)
         running = asyncio.create_task(
             connection.run(Link(session, self._hello), reader, writer, self._publish)
@@ -204,9 +202,11 @@ class SocketWire:
             await asyncio.wait({running, ended}, return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
                 connection.cut("closed here")
-            return await running
+            why = await running
         finally:
             self._publish(None)
+            known = await asyncio.to_thread(self._door.close)
+        return f"{self._door}: {known}" if known else why
 
     def _publish(self, connection: _Connection | None) -> None:
         with self._lock:

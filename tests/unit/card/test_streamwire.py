@@ -14,7 +14,7 @@ from trust_data import CARD, credentials
 
 from tests.contract.card_contract import News, spec
 from virtfabric.adapters.cardlink.link import WitnessedCard
-from virtfabric.adapters.cardlink.socketwire import Timing
+from virtfabric.adapters.cardlink.streamwire import Timing
 from virtfabric.model.card import CardCondition, CardNewsKind
 from virtfabric.model.errors import CardDistrustedError, CardError, CardLostError
 from virtfabric.protocol import messages as m
