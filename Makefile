@@ -2,7 +2,7 @@
 SHELL := /bin/bash
 VENV := .venv/bin
 # what fits CI of the lab tests; `make lab` runs all
-CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life cxl_lab passthrough_lab small_lab)
+CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life card_in_qemu cxl_lab passthrough_lab small_lab)
 
 # of the examples of property tests, `make test` looks at all and `make check` at a part
 EXAMPLES ?= 1
@@ -12,7 +12,7 @@ unexport PYTHONDONTWRITEBYTECODE
 
 .NOTPARALLEL:
 
-.PHONY: help demo demo-cxl demo-passthrough test check checks lab lab-agent vagrant-box bench bench-memory bench-passthrough clean setup setup-checks setup-lab setup-vagrant
+.PHONY: help demo demo-card demo-cxl demo-passthrough test check checks lab lab-agent vagrant-box bench bench-cards bench-memory bench-passthrough clean setup setup-checks setup-lab setup-vagrant
 
 help:  ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 20
@@ -34,6 +34,9 @@ demo: setup  ## the main job on real guests, with a readable account of what hap
 
 demo-passthrough: setup-lab  ## PCIe functions of running guests, in a nested lab; some minutes
 	@$(VENV)/python demo/passthrough.py
+
+demo-card: setup-lab  ## offload cards and running guests, in a nested lab; some minutes
+	@$(VENV)/python demo/cards.py
 
 demo-cxl: setup-lab  ## CXL memory of a running guest, in a nested lab; in work, not run yet
 	@$(VENV)/python demo/cxl.py
@@ -62,7 +65,12 @@ vagrant-box: setup-vagrant  ## build the Vagrant box of this checkout into the c
 	@vagrant/build-box
 
 bench: setup-lab  ## all benchmarks: prints a table, writes benchmarks/results.json
+	@$(VENV)/pip install --quiet --disable-pip-version-check -e '.[bench]'
 	@$(VENV)/python benchmarks/run.py
+
+bench-cards: setup-checks  ## cards: decisions, combinations against OR-tools, calls through the mailbox
+	@$(VENV)/pip install --quiet --disable-pip-version-check -e '.[bench]'
+	@$(VENV)/python benchmarks/run.py card combination cardlink
 
 bench-passthrough: setup-lab  ## a VF for a running guest against raw virsh, in a nested lab
 	@$(VENV)/python benchmarks/run.py passthrough

@@ -119,14 +119,14 @@ class LabHost:
         Raises:
             LabError: it did not come up, or an agent runs in it already.
         """
-        listed = json.loads(self._lab("list", "--json").stdout)
+        listed = json.loads(self.lab("list", "--json").stdout)
         there = [lab for lab in listed["labs"] if lab["name"] == self.name]
         if there and there[0]["state"] == "ready":
             if self.run("pidof -x virtfabricd || pgrep -f '[v]irtfabric.cli.agentd'").stdout:
                 raise LabError(f"an agent runs in lab {self.name} already: end it there first")
             return f"lab {self.name} is up already"
         self.ours = True
-        done = self._lab("up", self.topology, "--name", self.name, timeout_s=_UP_S)
+        done = self.lab("up", self.topology, "--name", self.name, timeout_s=_UP_S)
         if done.returncode:
             raise LabError(f"virtfabric lab up {self.topology}: {done.stdout}{done.stderr}")
         return done.stderr + done.stdout
@@ -134,16 +134,17 @@ class LabHost:
     def stop(self) -> None:
         """Take the lab down, if `start` brought it up."""
         if self.ours:
-            self._lab("down", self.name)
+            self.lab("down", self.name)
 
     def find_faults(self) -> list[str]:
         """What has hung or fallen over in a lab of ours by no doing of what runs there."""
         if not self.ours:
             return []
-        done = self._lab("status", self.name, "--probe", "--json")
+        done = self.lab("status", self.name, "--probe", "--json")
         return list(json.loads(done.stdout)["faults"]) if not done.returncode else []
 
-    def _lab(self, *words: str, timeout_s: float = _STEP_S) -> subprocess.CompletedProcess[str]:
+    def lab(self, *words: str, timeout_s: float = _STEP_S) -> subprocess.CompletedProcess[str]:
+        """A `virtfabric lab` command, whatever comes of it."""
         return subprocess.run(
             [*COMMAND, *words], capture_output=True, text=True, timeout=timeout_s, check=False,
             stdin=subprocess.DEVNULL, cwd=ROOT,
@@ -153,7 +154,7 @@ class LabHost:
 
     def run(self, command: str, *, timeout_s: float = _STEP_S) -> subprocess.CompletedProcess[str]:
         """A shell command in the lab, whatever comes of it."""
-        return self._lab("run", self.name, command, timeout_s=timeout_s)
+        return self.lab("run", self.name, command, timeout_s=timeout_s)
 
     def do(self, command: str, *, timeout_s: float = _STEP_S) -> str:
         """What a command prints that has to succeed.
@@ -214,15 +215,8 @@ class LabHost:
 
         The hook waits 5 s for it; in a slow lab that may be too short, and it says "retry".
         """
-        # the shim imports what plain users of the other methods need not have installed
-        from virtfabric.shim.lab.payload import format_sample_guest
-
         place = f"/root/{guest.name}.xml"
-        xml = format_sample_guest(
-            guest.name, metadata_xml=guest.policy_xml, virtio_mem_mib=guest.virtio_mem_mib,
-            touched_mib=guest.touched_mib,
-        )  # fmt: skip
-        self.write(place, format_tiered(xml) if guest.tiered else xml)
+        self.write(place, self.format_guest(guest))
         self.do(f"virsh -q define {place}")
         self.guests.append(guest)
         done = self.run(f"virsh start {guest.name}")
@@ -231,6 +225,17 @@ class LabHost:
                 break
             done = self.run(f"virsh start {guest.name}")
         return done
+
+    def format_guest(self, guest: LabGuest) -> str:
+        """A guest's domain XML."""
+        # the shim imports what plain users of the other methods need not have installed
+        from virtfabric.shim.lab.payload import format_sample_guest
+
+        xml = format_sample_guest(
+            guest.name, metadata_xml=guest.policy_xml, virtio_mem_mib=guest.virtio_mem_mib,
+            touched_mib=guest.touched_mib,
+        )  # fmt: skip
+        return format_tiered(xml) if guest.tiered else xml
 
     def wait_ready(self, guest: LabGuest) -> None:
         """Until the guest's userland takes hot-plug."""
@@ -259,14 +264,15 @@ class LabHost:
             "functions": functions, "guests": [guest.name for guest in self.guests],
             "uplink": uplink,
         }  # fmt: skip
-        return Sight.from_json(self._see("devicesight", asked))
+        return Sight.from_json(self.see("devicesight", asked))
 
     def look_at_memory(self) -> MemorySight:
         """What the lab's kernel, libvirt, `cxl`, `daxctl` and guests show of memory now."""
         asked = {"guests": [guest.name for guest in self.guests]}
-        return MemorySight.from_json(self._see("memorysight", asked))
+        return MemorySight.from_json(self.see("memorysight", asked))
 
-    def _see(self, script: str, asked: dict[str, Any]) -> dict[str, Any]:
+    def see(self, script: str, asked: dict[str, Any]) -> dict[str, Any]:
+        """What one of the scripts that look at the lab printed."""
         words = shlex.quote(json.dumps(asked))
         seen: dict[str, Any] = json.loads(
             self.do(f"python3 -I {CHECKOUT}/demo/{script}.py {words}")

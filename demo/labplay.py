@@ -29,6 +29,8 @@ _TRIES = 3
 class LabPlay:
     """A demo: `acts` says what is played."""
 
+    host: type[LabHost] = LabHost
+
     def __init__(self, lab: LabHost, stage: Stage, *, patience_s: float) -> None:
         """`patience_s`: how long kernel and guests may take to show what a command reported."""
         self.lab = lab
@@ -102,7 +104,7 @@ def play(kind: type[LabPlay], argv: Sequence[str] | None, *, topology: str, abou
     stage = Stage(quiet=args.quiet)
     began = time.monotonic()
     for left in reversed(range(_TRIES)):
-        demo = kind(LabHost(args.lab, topology), stage, patience_s=args.patience)
+        demo = kind(kind.host(args.lab, topology), stage, patience_s=args.patience)
         faults = _play(demo, keep_going=args.keep_going, keep=args.keep)
         if not faults or not left:
             break

@@ -10,8 +10,10 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Self, cast
 
+from virtfabric.adapters.cardlink.fleet import CardFleet
+from virtfabric.adapters.cardlink.handlers import card_handlers
 from virtfabric.adapters.clock import SystemClock
 from virtfabric.adapters.cxl.memory import SysfsMemory
 from virtfabric.adapters.hook_socket import HookServer, read_missed_calls
@@ -21,6 +23,7 @@ from virtfabric.adapters.libvirt.restart import CommandRestarter
 from virtfabric.adapters.pci.functionfiles import FunctionFiles
 from virtfabric.adapters.pci.inventory import SysfsDeviceTree
 from virtfabric.adapters.pci.vfsettings import VfSettingsFiles
+from virtfabric.adapters.registry import HandlerRegistry, JoinedHandlers
 from virtfabric.adapters.sqlite.audit import SqliteAuditLog
 from virtfabric.adapters.sqlite.journal import SqliteJournal
 from virtfabric.adapters.statelock import StateLock
@@ -33,8 +36,10 @@ from virtfabric.dbus.polkit import Polkit
 from virtfabric.model.errors import ConfigError
 
 if TYPE_CHECKING:
+    from virtfabric.adapters.simulated.host import SimulatedHost
     from virtfabric.config import Config
     from virtfabric.daemon.api import Caller
+    from virtfabric.model.card import Carded
     from virtfabric.model.request import Offerable
     from virtfabric.ports import (
         Clock,
@@ -70,7 +75,7 @@ def _group_id(name: str) -> int | None:
         return None
 
 
-def _settings(config: Config, libvirt_version: str) -> Settings:
+def _settings(config: Config, libvirt_version: str, carded: Carded | None) -> Settings:
     def ceiling_for(caller: Caller) -> Offerable:
         try:
             name = pwd.getpwuid(caller.uid).pw_name
@@ -91,6 +96,8 @@ def _settings(config: Config, libvirt_version: str) -> Settings:
         lend_ballooned=config.memory.lend_ballooned,
         pools=config.pools,
         polkit=Polkit(config.agent.bus or None),
+        carded=carded,
+        idle_after_s=config.cards.idle_after_s,
     )
 
 
@@ -162,20 +169,39 @@ class Composition:
         audit = SqliteAuditLog(state / "audit.db", key, outside.clock, system_log.send)
         self._stack.callback(audit.close)
         topology = outside.host.read_topology()
+        cards = self._open_cards(state)
+        self._carded = config.cards.carded(cards.views())
+        handlers = JoinedHandlers(outside.handlers, HandlerRegistry(card_handlers(cards)))
         world = World(
             host=outside.host, guests=outside.guests, devices=outside.devices,
             memory=outside.memory, pages=outside.pages, vfs=outside.vfs, policies=outside.policies,
-            definitions=outside.definitions, events=outside.events, handlers=outside.handlers,
+            definitions=outside.definitions, events=outside.events, handlers=handlers,
             journal=journal, audit=audit, clock=outside.clock, load=outside.load,
-            stats=outside.stats, restarter=outside.restarter,
+            stats=outside.stats, restarter=outside.restarter, cards=cards,
         )  # fmt: skip
         self.agent = Agent(
             world,
-            _settings(config, outside.version),
+            _settings(config, outside.version, self._carded),
             topology,
             resolve_capacity(config, topology),
         )
         self._stack.callback(self.agent.close)
+
+    def _open_cards(self, state: Path) -> CardFleet:
+        """Links to all cards; by the time that the journal is looked at they are being made."""
+        if not self.simulate and not self.config.cards.cards:
+            return CardFleet("")
+        # TLS and certificates: a fifth of a second that an agent without cards does not need
+        from virtfabric.composecards import open_cards, simulated_cards
+
+        if self.simulate:
+            host = cast("SimulatedHost", self._outside.host)
+            cards = simulated_cards(_private_dir(state / "cards", 0o700), self._stack, host)
+        else:
+            cards = open_cards(self.config.cards)
+        self._stack.callback(cards.close)
+        cards.start()
+        return cards
 
     def _lock_libvirt(self, uri: str) -> None:
         """One agent for one libvirtd: in a place that no option moves, before anything is done."""
@@ -233,9 +259,12 @@ class Composition:
         """
         if config.agent != self.config.agent:
             log.warning("[agent] takes effect at the next start; the rest is taken over now")
+        if config.cards != self.config.cards:
+            log.warning("[cards] takes effect at the next start")
         topology = self._outside.host.read_topology()
         capacity = resolve_capacity(config, topology)
-        self.agent.reconfigure(_settings(config, self._outside.version), topology, capacity)
+        settings = _settings(config, self._outside.version, self._carded)
+        self.agent.reconfigure(settings, topology, capacity)
         self.config = config
 
     def close(self) -> None:

@@ -13,6 +13,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from virtfabric.configcards import KEYS as CARD_KEYS
+from virtfabric.configcards import CardsConfig, read_cards
 from virtfabric.configdevices import read_pools
 from virtfabric.configvalues import (
     Check,
@@ -133,6 +135,7 @@ class Config:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     access: AccessConfig = field(default_factory=AccessConfig)
     pools: tuple[DevicePool, ...] = ()
+    cards: CardsConfig = field(default_factory=CardsConfig)
 
     def ceiling_for(self, uid: int, name: str) -> Offerable:
         """The bounds of a user: by name, by uid, by `*`; root without an entry has none."""
@@ -167,6 +170,7 @@ _KEYS: Final[Mapping[str, Mapping[str, Check]]] = {
         "deadline_s": partial(check_seconds, least=0.1, most=3600),
     },
     "access": {"group": check_group, "principal": lambda value: value},
+    "cards": CARD_KEYS,
 }
 _PRINCIPAL: Final[Mapping[str, Check]] = {
     "user": check_user,
@@ -200,7 +204,10 @@ class _Reader:
         key = f"{section}.{name}"
         check = self.source.known(key, name, value, known)
         target = self.found.setdefault(section, {})
-        if key == "access.principal":
+        if key == "cards.card":
+            cards = target.setdefault("cards", [])
+            cards += read_cards(self.source, value, cards)
+        elif key == "access.principal":
             target.setdefault("principals", []).extend(self._principals(value))
         elif key == "capacity.memory" and isinstance(value, dict):
             target["memory_by_node"] = self._nodes(value)
@@ -287,12 +294,14 @@ def _build(found: Mapping[str, dict[str, Any]]) -> Config:
     if "principals" in access:
         last = {p.user: p for p in access["principals"]}
         access["principals"] = tuple(last.values())
+    cards = found.get("cards", {})
     return Config(
         AgentConfig(**agent),
         CapacityConfig(**found.get("capacity", {})),
         MemoryConfig(**found.get("memory", {})),
         AccessConfig(**access),
         tuple(found.get("device", {}).get("pools", ())),
+        CardsConfig(**{**cards, "cards": tuple(cards.get("cards", ()))}),
     )
 
 

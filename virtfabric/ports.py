@@ -13,15 +13,21 @@ if TYPE_CHECKING:
     import threading
     from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
+    from virtfabric.model.adapter import AdapterId, Reservation, Slice, SliceId, SliceSpec
+    from virtfabric.model.amounts import Amounts
+    from virtfabric.model.card import CardNews, CardView, SignedImage
     from virtfabric.model.cxl import Condition, HostMemory
+    from virtfabric.model.decision import Course, Proposal
     from virtfabric.model.device import DeviceNews, PciAddress, PciFunction
+    from virtfabric.model.errors import Refusal
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import HostTopology
     from virtfabric.model.hugepages import HugePools
-    from virtfabric.model.ids import GuestId, TransactionId
-    from virtfabric.model.ledger import Books
+    from virtfabric.model.ids import GuestId, RequestId, TransactionId
+    from virtfabric.model.ledger import Books, HostSnapshot
     from virtfabric.model.policy import GuestPolicy
     from virtfabric.model.reclaim import MemoryReport
+    from virtfabric.model.request import Request
     from virtfabric.model.step import Step
 
 
@@ -141,6 +147,137 @@ class VfMaker(Protocol):
         Raises:
             DeviceGoneError, DeviceError: too little to distribute, or the host uses the PF.
         """
+
+
+class CardLink(Protocol):
+    """One offload card, as far as it can be believed. A lost one is tried again by itself."""
+
+    @property
+    def serial(self) -> AdapterId:
+        """Which card it is; its certificate says the same, or there is no link."""
+
+    def view(self) -> CardView:
+        """As last told; never waits."""
+
+    def refresh(self) -> CardView:
+        """Ask the card for all that it has; repeating is safe.
+
+        Raises:
+            CardLostError, CardDistrustedError, CardError
+        """
+
+    def watch(self, changed: Callable[[CardNews], None]) -> None:
+        """Connect, and call `changed` from a thread of its own; it must not block or ask."""
+
+    def trust(self) -> None:
+        """Forget what it said, and believe it anew: an operator's word. Connects again."""
+
+    def close(self) -> None:
+        """End the link; safe to repeat."""
+
+
+class CardSlices(Protocol):
+    """Slices of one card. What it answers has been checked against all it said before.
+
+    Raises (all calls):
+        CardLostError: whether it happened is not known; a promise ends by itself.
+        CardDistrustedError, CardError
+    """
+
+    def reserve(
+        self, spec: SliceSpec, *, request: str, holder: str = "", reclaim: bool = True,
+        change: SliceId | None = None,
+    ) -> Reservation | Slice | Refusal:  # fmt: skip
+        """Promise a slice, or other amounts of one; repeating with the same request is safe.
+
+        Returns:
+            The promise; the slice where that request was committed before.
+        """
+
+    def commit(self, promise: Reservation) -> Slice | Refusal:
+        """Make a promise true."""
+
+    def withdraw(self, request: str) -> None:
+        """See to it that nothing is there of this request: no promise, no slice; repeating is safe.
+
+        Raises:
+            RefusedError: the card keeps it.
+        """
+
+    def assign(self, name: SliceId, holder: str) -> Refusal | None:
+        """Give a slice to a holder, or (empty) take it back; repeating is safe."""
+
+    def release(self, name: SliceId) -> Refusal | None:
+        """End a slice."""
+
+
+class CardImages(Protocol):
+    """Programs slices of one card."""
+
+    def program(
+        self, name: SliceId, image: SignedImage, context: StepContext, *, deadline_s: float
+    ) -> Refusal | None:
+        """Load an image; returns when the slice can do what it is for, or runs what it ran before.
+
+        Raises:
+            CardLostError, CardDistrustedError, CardError
+            StepCancelledError: before all bytes were there; the card drops them.
+        """
+
+
+class CardArbiter(Protocol):
+    """A card that decides about CPU and memory of this host (*carded* mode); repeating is safe.
+
+    Raises (all calls):
+        CardLostError, CardDistrustedError, CardError
+    """
+
+    def show(self, snapshot: HostSnapshot, *, deadline_s: float) -> None:
+        """Have it know this host as it is now."""
+
+    def propose(
+        self, snapshot: HostSnapshot, request: Request, caps: Mapping[GuestId, Amounts], *,
+        deadline_s: float,
+    ) -> Proposal | Refusal:  # fmt: skip
+        """Ask it to decide. What it proposes is unchecked."""
+
+    def measured(self, readings: Mapping[str, Mapping[str, int]], *, deadline_s: float) -> None:
+        """Tell it figures of the host and its guests, by subject."""
+
+    def report(self, request: RequestId, course: Course, detail: str, *, deadline_s: float) -> None:
+        """Tell it what became of a request that it decided."""
+
+
+class Card(CardLink, CardSlices, CardImages, CardArbiter, Protocol):
+    """All that a card does for this host."""
+
+
+class Cards(Protocol):
+    """All offload cards of the configuration; links are made in the background."""
+
+    @property
+    def host(self) -> str:
+        """Who this host is to cards, by its certificate; the keys of its requests begin with it."""
+
+    def views(self) -> Mapping[AdapterId, CardView]:
+        """Each card as last told of; never waits."""
+
+    def reach(self, serial: str) -> Card:
+        """A card that can be asked; one that has still to be met is waited for, a few seconds.
+
+        Raises:
+            CardLostError, CardDistrustedError: it cannot be.
+            CardError: no such card.
+        """
+
+    def find(self, serial: str) -> Card | None:
+        """A card however it is; None where the configuration has no such card."""
+
+    def follow(self, changed: Callable[[CardNews], None]) -> None:
+        """Call `changed` with all news so far, and from then on; it must not block or ask."""
+
+    def close(self) -> None:
+        """End all links; safe to repeat."""
 
 
 class GuestReader(Protocol):

@@ -50,6 +50,8 @@ OF_THE_HOST = frozenset(
         "create-region",
         "online-memory",
         "make-huge-pages",
+        "bring-slice",
+        "assign-slice",
     }
 )
 """Kinds that change the host whatever their guest does. `reset-function` has nothing to undo and

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
 
     from virtfabric.model.step import Step
-    from virtfabric.ports import StepHandler
+    from virtfabric.ports import Handlers, StepHandler
 
 
 class HandlerRegistry:
@@ -43,3 +43,22 @@ class HandlerRegistry:
         if handler is None:
             raise InvalidValueError("step.kind", step.kind, "has no handler")
         return handler
+
+
+class JoinedHandlers:
+    """Implements `ports.Handlers`: a step goes to the registry that knows its type, else first."""
+
+    def __init__(self, first: Handlers, *others: HandlerRegistry) -> None:
+        self._first = first
+        self._others = others
+
+    def for_step(self, step: Step) -> StepHandler:
+        """The one handler of this step's type.
+
+        Raises:
+            InvalidValueError: no handler for the type.
+        """
+        for registry in self._others:
+            if step.kind in registry.kinds:
+                return registry.for_step(step)
+        return self._first.for_step(step)

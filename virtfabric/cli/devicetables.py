@@ -27,7 +27,7 @@ def device_table(functions: list[Json]) -> Table:
         (
             f["address"], f["ids"], _class_text(f), ", ".join(f["interfaces"]) or "-",
             f["driver"] or "-", _number(f["node"]), _number(f["group"]),
-            f["capability"] or "-", _state(f), "; ".join(_reasons(f)),
+            _purpose(f) or "-", _state(f), "; ".join(_reasons(f)),
         )
         for f in functions
         if not f["bridge"]
@@ -77,7 +77,8 @@ def _line(function: Json) -> str:
     elif function["vfs_max"]:
         words.append(f"PF with {len(function['vfs'])} of {function['vfs_max']} VFs")
     if not function["bridge"]:
-        words += [f"[{function['capability']}]" if function["capability"] else "", _state(function)]
+        purpose = _purpose(function)
+        words += [f"[{purpose}]" if purpose else "", _state(function)]
     return "  ".join(filter(None, words))
 
 
@@ -118,3 +119,10 @@ def _acs_text(function: Json) -> str:
 
 def _number(value: int | None) -> str:
     return "-" if value is None else str(value)
+
+
+def _purpose(function: Json) -> str:
+    """Its capability, and the slice of a card that it is."""
+    one = function.get("slice")
+    words = [function["capability"], one and f"{one['slice']} of {one['card']}"]
+    return ", ".join(filter(None, words))

@@ -212,6 +212,16 @@ def _qmp(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _card(args: argparse.Namespace) -> int:
+    labs = _labs()
+    done = labs.switch_card(args.lab, args.card, labs.Power(args.power))
+    if args.json:
+        print_json({"card": args.card, "power": args.power, "done": done})
+    else:
+        print(done)
+    return DONE
+
+
 def _fault(args: argparse.Namespace) -> int:
     labs = _labs()
     faults = import_module("virtfabric.shim.lab.faults")
@@ -331,6 +341,15 @@ def add_parsers(subparsers: Any) -> None:
     qmp.add_argument("command", metavar="COMMAND")
     qmp.add_argument("arguments", nargs="?", default="{}", metavar="JSON")
     qmp.add_argument("--hmp", action="store_true", help="COMMAND is of the human monitor")
+    card = add_for_lab(
+        "card", "cut an offload card off from power, or give it power", _card,
+        "virtfabric lab card card card1 off",
+    )  # fmt: skip
+    card.add_argument("card", metavar="CARD", help="its id in the topology")
+    card.add_argument(
+        "power", choices=["off", "on", "replace"],
+        help="off: it dies without a word; replace: another one, that knows nothing, in its place",
+    )  # fmt: skip
     fault = add(
         "fault", "break something in a lab, for real", _fault, "virtfabric lab fault cxl cxl-poison"
     )

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 COMMANDS: Final = ("reading", "policy", "ports", "allocating", "trail", "install", "hooks",
-                   "doctor", "lab", "devices", "memory")  # fmt: skip
+                   "doctor", "lab", "devices", "memory", "slices", "card")  # fmt: skip
 """Modules of this package that register commands with `add_parsers(subparsers)`."""
 MODULE_OF: Final = {
     **dict.fromkeys(("allocate", "release"), "allocating"),

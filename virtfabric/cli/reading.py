@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.cli import tables
+from virtfabric.cli.cardtables import arbiter_lines, card_table
 from virtfabric.cli.screen import print_json, print_lines, print_tables
 from virtfabric.cli.session import DONE, ask
 
@@ -22,6 +23,7 @@ def _status(args: argparse.Namespace) -> int:
         return DONE
     host, guests = status["host"], status["guests"]
     print_lines(tables.capacity_lines(host))
+    print_lines(arbiter_lines(status["arbiter"]) if "arbiter" in status else [])
     print_lines([f"alert: {a}" for a in status["alerts"]])
     print()
     print_tables(
@@ -31,6 +33,7 @@ def _status(args: argparse.Namespace) -> int:
             tables.guest_table(guests),
             *filter(None, [tables.held_memory_table(guests)]),
             tables.loan_table(status["loans"]),
+            *([card_table(status["cards"])] if status.get("cards") else []),
         ]
     )
     return DONE

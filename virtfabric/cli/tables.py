@@ -288,6 +288,8 @@ def outcome_lines(subject: str, result: Json) -> list[str]:
         lines.append(f"{subject}: done")
     if result.get("grant"):
         lines.append(f"  grant {result['grant']}")
+    if result.get("decided_by"):
+        lines.append(f"  decided by {result['decided_by']}")
     lines += _named(result.get("paid") or [], "paid")
     lines += _named(result.get("returned") or [], "got back")
     lines += [f"  step: {s}" for s in result.get("steps") or []]
@@ -316,6 +318,8 @@ def plan_lines(subject: str, plan: Json) -> list[str]:
     decision = plan["decision"]
     names = {c["guest"]: c["name"] for c in decision["considered"]}
     lines = [f"{subject}: {amounts_text(decision['delta'])} (dry run, nothing changed)"]
+    if decision.get("by"):
+        lines.append(f"  decided by {decision['by']}")
     if decision["from_free"]:
         lines.append(f"  from free capacity: {amounts_text(decision['from_free'])}")
     lines += [

@@ -11,8 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 from virtfabric import __version__
 from virtfabric.daemon.allocation import LEASE, Allocation
+from virtfabric.daemon.arbitration import Arbitration
 from virtfabric.daemon.archive import Archive
 from virtfabric.daemon.authority import Action, Authority
+from virtfabric.daemon.cardcalls import CardCalls
+from virtfabric.daemon.cardparts import NoCards, wire_cards
+from virtfabric.daemon.cardviews import card_view
 from virtfabric.daemon.conductor import Conductor
 from virtfabric.daemon.devicedesk import DeviceDesk
 from virtfabric.daemon.drift import DriftWatch
@@ -54,7 +58,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-class Agent:
+class Agent(CardCalls):
     """Implements `daemon.api.AgentApi`. Thread-safe."""
 
     def __init__(
@@ -76,17 +80,22 @@ class Agent:
         self._ledger = Ledger(books)
         self._observatory = Observatory(
             world.guests, world.devices, self._ledger, topology, capacity, settings.pools,
-            world.pages, clock=clock, lend_ballooned=settings.lend_ballooned,
+            world.pages, clock=clock, lend_ballooned=settings.lend_ballooned, cards=world.cards,
         )  # fmt: skip
         self._authority = Authority(settings.group, settings.ceiling_for, settings.polkit)
         self._jobs = Jobs(self._notices)
         self._drift = DriftWatch(self._observatory, self._notices, world.audit)
         reclaimer = Reclaimer(world.stats)
+        self._arbitration = Arbitration(
+            settings.carded, cards=world.cards or NoCards(), audit=world.audit,
+            notices=self._notices, look=self._observatory.snapshot,
+        )  # fmt: skip
         self._conductor = Conductor(
             ledger=self._ledger, observatory=self._observatory, journal=world.journal,
             audit=world.audit, handlers=world.handlers, clock=clock,
             reclaimer=reclaimer,
         )  # fmt: skip
+        self._conductor.tell_ends(self._arbitration.report)
         self._lifecycle = Lifecycle(
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, notices=self._notices, journal=world.journal, audit=world.audit,
@@ -95,11 +104,14 @@ class Agent:
         self._allocation = Allocation(
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, notices=self._notices, authority=self._authority,
-            deadline_s=settings.deadline_s,
+            deadline_s=settings.deadline_s, cards=world.cards or NoCards(), clock=clock,
+            settle_cards_soon=lambda: self._cards.watch.settle_soon(),
+            choose=self._arbitration.choose, idle_slices=lambda: self._cards.idle.takeable(),
         )  # fmt: skip
         self._desk = PolicyDesk(
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, lifecycle=self._lifecycle, writer=world.policies, clock=clock,
+            choose=self._arbitration.choose,
         )  # fmt: skip
         self._devices = DeviceDesk(
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
@@ -112,13 +124,18 @@ class Agent:
             judge_soon=self._judge_memory_soon,
         )  # fmt: skip
         self._memory, self._memorywatch, self._hostwatch, self._regions, self._reclaim = parts
+        self._cards = wire_cards(
+            world, observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
+            jobs=self._jobs, notices=self._notices, arbitration=self._arbitration,
+            idle_after_s=settings.idle_after_s,
+        )  # fmt: skip
         self._ports = PortDesk(world.definitions, world.audit)
         self._archive = Archive(world.audit, self._observatory, self._jobs)
         self._rounds = Rounds(
             settings=lambda: self._settings, world=world, observatory=self._observatory,
             ledger=self._ledger, conductor=self._conductor, lifecycle=self._lifecycle,
             drift=self._drift, notices=self._notices, host=self._hostwatch, memory=self._memory,
-            memorywatch=self._memorywatch,
+            memorywatch=self._memorywatch, measured=self._measured,
         )  # fmt: skip
         self._drift.repair_with(self._rounds.repair)
         self._leases = LeaseWatch(self._ledger, clock, self._expire)
@@ -150,12 +167,17 @@ class Agent:
         self._drift.check()
         self._leases.start()
         self._rounds.start()
+        self._cards.watch.start()
 
     def _look_at_memory_soon(self) -> None:
         self._lifecycle.enqueue(self._rounds.look_at_memory)
 
     def _judge_memory_soon(self, conditions: Mapping[Serial, Condition]) -> None:
         self._lifecycle.enqueue(lambda: self._rounds.judge_memory(conditions))
+
+    def _measured(self, figures: Mapping[str, Mapping[str, float]]) -> None:
+        self._arbitration.measured(figures)
+        self._cards.idle.look()
 
     def _make_vfs(self) -> None:
         make_vfs(self._world.vfs, self._settings.pools, self._notices, self._world.audit)
@@ -177,6 +199,7 @@ class Agent:
         self._rounds.stop()
         self._leases.close()
         self._jobs.close()
+        self._cards.watch.close()
         self._world.events.close()
         self._world.devices.close()
         self._memory.close()
@@ -229,10 +252,12 @@ class Agent:
     def status(self, caller: Caller) -> Json:
         """See `AgentApi`."""
         self._require(caller, Action.READ)
-        snapshot = self._observatory.snapshot()
+        snapshot, arbiter = self._observatory.snapshot(), self._arbitration.view()
         return {
             "host": host_view(snapshot), "guests": guests_view(snapshot),
             "grants": grants_view(snapshot), "loans": loans_view(snapshot),
+            "cards": [card_view(view, arbiter) for view in snapshot.cards.values()],
+            "arbiter": arbiter,
             "generation": snapshot.generation, "alerts": self._notices.alerts,
         }  # fmt: skip
 

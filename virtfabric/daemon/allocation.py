@@ -5,17 +5,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.daemon.intake import parse_request
+from virtfabric.daemon.sliceprelude import SlicePrelude
 from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.daemon.views import plan_view
 from virtfabric.model.amounts import CPU_KEY
 from virtfabric.model.capability import device_key
-from virtfabric.model.errors import Reason, Refusal, RefusedError
+from virtfabric.model.errors import Reason, Refusal, RefusedError, VirtfabricError
 from virtfabric.model.ids import GrantId
 from virtfabric.model.want import Mode
-from virtfabric.policy.arbiter import choose_allocation, choose_release
+from virtfabric.policy.arbiter import choose_release
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping, Sequence
 
     from virtfabric.daemon.api import Caller
     from virtfabric.daemon.authority import Authority
@@ -25,11 +26,12 @@ if TYPE_CHECKING:
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.notices import Notices
     from virtfabric.daemon.observatory import Observatory
-    from virtfabric.daemon.undertaking import Caps, Outcome
+    from virtfabric.daemon.undertaking import Caps, Choose, Outcome
     from virtfabric.model.decision import Decision
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ledger import Grant, HostSnapshot
     from virtfabric.model.request import Request
+    from virtfabric.ports import Cards, Clock
 
     Json = dict[str, Any]
 
@@ -51,7 +53,23 @@ class Allocation:
         notices: Notices,
         authority: Authority,
         deadline_s: float,
+        cards: Cards,
+        clock: Clock,
+        settle_cards_soon: Callable[[], None],
+        choose: Choose,
+        idle_slices: Callable[[], Sequence[str]],
     ) -> None:
+        """Wire it; nothing is asked yet.
+
+        `settle_cards_soon` has cards brought to what the books say; it must not block. `choose`
+        decides what a guest that runs is to have, whoever does. `idle_slices` says which slices
+        of cards nobody would miss.
+        """
+        self._idle_slices = idle_slices
+        self._choose = choose
+        self._cards = cards
+        self._clock = clock
+        self._settle_cards_soon = settle_cards_soon
         self._observatory = observatory
         self._ledger = ledger
         self._conductor = conductor
@@ -100,7 +118,7 @@ class Allocation:
 
     def _undertaking(self, request: Request, name: str) -> Undertaking:
         def decide(snapshot: HostSnapshot, caps: Caps) -> Decision | Refusal:
-            return choose_allocation(snapshot, request, caps=caps)
+            return self._choose(snapshot, request, caps)
 
         return Undertaking(
             request.id,
@@ -110,7 +128,13 @@ class Allocation:
             grants=True,
             lease_s=request.lease_s,
             deadline_s=request.deadline_s,
+            prelude=self._prelude(request) if request.devices and self._cards.views() else None,
             body={"asked": request.to_json(), "name": name},
+        )
+
+    def _prelude(self, request: Request) -> SlicePrelude:
+        return SlicePrelude(
+            request, self._cards, self._observatory, self._ledger, self._clock, self._idle_slices
         )
 
     def preview(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Json:
@@ -141,7 +165,13 @@ class Allocation:
         name = self.find(guest).name
 
         def run(_: Job, progress: Progress) -> Json:
-            outcome = self._conductor.conduct(self._undertaking(request, name), progress)
+            work = self._undertaking(request, name)
+            try:
+                outcome = self._conductor.conduct(work, progress)
+            except VirtfabricError:
+                if work.prelude is not None:
+                    self._settle_cards_soon()  # of what a lost card could not undo
+                raise
             if outcome.grant:
                 body = outcome.grant.to_json() | {"name": name}
                 self._notices.publish("grant.made", body)
@@ -173,6 +203,7 @@ class Allocation:
                 for r in outcome.residues
             ],
             "considered": [str(c) for c in decision.considered] if decision else [],
+            "decided_by": decision.by if decision else "",
             "reclaimed": [one.to_json() for one in outcome.reclaimed],
             "steps": list(outcome.steps), "took_s": round(outcome.took_s, 4),
             "agent_s": round(outcome.agent_s, 4),

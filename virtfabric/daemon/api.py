@@ -54,6 +54,8 @@ class Notice:
     `device.lost|quarantined|freed`, `memory.changed` {came, went},
     `memory.quarantined|released` {subject, fault, why},
     `host.changed` {nodes, withheld},
+    `card.connected|lost|distrusted|restarted|refused|event` {card, detail},
+    `slice.lost|remade` {key, card, slice, ...},
     `alert` {text}, `agent.connected|disconnected`.
     """
 
@@ -128,6 +130,36 @@ class AgentApi(Protocol):
 
     def device_release(self, caller: Caller, address: str) -> Json:
         """Start a job that lets a function out of quarantine. Returns `{"job": id}`."""
+
+    def cards(self, caller: Caller) -> list[Json]:
+        """Every offload card, as last told of."""
+
+    def card(self, caller: Caller, serial: str) -> Json:
+        """One card, with `slice_list` and `readings`."""
+
+    def card_trust(self, caller: Caller, serial: str) -> Json:
+        """Believe a card again that was distrusted; the card as it is then."""
+
+    def slices(self, caller: Caller) -> list[Json]:
+        """Every slice of every card, other hosts' too."""
+
+    def slices_plan(self, caller: Caller, text: str, options: Mapping[str, str]) -> Json:
+        """`--dry-run` of `slices_create`: `{"steps": [{"text", "data"}], "generation": n}`."""
+
+    def slices_create(self, caller: Caller, text: str, options: Mapping[str, str]) -> Json:
+        """Start a job that makes the slices of a slice file, all or none: `{"job": id}`.
+
+        `options`: guest NAME, reclaim `yes|no`.
+        """
+
+    def slice_plan_end(self, caller: Caller, name: str) -> Json:
+        """`--dry-run` of `slice_destroy`, as `slices_plan` answers it."""
+
+    def slice_destroy(self, caller: Caller, name: str) -> Json:
+        """Start a job that ends a slice (its name, its id, or `CARD/SLICE`): `{"job": id}`."""
+
+    def slice_program(self, caller: Caller, name: str, path: str) -> Json:
+        """Start a job that programs a slice with an image of this host's disk: `{"job": id}`."""
 
     def memory(self, caller: Caller) -> Json:
         """NUMA nodes by tier, and CXL memory: windows, regions, memdevs, ports, problems."""

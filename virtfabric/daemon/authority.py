@@ -30,6 +30,7 @@ class Action(StrEnum):
     POLICY = "org.virtfabric1.policy"
     DEVICES = "org.virtfabric1.devices"
     MEMORY = "org.virtfabric1.memory"
+    CARDS = "org.virtfabric1.cards"
     HOOK = "org.virtfabric1.hook"
 
 

@@ -16,11 +16,13 @@ from virtfabric.daemon.settlement import Settlement, refusal_body, subjects_of
 from virtfabric.daemon.shortfalls import Shortfalls
 from virtfabric.daemon.unfinished import Unfinished
 from virtfabric.model.amounts import Amounts
+from virtfabric.model.decision import Course
 from virtfabric.model.errors import (
     Reason,
     Refusal,
     RefusedError,
     StepCancelledError,
+    VirtfabricError,
 )
 from virtfabric.model.ids import TransactionId
 from virtfabric.policy.placement import plan_convergence, plan_decision
@@ -31,7 +33,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.ledger import Ledger, LedgerView
     from virtfabric.daemon.observatory import Observatory
     from virtfabric.daemon.reclaimer import Reclaimer
-    from virtfabric.daemon.undertaking import Caps, Outcome, Place, Undertaking
+    from virtfabric.daemon.undertaking import Caps, Outcome, Place, Prelude, Undertaking
     from virtfabric.model.decision import Decision
     from virtfabric.model.ids import GuestId, RequestId
     from virtfabric.model.ledger import HostSnapshot
@@ -44,6 +46,8 @@ log = logging.getLogger(__name__)
 
 WAIT_SLICE_S: Final = 1.0
 """Longest wait for another plan before cancellation and deadline are looked at again."""
+_TRIES: Final = 8
+"""Decisions inside a transaction, while the ledger moves."""
 RETRY: Final = frozenset(
     {
         Reason.BUSY,
@@ -77,6 +81,7 @@ class Conductor:
         self._audit = audit
         self._handlers = handlers
         self._clock = clock
+        self._told: Callable[[RequestId, Course, str], None] = lambda *_: None
         self.unfinished = Unfinished(
             ledger=ledger, journal=journal, audit=audit, handlers=handlers, clock=clock
         )
@@ -89,6 +94,10 @@ class Conductor:
         """Whom to tell when functions may have become free; it must not block."""
         self._settlement.tell_moves(moved)
         self.unfinished.tell_moves(moved)
+
+    def tell_ends(self, told: Callable[[RequestId, Course, str], None]) -> None:
+        """Whom to tell how each undertaking ended, in the thread that conducted it."""
+        self._told = told
 
     def place_decision(self, deadline_s: float) -> Place:
         """A placer of decisions, with this deadline for each step that needs a guest."""
@@ -143,11 +152,23 @@ class Conductor:
             guests = {**snapshot.guests, work.incoming.uuid: work.incoming}
             snapshot = replace(snapshot, guests=guests)
         snapshot = self._observatory.look_at_pages(snapshot)
+        prelude = work.prelude if without is None else None
+        if prelude is not None:
+            snapshot = prelude.foresee(snapshot)
+        answer = self._decide(work, snapshot, caps or {})
+        if prelude is None:
+            return answer
+        if isinstance(answer, Refusal):
+            return prelude.explain(answer)
+        snapshot, decision, plan = answer
+        return snapshot, decision, prelude.before(plan)
+
+    def _decide(
+        self, work: Undertaking, snapshot: HostSnapshot, caps: Caps
+    ) -> tuple[HostSnapshot, Decision | None, Plan] | Refusal:
         decision: Decision | None = None
         if work.decide is not None:
-            answer = self._reclaimer.decide(
-                work.decide, snapshot, caps or {}, deadline_s=work.deadline_s
-            )
+            answer = self._reclaimer.decide(work.decide, snapshot, caps, deadline_s=work.deadline_s)
             if isinstance(answer, Refusal):
                 return answer
             decision = answer
@@ -163,6 +184,15 @@ class Conductor:
             RefusedError: nothing was changed.
             StepCancelledError, VirtfabricError: everything was undone.
         """
+        try:
+            outcome = self._conduct(work, progress)
+        except VirtfabricError as error:
+            self._told(work.request, Course.UNDONE, str(error))
+            raise
+        self._told(work.request, Course.DONE, "")
+        return outcome
+
+    def _conduct(self, work: Undertaking, progress: Progress) -> Outcome:
         self.unfinished.finish()
         began, outside = self._clock.monotonic(), Stopwatch(self._clock)
         txn = TransactionId(f"txn-{uuid.uuid4().hex[:12]}")
@@ -270,6 +300,8 @@ class Conductor:
         try:
             subjects = [*subjects_of(work, txn, decision), *sorted(plan.addresses)]
             self._audit.append("plan.begun", subjects, body)
+            if work.prelude is not None and work.prelude.steps:
+                decision, plan = self._prepare(work, work.prelude, txn, execution, progress)
             execution.extend(plan.steps)
             decision, plan = self._run(work, txn, decision, plan, execution, shortfalls)
             return self._settlement.commit(
@@ -279,6 +311,34 @@ class Conductor:
             # also for a defect of ours: what was applied must not stay
             self._settlement.undo(work, txn, decision, execution, error)
             raise
+
+    def _prepare(
+        self, work: Undertaking, prelude: Prelude, txn: TransactionId, execution: Execution,
+        progress: Progress,
+    ) -> tuple[Decision | None, Plan]:  # fmt: skip
+        """Do what comes before, then decide on the host that is there now."""
+        execution.extend(prelude.steps)
+        short = execution.run()
+        if short is not None:
+            raise RefusedError(_uncooperative(short))
+        prelude.finish(progress)
+        for _ in range(_TRIES):
+            answer = self.consider(work, without=txn)
+            if isinstance(answer, Refusal):
+                raise RefusedError(answer)
+            _, decision, plan = answer
+            touched = _guests_of(work, decision, plan) | execution.touched
+            if self._take_hold(work, txn, answer, touched, execution.outside):
+                self._audit.append(
+                    "plan.replanned", subjects_of(work, txn, decision),
+                    {
+                        "title": work.title, "names": self._names(work, decision, plan),
+                        "decision": decision.to_json() if decision else None,
+                        "steps": [str(step) for step in plan.steps],
+                    },
+                )  # fmt: skip
+                return decision, plan
+        raise RefusedError(Refusal(Reason.BUSY, "the host changes all the time; try again"))
 
     def _names(
         self, work: Undertaking, decision: Decision | None, plan: Plan
@@ -327,7 +387,7 @@ class Conductor:
         execution: Execution,
     ) -> tuple[Decision | None, Plan]:
         """Decide again with what the guest did give; the same transaction goes on."""
-        for _ in range(8):
+        for _ in range(_TRIES):
             self._observatory.refresh(execution.touched - work.absent)
             answer = self.consider(
                 work, without=txn, caps=shortfalls.caps, stuck=shortfalls.stuck,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from virtfabric.daemon.undertaking import new_request
 from virtfabric.model.amounts import MEMORY_KEYS, Amounts, Tier
 from virtfabric.model.capability import device_key
+from virtfabric.model.cardsteps import AssignSlice, BringSlice, SlicePresence
 from virtfabric.model.decision import Decision
 from virtfabric.model.device import Found, Quarantine
 from virtfabric.model.devicesteps import (
@@ -181,6 +182,26 @@ def after_plan(
         why = "a guest has had it, and its pool is for one use (one_time_use)"
         books = quarantined(books, address, why, at)
     return books
+
+
+def slices_after(books: Books, steps: Iterable[Step]) -> Books:
+    """The slices of cards after these steps: ended, and with whom they are now.
+
+    What a card could not be told yet counts as well: it is told when it is back.
+    """
+    slices = dict(books.slices)
+    for step in steps:
+        if isinstance(step, AssignSlice) and step.key in slices:
+            slices[step.key] = replace(slices[step.key], holder=step.after)
+        elif isinstance(step, BringSlice) and step.after is SlicePresence.ABSENT:
+            slices.pop(step.key, None)
+    return books if slices == books.slices else replace(books, slices=slices)
+
+
+def idle_slices(books: Books) -> frozenset[str]:
+    """Keys of slices that were made for guests, and whose functions no guest holds any more."""
+    held = {f.slice for holding in books.holdings.values() for f in holding.functions}
+    return frozenset(k for k, one in books.slices.items() if one.transient and k not in held)
 
 
 def after_undo(books: Books, undone: Collection[Undone], at: float) -> Books:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from virtfabric.policy.pools import blast_radius, obstacles, pool_of
 
 if TYPE_CHECKING:
+    from virtfabric.model.badge import SliceFunction
     from virtfabric.model.device import DeviceInventory, PciFunction, Quarantine
 
     Json = dict[str, Any]
@@ -45,6 +46,7 @@ def function_view(
         "acs": function.acs,
         "uses": [str(use) for use in function.uses],
         "capability": pool.capability if pool else None,
+        "slice": _slice_view(inventory.slices.get(function.address)),
         "holder": holder,
         "quarantine": quarantine.to_json() if quarantine else None,
         "obstacles": list(obstacles(inventory, function.address)),
@@ -56,3 +58,10 @@ def function_view(
         "parent": function.parent,
         "bridge": function.bridge,
     }  # fmt: skip
+
+
+def _slice_view(one: SliceFunction | None) -> Json | None:
+    """The slice that a function is, if it is one that its card confirmed."""
+    if one is None:
+        return None
+    return {"card": one.card, "slice": one.slice, "key": one.key, "for": one.holder}

@@ -23,7 +23,7 @@ from virtfabric.model.plan import Definition, SetPolicy
 from virtfabric.model.policy import Placement
 from virtfabric.model.request import AGENT, Origin, Request
 from virtfabric.model.want import Mode, Want
-from virtfabric.policy.arbiter import choose_admission, choose_allocation
+from virtfabric.policy.arbiter import choose_admission
 from virtfabric.policy.loans import depart
 from virtfabric.policy.placement import plan_convergence, plan_decision, plan_lift
 from virtfabric.policy.standing import ceiling_of, floor_of
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.lifecycle import Lifecycle
     from virtfabric.daemon.observatory import Observatory
-    from virtfabric.daemon.undertaking import Caps, Outcome
+    from virtfabric.daemon.undertaking import Caps, Choose, Outcome
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId, RequestId
     from virtfabric.model.ledger import HostSnapshot
@@ -71,7 +71,10 @@ class PolicyDesk:
         lifecycle: Lifecycle,
         writer: PolicyWriter,
         clock: Clock,
+        choose: Choose,
     ) -> None:
+        """`choose` decides what a guest that runs is to have, whoever does."""
+        self._choose = choose
         self._observatory = observatory
         self._ledger = ledger
         self._conductor = conductor
@@ -118,7 +121,7 @@ class PolicyDesk:
         answer = policy_view(replace(now, policy=policy, policy_error="")) | {"plan": None}
         if not now.active:
             return answer
-        found = self._conductor.consider(_undertaking(now, policy, new_request()))
+        found = self._conductor.consider(self._undertaking(now, policy, new_request()))
         if isinstance(found, Refusal):
             raise RefusedError(found)
         snapshot, decision, plan = found
@@ -149,7 +152,7 @@ class PolicyDesk:
 
     def _change(self, guest: GuestState, policy: GuestPolicy, progress: Progress) -> Json:
         request = new_request()
-        work = _undertaking(guest, policy, request)
+        work = self._undertaking(guest, policy, request)
         outcome = self._conductor.conduct(work, progress)
         # alerts about the former policy end, and what other guests' plans left undone is done
         self._lifecycle.enqueue(partial(self._lifecycle.settle_in, guest.uuid), guest.uuid)
@@ -160,6 +163,17 @@ class PolicyDesk:
             "request": request, "txn": outcome.txn, "steps": list(outcome.steps),
             "residues": [r.to_json() for r in outcome.residues],
         }  # fmt: skip
+
+    def _undertaking(
+        self, guest: GuestState, policy: GuestPolicy, request: RequestId
+    ) -> Undertaking:
+        return Undertaking(
+            request,
+            f"new policy of {guest.name}",
+            lambda snapshot, decision: _place(snapshot, decision, guest.uuid, policy),
+            lambda snapshot, caps: _decide(snapshot, caps, guest, policy, request, self._choose),
+            body={"guest": guest.uuid, "name": guest.name, "policy": format_bare_policy(policy)},
+        )
 
     def clear(self, guest: GuestState, *, uid: int) -> Json:
         """Make it unmanaged: caps and pins lifted, books closed, metadata removed.
@@ -199,16 +213,6 @@ class PolicyDesk:
         return self._result(request, outcome)
 
 
-def _undertaking(guest: GuestState, policy: GuestPolicy, request: RequestId) -> Undertaking:
-    return Undertaking(
-        request,
-        f"new policy of {guest.name}",
-        lambda snapshot, decision: _place(snapshot, decision, guest.uuid, policy),
-        lambda snapshot, caps: _decide(snapshot, caps, guest, policy, request),
-        body={"guest": guest.uuid, "name": guest.name, "policy": format_bare_policy(policy)},
-    )
-
-
 def _under(snapshot: HostSnapshot, guest: GuestId, policy: GuestPolicy) -> HostSnapshot:
     """The host as it would be if the guest had this policy already."""
     state = snapshot.guests.get(guest)
@@ -219,8 +223,9 @@ def _under(snapshot: HostSnapshot, guest: GuestId, policy: GuestPolicy) -> HostS
 
 
 def _decide(
-    snapshot: HostSnapshot, caps: Caps, asked: GuestState, policy: GuestPolicy, request: RequestId
-) -> Decision | Refusal:
+    snapshot: HostSnapshot, caps: Caps, asked: GuestState, policy: GuestPolicy, request: RequestId,
+    choose: Choose,
+) -> Decision | Refusal:  # fmt: skip
     """What the new policy comes to; `asked` is the guest that it was made for, as it was then."""
     guest = asked.uuid
     found = snapshot.guests.get(guest)
@@ -236,7 +241,7 @@ def _decide(
     wanted = _correction(snapshot, state, held.amounts, found.policy, request)
     if wanted is None:
         return Decision(request, guest, snapshot.generation, Amounts())
-    return choose_allocation(snapshot, wanted, caps=caps)
+    return choose(snapshot, wanted, caps)
 
 
 def _place(

@@ -18,6 +18,7 @@ from virtfabric.model.device import DeviceInventory, Link
 from virtfabric.model.devicesteps import SetUpVf
 from virtfabric.model.guest import RunState
 from virtfabric.model.ledger import HostSnapshot
+from virtfabric.policy.badges import join_slices
 from virtfabric.policy.pools import is_set_up, members
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.ids import GuestId, TransactionId
     from virtfabric.model.plan import Plan
-    from virtfabric.ports import Clock, DeviceTree, GuestReader, PageTree
+    from virtfabric.ports import Cards, Clock, DeviceTree, GuestReader, PageTree
 
 GLANCE_S: Final = 5.0
 """How long somebody who asks waits for a fresh look at functions; a client gives up after 25."""
@@ -96,6 +97,7 @@ class Observatory:
         *,
         clock: Clock,
         lend_ballooned: bool,
+        cards: Cards | None = None,
     ) -> None:
         self._reader = reader
         self._tree = tree
@@ -111,6 +113,7 @@ class Observatory:
         self._glance = Glance(clock)
         self._lend_ballooned = lend_ballooned
         self._pages = pages
+        self._cards = cards
 
     @property
     def topology(self) -> HostTopology:
@@ -124,9 +127,10 @@ class Observatory:
 
     @property
     def devices(self) -> DeviceInventory:
-        """Every PCIe function as last read, and the pools."""
+        """Every PCIe function as last read, what it is of a card, and the pools."""
         with self._lock:
-            return self._devices
+            devices = self._devices
+        return join_slices(devices, self._cards.views()) if self._cards else devices
 
     def reconfigure(
         self,
@@ -326,6 +330,7 @@ class Observatory:
             lend_ballooned=self._lend_ballooned,
             devices=devices,
             working=view.functions,
+            cards=self._cards.views() if self._cards else {},
         )
 
     def look_at_pages(self, snapshot: HostSnapshot, *, always: bool = False) -> HostSnapshot:

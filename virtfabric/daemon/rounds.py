@@ -57,8 +57,14 @@ class Rounds:
         host: HostWatch,
         memory: MemoryDesk,
         memorywatch: MemoryWatch,
+        measured: Callable[[Mapping[str, Mapping[str, float]]], None],
     ) -> None:
-        """`settings` is asked before each wait: they may be reloaded."""
+        """Nothing ticks before `start`.
+
+        `settings` is asked before each wait: they may be reloaded. `measured` hears each sample, by
+        subject: `host`, or a guest's UUID.
+        """
+        self._measured = measured
         self._settings = settings
         self._world = world
         self._observatory = observatory
@@ -110,6 +116,8 @@ class Rounds:
         self._lifecycle.retry_detained()
         self.telemetry = self._world.load.sample()
         self.stats = self._world.stats.sample()
+        figures: dict[str, Mapping[str, float]] = {"host": self.telemetry}
+        self._measured(figures | dict(self.stats))
 
     def look_over(self) -> None:
         """The periodic look: read all, settle what was missed, compare, retry residues."""

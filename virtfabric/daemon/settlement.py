@@ -15,6 +15,7 @@ from virtfabric.daemon.custody import (
     after_plan,
     after_undo,
     condemned,
+    slices_after,
     with_residues,
 )
 from virtfabric.daemon.undertaking import Outcome
@@ -118,6 +119,7 @@ class Settlement:
             if work.settle_books is not None:
                 books = work.settle_books(books)
             books = after_plan(books, before, plan, execution.skipped, now)
+            books = _with_slices(books, work, execution)
             residues = (*execution.residues, *self._residues(books, touched, now))
             return with_residues(books, plan.guests, residues)
 
@@ -298,6 +300,13 @@ def subjects_of(work: Undertaking, txn: TransactionId, decision: Decision | None
         subjects += [decision.guest, *(t.victim for t in decision.takes)]
         subjects += [*(r.victim for r in decision.returns), *(r.loan for r in decision.returns)]
     return list(dict.fromkeys(subjects))
+
+
+def _with_slices(books: Books, work: Undertaking, execution: Execution) -> Books:
+    if work.prelude is not None:
+        books = work.prelude.settle(books)
+    missed = (step for step, _ in execution.skipped)
+    return slices_after(books, (*execution.applied, *missed))
 
 
 def _with_orders(books: Books, orders: Mapping[GuestId, tuple[int, ...]]) -> Books:

@@ -28,7 +28,8 @@ def _names(decision: Mapping[str, Any]) -> dict[str, str]:
 
 def _decision_lines(decision: Mapping[str, Any], names: Mapping[str, str]) -> Iterable[str]:
     free = _amounts(decision["from_free"])
-    yield f"  decided: {_amounts(decision['delta'])}; from free capacity {free}"
+    by = f" by {decision['by']}" if decision.get("by") else ""
+    yield f"  decided{by}: {_amounts(decision['delta'])}; from free capacity {free}"
     for take in decision["takes"]:
         who = names.get(take["victim"], take["victim"])
         yield f"  {who} pays {_amounts(take['amounts'])}"
@@ -129,6 +130,10 @@ def _refused(body: Mapping[str, Any]) -> Iterable[str]:
         yield f"  considered {line}"
 
 
+def _rejected(body: Mapping[str, Any]) -> Iterable[str]:
+    yield f"{body['card']} decided, and it was rejected: {body['why']}"
+
+
 def _undone(body: Mapping[str, Any]) -> Iterable[str]:
     yield f"{body.get('title')}: undone, because {body.get('why')}"
     for line in body.get("undone", []):
@@ -171,6 +176,7 @@ _TELLERS = {
     "plan.committed": _committed,
     "memory.called-home": _called_home,
     "request.refused": _refused,
+    "decision.rejected": _rejected,
     "plan.undone": _undone,
     "plan.recovered": _undone,
     "device.lost": _lost,

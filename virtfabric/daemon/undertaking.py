@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import uuid
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from virtfabric.model.ids import RequestId
 from virtfabric.model.reclaim import Recall
@@ -12,6 +12,7 @@ from virtfabric.model.reclaim import Recall
 if TYPE_CHECKING:
     from collections.abc import Callable, Mapping
 
+    from virtfabric.daemon.executor import Progress
     from virtfabric.model.amounts import Amounts
     from virtfabric.model.decision import Decision
     from virtfabric.model.errors import Refusal
@@ -20,10 +21,43 @@ if TYPE_CHECKING:
     from virtfabric.model.ledger import Books, Grant, HostSnapshot, Residue
     from virtfabric.model.plan import Plan
     from virtfabric.model.reclaim import Yield
+    from virtfabric.model.request import Request
+    from virtfabric.model.step import Step
 
     Caps = Mapping[GuestId, Amounts]
     Decide = Callable[[HostSnapshot, Caps], Decision | Refusal]
+    Choose = Callable[[HostSnapshot, Request, Caps], Decision | Refusal]
     Place = Callable[[HostSnapshot, Decision | None], Plan | Refusal]
+
+
+class Prelude(Protocol):
+    """What an undertaking does before its plan can be made exactly, in the same transaction.
+
+    `foresee` is asked with each decision until the steps are done.
+    """
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What has to be done first, as `foresee` found last; none: nothing."""
+
+    def foresee(self, snapshot: HostSnapshot) -> HostSnapshot:
+        """The host as it will be when the steps are done."""
+
+    def explain(self, refusal: Refusal) -> Refusal:
+        """A refusal on that host, with what could not be done before."""
+
+    def before(self, plan: Plan) -> Plan:
+        """Its steps, then those of the plan."""
+
+    def finish(self, progress: Progress) -> None:
+        """Wait until the host is as foreseen.
+
+        Raises:
+            VirtfabricError: it does not become so.
+        """
+
+    def settle(self, books: Books) -> Books:
+        """The books with what was done."""
 
 
 @dataclass(slots=True)
@@ -40,6 +74,7 @@ class Undertaking:
             libvirt: calls on it block until its hook returns.
         recall: how memory that leaves guests is to leave them.
         yields: whether the guest that it is about may give less than it is asked for.
+        prelude: what is done before, if anything.
         body: request and such, for journal and audit.
     """
 
@@ -55,6 +90,7 @@ class Undertaking:
     incoming: GuestState | None = None
     recall: Recall = field(default_factory=Recall)
     yields: bool = False
+    prelude: Prelude | None = None
     body: dict[str, Any] = field(default_factory=dict)
 
     @property

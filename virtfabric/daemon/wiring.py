@@ -10,11 +10,13 @@ if TYPE_CHECKING:
 
     from virtfabric.daemon.api import Caller
     from virtfabric.daemon.authority import Polkit
+    from virtfabric.model.card import Carded
     from virtfabric.model.device import DevicePool
     from virtfabric.model.host import Capacity, HostTopology
     from virtfabric.model.request import Offerable
     from virtfabric.ports import (
         AuditLog,
+        Cards,
         Clock,
         DefinitionEditor,
         DeviceTree,
@@ -39,6 +41,7 @@ class World:
 
     Attributes:
         restarter: None where the agent is not to restart the hypervisor's daemon.
+        cards: None where the configuration has none.
     """
 
     host: HostReader
@@ -57,6 +60,7 @@ class World:
     load: HostLoad
     stats: GuestStats
     restarter: Restarter | None = None
+    cards: Cards | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +68,8 @@ class Settings:
     """The part of the configuration that the agent itself acts on.
 
     Attributes:
+        carded: the card that decides about allocations; None: the agent does.
+        idle_after_s: how long nobody may use a slice of a card before it is idle; 0: for ever.
         capacity_of: what may be granted of a host; raises ConfigError.
     """
 
@@ -79,3 +85,5 @@ class Settings:
     lend_ballooned: bool = False
     pools: tuple[DevicePool, ...] = ()
     polkit: Polkit | None = None
+    carded: Carded | None = None
+    idle_after_s: float = 0.0

@@ -99,6 +99,8 @@ _JOB = Argument("o", "job")
 _GUEST = Argument("s", "guest")
 _WANTS = Argument("a{ss}", "wants")
 _REGION = Argument("s", "region")
+_SLICE = Argument("s", "slice")
+_OPTIONS = Argument("a{ss}", "options")
 _BODY = Argument("s", "body")
 
 MANAGER_INTERFACE: Final = Interface(
@@ -111,6 +113,15 @@ MANAGER_INTERFACE: Final = Interface(
         Method("ListLoans", (), _JSON),
         Method("ListDevices", (), _JSON),
         Method("ReleaseDevice", (Argument("s", "address"),), _JOB),
+        Method("ListCards", (), _JSON),
+        Method("ShowCard", (Argument("s", "serial"),), _JSON),
+        Method("TrustCard", (Argument("s", "serial"),), _JSON),
+        Method("ListSlices", (), _JSON),
+        Method("CreateSlices", (Argument("s", "file"), _OPTIONS), _JOB),
+        Method("PlanSlices", (Argument("s", "file"), _OPTIONS), _JSON),
+        Method("DestroySlice", (_SLICE,), _JOB),
+        Method("PlanSliceEnd", (_SLICE,), _JSON),
+        Method("ProgramSlice", (_SLICE, Argument("s", "image")), _JOB),
         Method("GetMemory", (), _JSON),
         Method("ReleaseMemory", (Argument("s", "subject"),), _JOB),
         Method("CreateRegion", (_WANTS,), _JOB),

@@ -30,6 +30,16 @@ class Verdict(StrEnum):
     REQUESTER = "requester"
 
 
+class Course(StrEnum):
+    """What became of a request that a card decided. Published; never renamed."""
+
+    DONE = "done"
+    UNDONE = "undone"
+    """It was tried, and nothing of it is left."""
+    REJECTED = "rejected"
+    """The host did not take the decision: it would have broken an invariant."""
+
+
 @dataclass(frozen=True, slots=True)
 class Consideration:
     """Why one guest paid for one resource or did not."""
@@ -77,6 +87,21 @@ class Return:
 
 
 @dataclass(frozen=True, slots=True)
+class Proposal:
+    """What somebody else's arbiter would have: not to be believed before it was checked.
+
+    Attributes:
+        by: who proposes; for people (`card C-1`).
+        delta: what the guest of the request would gain, or give up.
+        takes: who would pay for it.
+    """
+
+    by: str
+    delta: Amounts
+    takes: tuple[Take, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Decision:
     """Amounts only; `placement` turns it into a plan.
 
@@ -88,6 +113,7 @@ class Decision:
         holdings: amounts held afterwards, of every guest whose amounts change.
         considered: one entry per guest and contended resource.
         reclaim: how the memory that victims pay comes home.
+        by: who decided, in *carded* mode; empty in any other.
     """
 
     request: RequestId
@@ -100,6 +126,7 @@ class Decision:
     holdings: Mapping[GuestId, Amounts] | None = None
     considered: tuple[Consideration, ...] = ()
     reclaim: tuple[ReclaimPlan, ...] = ()
+    by: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """For journal, audit and clients."""
@@ -114,4 +141,5 @@ class Decision:
             "holdings": {g: a.to_json() for g, a in (self.holdings or {}).items()},
             "considered": [c.to_json() for c in self.considered],
             "reclaim": [plan.to_json() for plan in self.reclaim],
+            "by": self.by,
         }  # fmt: skip

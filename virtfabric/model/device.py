@@ -19,6 +19,8 @@ from virtfabric.model.profile import Profile
 if TYPE_CHECKING:
     from collections.abc import Iterator, Mapping
 
+    from virtfabric.model.badge import Badge, SliceFunction
+
 VFIO_PCI: Final = "vfio-pci"
 _ADDRESS: Final = re.compile(
     r"(?:([0-9a-f]{4,8}):)?([0-9a-f]{1,2}):([01]?[0-9a-f])\.([0-7])", re.IGNORECASE
@@ -120,6 +122,7 @@ class PciFunction:
             for no limit, None where that is not told.
         fatal_errors: how many fatal ones it has reported since the host booted, for a root port
             also those that reached it; None where nothing counts them (no AER).
+        badge: which slice of an offload card it says to be; None where it does not say.
     """
 
     address: PciAddress
@@ -146,6 +149,7 @@ class PciFunction:
     settings: VfSettings | None = None
     limit: int | None = None
     fatal_errors: int | None = None
+    badge: Badge | None = None
 
     @property
     def ids(self) -> str:
@@ -268,9 +272,10 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class DevicePool:
-    """`[[device]]` of the configuration.
+    """`[[device]]` of the configuration, or all functions that are slices with one capability.
 
     Attributes:
+        slices: it is of slices; functions with a badge are in no other pool.
         settings: what a grant sets up on a VF; `mac` None leaves the one that it has.
         vf_count: how many VFs each PF of the pool is given when the agent starts and it has none;
             None leaves that to the operator. Never changed while a VF is in use.
@@ -288,6 +293,7 @@ class DevicePool:
     nvme_queues: int | None = None
     one_time_use: bool = False
     link_speed: int | None = None
+    slices: bool = False
     vfio_driver: str = VFIO_PCI
     profile: Profile | None = None
 
@@ -341,22 +347,27 @@ class Found:
 
 @dataclass(frozen=True, slots=True)
 class HeldFunction:
-    """A function that a guest holds, by the capability that it was granted for."""
+    """A function that a guest holds, by the capability that it was granted for.
+
+    Attributes:
+        slice: key of the slice of an offload card that it is; empty for any other function.
+    """
 
     capability: str
     address: PciAddress
     found: Found = Found()
+    slice: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """For the journal and for clients."""
         body = {"capability": self.capability, "address": self.address}
-        return body | {"found": self.found.to_json()}
+        return body | {"found": self.found.to_json(), "slice": self.slice}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> HeldFunction:
         """The reverse of `to_json`."""
         found = Found.from_json(data["found"]) if "found" in data else Found()
-        return cls(data["capability"], PciAddress(data["address"]), found)
+        return cls(data["capability"], PciAddress(data["address"]), found, data.get("slice", ""))
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,10 +441,19 @@ class DeviceInventory:
     Attributes:
         functions: by address.
         pools: in the order of the configuration; a function is in the first that matches it.
+        slices: which of them are slices of offload cards, as the cards confirmed.
+        doubts: why a function that says to be one cannot be given to anybody now.
     """
 
     functions: Mapping[PciAddress, PciFunction] = field(default_factory=dict)
     pools: tuple[DevicePool, ...] = ()
+    slices: Mapping[PciAddress, SliceFunction] = field(default_factory=dict)
+    doubts: Mapping[PciAddress, str] = field(default_factory=dict)
+
+    @cached_property
+    def badged(self) -> dict[PciAddress, Badge]:
+        """What functions say of themselves."""
+        return {a: one.badge for a, one in self.functions.items() if one.badge is not None}
 
     @cached_property
     def groups(self) -> dict[int, tuple[PciFunction, ...]]:

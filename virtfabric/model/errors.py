@@ -47,6 +47,11 @@ class Reason(StrEnum):
     STRANDS_MEMORY = "strands-memory"
     NO_HUGE_PAGES = "no-huge-pages"
     SHUTTING_DOWN = "shutting-down"
+    IMAGE_REFUSED = "image-refused"
+    DECISION_REJECTED = "decision-rejected"
+    """A card's decision that would have broken an invariant."""
+    NO_ARBITER = "no-arbiter"
+    """The card that is to decide does not, and nobody else may."""
 
 
 class VirtfabricError(Exception):
@@ -109,6 +114,18 @@ class HugePagesError(VirtfabricError):
 
 class CxlError(VirtfabricError):
     """The kernel or ndctl failed, or this agent refused, to change CXL memory."""
+
+
+class CardError(VirtfabricError):
+    """An offload card failed, or answered something that this agent does not understand."""
+
+
+class CardLostError(CardError):
+    """The card is not there: no link, no answer in time, or restarted in between."""
+
+
+class CardDistrustedError(CardError):
+    """The card said what cannot be true; nothing it says is believed until an operator does."""
 
 
 class StaleDefinitionError(HypervisorError):

@@ -15,6 +15,8 @@ from virtfabric.model.units import CpuSet
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
+    from virtfabric.model.adapter import AdapterId
+    from virtfabric.model.card import CardView, HeldSlice
     from virtfabric.model.device import PciAddress, Quarantine
     from virtfabric.model.guest import GuestState
     from virtfabric.model.host import Capacity, HostTopology
@@ -163,6 +165,7 @@ class Books:
 
     Attributes:
         memory_quarantine: by `MemoryQuarantine.subject`.
+        slices: of offload cards, by the key of their request.
     """
 
     generation: int = 0
@@ -172,6 +175,7 @@ class Books:
     residues: tuple[Residue, ...] = ()
     quarantine: dict[PciAddress, Quarantine] = field(default_factory=dict)
     memory_quarantine: dict[str, MemoryQuarantine] = field(default_factory=dict)
+    slices: dict[str, HeldSlice] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +194,7 @@ class HostSnapshot:
         recall: how memory that leaves guests is to leave them.
         done: steps of the transaction that is decided anew which came about, as far as they did.
         pools: huge pages of now; None where nobody looked, as no guest needs any.
+        cards: offload cards as each was last told of, by serial number.
     """
 
     generation: int
@@ -205,3 +210,4 @@ class HostSnapshot:
     recall: Recall = field(default_factory=Recall)
     done: tuple[Step, ...] = ()
     pools: HugePools | None = None
+    cards: Mapping[AdapterId, CardView] = field(default_factory=dict)

@@ -11,7 +11,10 @@ from dataclasses import dataclass, field, fields, replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, ClassVar
 
+from virtfabric.model.adapter import SliceSpec
 from virtfabric.model.amounts import Amounts, Tier
+from virtfabric.model.card import HeldSlice
+from virtfabric.model.cardsteps import AssignSlice, BringSlice, SlicePresence
 from virtfabric.model.cxl import Serial
 from virtfabric.model.cxlsteps import CreateRegion, MemoryUse, OnlineMemory, RegionPresence
 from virtfabric.model.device import PciAddress, VfSettings
@@ -211,7 +214,7 @@ STEP_TYPES: dict[str, type[Step]] = {
         ResizeVirtioMem, SetBalloon, SetVcpuCount, PinVcpu, PinEmulator, SetQuota, SetShares,
         SetNodeset, MarkPins, SetPolicy, BindDriver, SetUpVf, AttachFunction, ResetFunction,
         LimitLink, CreateRegion, OnlineMemory, AttachMemory, DetachMemory, AttachDimm,
-        MakeHugePages, SetProfile,
+        MakeHugePages, SetProfile, BringSlice, AssignSlice,
     )
 }  # fmt: skip
 
@@ -235,6 +238,7 @@ _PARSERS: dict[type[Step], Callable[..., Any]] = {
     SetUpVf: VfSettings.parse, AttachFunction: _word_parser(Presence),
     DetachMemory: _word_parser(Presence), CreateRegion: _word_parser(RegionPresence),
     OnlineMemory: _word_parser(MemoryUse), SetProfile: _parse_text,
+    BringSlice: _word_parser(SlicePresence), AssignSlice: _parse_text,
 }  # fmt: skip
 """Of `before` and `after`, where the journal has text for them and no integer."""
 
@@ -274,7 +278,22 @@ def _parse_place(kind: type[Step], body: Mapping[str, Any]) -> dict[str, Any]:
         parsed["file"] = ProfileFile.parse(str(body["file"]), field="step.file")
     if issubclass(kind, CreateRegion | OnlineMemory):
         parsed |= _parse_region(body)
+    if issubclass(kind, BringSlice):
+        parsed |= _parse_slice(body)
     return parsed
+
+
+def _parse_slice(body: Mapping[str, Any]) -> dict[str, Any]:
+    spec, victims = body.get("spec"), body.get("victims")
+    if not isinstance(spec, dict):
+        raise InvalidValueError("step.spec", spec, "is missing or of the wrong type")
+    if not isinstance(victims, list):
+        raise InvalidValueError("step.victims", victims, "is missing or of the wrong type")
+    try:
+        ousted = tuple(HeldSlice.from_json(one) for one in victims)
+    except (KeyError, TypeError) as error:
+        raise InvalidValueError("step.victims", victims, f"is incomplete: {error}") from None
+    return {"spec": SliceSpec.from_json(spec), "victims": ousted}
 
 
 def _parse_region(body: Mapping[str, Any]) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
+from virtfabric.model.adapter import SliceSpec
+from virtfabric.model.card import HeldSlice
 from virtfabric.model.device import VfSettings
 from virtfabric.model.mark import PinMark
 from virtfabric.model.units import CpuSet
@@ -36,12 +38,9 @@ class Step:
         return replace(self, before=self.after, after=self.before)  # type: ignore[attr-defined, call-arg]
 
     def to_json(self) -> dict[str, Any]:
-        """Versioned encoding for the journal: sets, marks and settings as text, else integers."""
+        """Versioned encoding: sets, marks and settings as text, slices as tables, else integers."""
         values = {f.name: getattr(self, f.name) for f in fields(self)}
-        body = {
-            k: str(v) if isinstance(v, CpuSet | PinMark | VfSettings) else v
-            for k, v in values.items()
-        }
+        body = {k: _plain(v) for k, v in values.items()}
         return {"kind": self.kind, "version": self.version, **body}
 
     def describe(self) -> str:
@@ -50,3 +49,13 @@ class Step:
 
     def __str__(self) -> str:
         return self.describe()
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, CpuSet | PinMark | VfSettings):
+        return str(value)
+    if isinstance(value, SliceSpec | HeldSlice):
+        return value.to_json()
+    if isinstance(value, tuple):
+        return [_plain(one) for one in value]
+    return value

@@ -178,16 +178,39 @@ def _decide(
     market: Market | None,
 ) -> Decision:
     """The decision for gains that are known to fit, and for what is given up."""
+    paid = {c.key: market.buy(c.key, c.cost) for c in changes if c.grows} if market else {}
     delta = Amounts({change.key: change.amount for change in changes})
+    return settle_terms(snapshot, request_id, guest, delta, market, Amounts(paid))
+
+
+def settle_terms(
+    snapshot: HostSnapshot,
+    request_id: RequestId,
+    guest: GuestState,
+    delta: Amounts,
+    market: Market | None,
+    paid: Amounts,
+) -> Decision:
+    """The decision where it is known what a guest gains and gives up, and who pays.
+
+    What goes home of what it gives up is no matter of choice: loans say it.
+
+    Args:
+        snapshot: the host.
+        request_id: for the decision.
+        guest: whom it is about.
+        delta: what it gains, or gives up.
+        market: with what victims give; None where it gains nothing.
+        paid: of the gain, from free capacity.
+    """
     given = (-delta).positive()
     home = _homecoming(snapshot, guest.uuid, given)
     repay_parts(home, guest.uuid, consume(newest_first(snapshot.books, guest.uuid), given), given)
     if market is None:
         return _with_homecoming(snapshot, request_id, guest.uuid, delta, home)
-    paid = {c.key: market.buy(c.key, c.cost) for c in changes if c.grows}
     return Decision(
         request_id, guest.uuid, snapshot.generation, delta,
-        from_free=Amounts(paid) + _topped_up(home, given),
+        from_free=paid + _topped_up(home, given),
         takes=market.takes(),
         returns=tuple(home.returns),
         holdings=_holdings(snapshot, {guest.uuid: delta}, market, home),

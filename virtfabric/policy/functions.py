@@ -125,7 +125,10 @@ class _Deal:
             self.pulls[guest] = best.pull
         for function in best.functions:
             self.holders[function.address] = guest
-            held = HeldFunction(capability_of(key) or "", function.address)
+            one = self.stock.inventory.slices.get(function.address)
+            held = HeldFunction(
+                capability_of(key) or "", function.address, slice=one.key if one else ""
+            )
             self.coming.append(Move(guest, held))
         return None
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
+from virtfabric.model.cardsteps import AssignSlice, BringSlice, SlicePresence
 from virtfabric.model.device import VFIO_PCI, Found, HeldFunction, VfSettings
 from virtfabric.model.devicesteps import (
     AttachFunction,
@@ -51,6 +52,8 @@ class FunctionSteps:
         prepares: of the host, before anybody is given anything.
         attaches: need a guest.
         returns: of the host, for functions that nobody has afterwards.
+        ends: of slices that were made for a guest and that nobody has afterwards; their functions
+            go with them.
     """
 
     snapshot: HostSnapshot
@@ -60,6 +63,7 @@ class FunctionSteps:
     prepares: list[Step] = field(default_factory=list)
     attaches: list[Step] = field(default_factory=list)
     returns: list[Step] = field(default_factory=list)
+    ends: list[Step] = field(default_factory=list)
     _handled: set[PciAddress] = field(default_factory=set)
     _passed: dict[PciAddress, HeldFunction] = field(default_factory=dict)
     """What the guest has now that another one gets, as it was prepared for the first."""
@@ -101,12 +105,14 @@ class FunctionSteps:
             self._clear_profile(guest, name, held, function, attached=attached)
         for address, driver in ((held.address, held.found.driver), *held.found.siblings):
             self._unbind(guest, name, address, driver)
+        self._give_back(held)
 
     def come(self, state: GuestState, held: HeldFunction) -> None:
         """A function comes to a guest that runs."""
         function = self._function(held.address)
         if function is None:
             return
+        self._assign(state.uuid, held)
         former = self._keep_profile(state, held, function)
         self._bind(state, held.address, held.found.vfio_driver)
         for address, _ in held.found.siblings:
@@ -127,6 +133,39 @@ class FunctionSteps:
                 state.uuid, state.name, held.address, Presence.ABSENT, Presence.ATTACHED
             )
         )
+
+    # -- slices -----------------------------------------------------------------------------
+
+    def _assign(self, guest: GuestId, held: HeldFunction) -> None:
+        """The card learns who uses its slice from now on."""
+        one = self.snapshot.devices.slices.get(held.address)
+        if one is not None and one.holder != guest:
+            self.prepares.append(
+                AssignSlice(key=one.key, card=one.card, before=one.holder, after=guest)
+            )
+
+    def _give_back(self, held: HeldFunction) -> None:
+        """A slice that was made for a guest ends, any other is nobody's again.
+
+        Optional: what a card cannot be told now it is told when it is back, by the books.
+        """
+        one = self.snapshot.books.slices.get(held.slice)
+        if one is None:
+            return
+        if one.holder:
+            self.ends.append(
+                AssignSlice(
+                    key=one.key, card=one.card, name=one.slice, optional=True,
+                    before=one.holder, after="",
+                )
+            )  # fmt: skip
+        if one.transient:
+            self.ends.append(
+                BringSlice(
+                    key=one.key, card=one.card, spec=one.part, optional=True,
+                    before=SlicePresence.GRANTED, after=SlicePresence.ABSENT,
+                )
+            )  # fmt: skip
 
     # -- parts ------------------------------------------------------------------------------
 

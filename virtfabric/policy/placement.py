@@ -149,7 +149,8 @@ def plan_lift(snapshot: HostSnapshot, guest: GuestId, request_id: RequestId) -> 
         steps += step.no_mark()
     orders = {guest: ()} if held_order(snapshot, guest) else {}
     return Plan(
-        request_id, snapshot.generation, (*steps, *functions.returns), dict(orders),
+        request_id, snapshot.generation, (*steps, *functions.returns, *functions.ends),
+        dict(orders),
         functions=allotment.after, retired=allotment.retired,
     )  # fmt: skip
 
@@ -277,6 +278,7 @@ class _Draft:
             *functions.prepares, *self.pulls, *functions.attaches, *self.caps_down,
             *order_pins(self.pins, self.layout.orders), *self.new_pins, *self.caps_up, *self.rest,
             *self.marks, *self.unplugs, *functions.returns, *self.leaving,
+            *functions.ends,
         )  # fmt: skip
         # a guest that is dedicated no more gives its order back
         orders: dict[GuestId, tuple[int, ...]] = {

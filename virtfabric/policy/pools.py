@@ -75,6 +75,8 @@ def obstacles(inventory: DeviceInventory, address: PciAddress) -> tuple[str, ...
     if _is_bridge(function):
         return ("is a bridge or port",)
     found = [f"the host uses it ({use})" for use in function.uses]
+    if address in inventory.doubts:
+        found.append(inventory.doubts[address])
     if function.group is None:
         found.append("has no IOMMU group (is the IOMMU switched on?)")
     found += _vfs_in_the_way(inventory, function)
@@ -128,7 +130,8 @@ def _is_behind(inventory: DeviceInventory, function: PciFunction, ports: list[Pc
 def _matches(pool: DevicePool, function: PciFunction) -> bool:
     match = pool.match
     return (
-        (not match.addresses or function.address in match.addresses)
+        (function.badge is not None) == pool.slices
+        and (not match.addresses or function.address in match.addresses)
         and (not match.ids or function.ids in match.ids)
         and f"{function.class_code:06x}".startswith(match.class_prefix)
         and match.pf in (None, function.pf)

@@ -15,6 +15,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from virtfabric.model.capability import capability_of, device_key
+from virtfabric.model.ids import GuestId
 from virtfabric.policy.faults import find_faults
 from virtfabric.policy.nearness import remoteness
 from virtfabric.policy.pools import members, obstacles, pool_of
@@ -24,7 +25,6 @@ if TYPE_CHECKING:
 
     from virtfabric.model.amounts import Amounts, Key
     from virtfabric.model.device import DeviceInventory, HeldFunction, PciAddress, PciFunction
-    from virtfabric.model.ids import GuestId
     from virtfabric.model.ledger import HostSnapshot
 
 
@@ -128,12 +128,27 @@ class Stock:
     def is_viable(
         self, function: PciFunction, guest: GuestId, holders: dict[PciAddress, GuestId]
     ) -> bool:
-        """Whether no other guest has a function of its group, nor a running plan."""
+        """Whether no other guest has a function of its group, nor a running plan.
+
+        A slice that was made for somebody is nobody else's.
+        """
+        if self._keeper(function, guest):
+            return False
         alike = (function, *self.inventory.group_of(function.address))
         return all(
             holders.get(one.address, guest) == guest and one.address not in self.snapshot.working
             for one in alike
         )
+
+    def _keeper(self, function: PciFunction, guest: GuestId) -> str:
+        """Whom the slice that the function is was made for; empty if it may be this guest's.
+
+        Who held it as a function gives it up together with the slice.
+        """
+        one = self.inventory.slices.get(function.address)
+        if one is None or one.holder in ("", guest) or function.address in self.holders:
+            return ""
+        return one.holder
 
     def open_to(self, guest: GuestId, key: Key) -> list[PciFunction]:
         """What is in stock for this guest: two guests never have functions of one group."""
@@ -147,6 +162,9 @@ class Stock:
         if function.address in self.holders:
             return ()
         found = list(self.objections(function.address))
+        keeper = self._keeper(function, guest)
+        if keeper:
+            found.append(f"it is a slice for {self._name(GuestId(keeper))}")
         for one in (function, *self.inventory.group_of(function.address)):
             if self.holders.get(one.address, guest) != guest:
                 name = self._name(self.holders[one.address])

@@ -18,7 +18,9 @@ from hypothesis import strategies as st
 
 from virtfabric.adapters.sqlite.database import seal
 from virtfabric.adapters.sqlite.journal import SqliteJournal
+from virtfabric.model.adapter import AdapterId, SliceId, SliceSpec
 from virtfabric.model.amounts import Amounts
+from virtfabric.model.card import HeldSlice
 from virtfabric.model.device import HeldFunction, PciAddress, Quarantine
 from virtfabric.model.errors import JournalCorruptError, JournalError
 from virtfabric.model.hugepages import HeldPages
@@ -51,6 +53,16 @@ BOOKS = Books(
         "node2": MemoryQuarantine(
             "node2", MemoryFault.BROKEN_PAGES, "3 pages", 1.0, nodes=(2,), pages=3, lifted=True
         ),
+    },
+    slices={
+        "h/r/0": HeldSlice(
+            "h/r/0",
+            AdapterId("C-1"),
+            SliceId("slice-1"),
+            "r.0",
+            SliceSpec(cores=1, name="x"),
+            GUEST,
+        )
     },
 )
 
@@ -197,11 +209,26 @@ def test_older_schema_is_upgraded(tmp_path):
 
 def test_schema_without_memory_in_quarantine_is_upgraded(tmp_path):
     path = tmp_path / "journal.db"
-    older = replace(BOOKS, memory_quarantine={})
+    older = replace(BOOKS, memory_quarantine={}, slices={})
     journal = SqliteJournal(path)
     journal.store_books(older)
     journal.shut()
-    edit(path, ("DROP TABLE memory_quarantine", ()), ("PRAGMA user_version = 2", ()))
+    newer = [(f"DROP TABLE {table}", ()) for table in ("memory_quarantine", "slice")]
+    edit(path, *newer, ("PRAGMA user_version = 2", ()))
+    assert content(path) == ((), older)
+    journal = SqliteJournal(path)
+    journal.store_books(BOOKS)
+    journal.shut()
+    assert content(path) == ((), BOOKS)
+
+
+def test_schema_without_slices_of_cards_is_upgraded(tmp_path):
+    path = tmp_path / "journal.db"
+    older = replace(BOOKS, slices={})
+    journal = SqliteJournal(path)
+    journal.store_books(older)
+    journal.shut()
+    edit(path, ("DROP TABLE slice", ()), ("PRAGMA user_version = 3", ()))
     assert content(path) == ((), older)
     journal = SqliteJournal(path)
     journal.store_books(BOOKS)

@@ -55,6 +55,10 @@ def inside(served, capsys):
                 "quarantine: memdev 0x100 is poisoned: 64B at 0x0; to do: when it is sane",
             ],
         ),
+        (["cards"], ["C-1", "connected", "6 of 8", "crypto.aes 3 of 4"]),
+        (["card", "show", "C-1"], ["generation 7", "measured, adapter: cores 6", "C-1/slice-1"]),
+        (["card", "trust", "C-1"], ["card C-1 is trusted anew: connected"]),
+        (["slices"], ["C-1/slice-1", "2 cores, 1GiB, x4, 1 crypto.aes", "db", "ready, aes-1"]),
         (["memory", "--tree"], ["host bridge port1", "└─ 0x100  mem0", "1 poisoned"]),
     ],
 )
@@ -91,6 +95,40 @@ def test_ports_said_wrongly_is_usage(inside, words):
     with pytest.raises(SystemExit) as ended:
         inside("ports", *words)
     assert ended.value.code == 2
+
+
+SLICES = "version = 1\n[[slice]]\ncores = 1\n"
+
+
+def test_slices_are_made_and_ended(inside, tmp_path):
+    file = tmp_path / "aes.toml"
+    file.write_text(SLICES)
+    code, out, _ = inside("slice", "create", str(file), "--for", "db")
+    assert code == 0
+    assert out.splitlines() == ["slice aes: C-1/slice-1", "  step: card C-1: grant slice aes"]
+    assert inside("slice", "create", str(file), "--dry-run")[0] == 0
+    code, out, _ = inside("slice", "destroy", "aes")
+    assert (code, out) == (0, "slice aes is gone\n")
+    assert inside("slice", "destroy", "aes", "--dry-run", "--json")[0] == 0
+
+
+def test_a_slice_is_programmed(inside, tmp_path):
+    code, out, _ = inside("card", "program", "aes", str(tmp_path / "aes.img"))
+    assert code == 0
+    assert out == f"slice aes runs image {tmp_path}/aes.img\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected", "problem"),
+    [
+        (["card", "show", "C-9"], 3, "there is no card 'C-9'"),
+        (["slice", "create", "/nowhere/x.toml"], 2, "cannot be read: No such file"),
+    ],
+)
+def test_what_is_wrong_with_cards_is_said(inside, words, expected, problem):
+    code, _, err = inside(*words)
+    assert code == expected
+    assert problem in err
 
 
 def test_json_is_the_agents_own_document(inside):

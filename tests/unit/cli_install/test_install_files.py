@@ -136,11 +136,14 @@ def test_the_sample_shows_valid_settings(tmp_path):
     live = live.replace('memory = "8GiB" ', "#")
     shown = tmp_path / "shown.toml"
     shown.write_text(live)
-    assert set(tomllib.loads(live)) == {"agent", "capacity", "memory", "access", "device"}
+    assert set(tomllib.loads(live)) == {
+        "agent", "capacity", "memory", "access", "cards", "device",
+    }  # fmt: skip
     config = load_config(shown)
     assert config.capacity.memory_by_node is not None
     assert [p.user for p in config.access.principals] == ["alice"]
     assert [p.capability for p in config.pools] == ["net.vf"]
+    assert [card.serial for card in config.cards.cards] == ["C-1"]
 
 
 def test_restart_is_needed_only_where_no_hook_was_there():

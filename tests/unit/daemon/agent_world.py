@@ -9,7 +9,9 @@ import time
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, cast
 
+from virtfabric.adapters.cardlink.handlers import card_handlers
 from virtfabric.adapters.clock import SystemClock
+from virtfabric.adapters.registry import HandlerRegistry, JoinedHandlers
 from virtfabric.adapters.simulated.faults import SimulatedCrash
 from virtfabric.adapters.simulated.guest import GuestSpec, MemoryDevice
 from virtfabric.adapters.simulated.host import SimulatedHost, build_simulated_host
@@ -255,6 +257,7 @@ class AgentWorld:
     cxl_mib: int = 0
     cxl: CxlInventory | None = None
     restarter: Restarter | None = None
+    make_cards: Callable[[SimulatedHost], Any] | None = None
 
     def __post_init__(self) -> None:
         topology = make_topology(cores=self.cores, threads=self.threads)
@@ -287,6 +290,10 @@ class AgentWorld:
             group=GROUP, ceiling_for=_no_ceiling, capacity_of=self.capacity_of, **self.settings,
         )  # fmt: skip
         self._process = Process()
+        cards = self.make_cards(self.host) if self.make_cards else None
+        handlers = JoinedHandlers(
+            self.host.handlers, *([HandlerRegistry(card_handlers(cards))] if cards else [])
+        )
         host = self._process.wrap(self.host, GONE)
         world = World(
             host=host, guests=host, devices=self._process.wrap(self.host.devices, GONE),
@@ -295,11 +302,11 @@ class AgentWorld:
             vfs=self._process.wrap(self.host.devices, GONE), policies=host,
             events=self.host.events,
             definitions=self.host.definitions,
-            handlers=_Handlers(self._process, self.host.handlers),
+            handlers=_Handlers(self._process, handlers),
             journal=self._process.wrap(self.journal, CUT_OFF),
             audit=self._process.wrap(self.audit, CUT_OFF),
             clock=self.clock, load=self.host.load, stats=self.host.stats,
-            restarter=self.restarter,
+            restarter=self.restarter, cards=cards,
         )  # fmt: skip
         return Agent(world, settings, self.topology, self.capacity)
 

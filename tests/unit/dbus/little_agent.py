@@ -12,12 +12,14 @@ import time
 
 from little_answers import (
     BATCH,
+    CARD,
     DB,
     DEVICE,
     DIFFERENCE,
     GIB,
     GRANT,
     GUESTS,
+    HELD,
     HOST,
     LOAN,
     MEMORY,
@@ -27,6 +29,7 @@ from little_answers import (
     PORTS,
     RECORD,
     RESULT,
+    SLICE,
 )
 
 from virtfabric.daemon.jobs import Jobs
@@ -91,6 +94,46 @@ class LittleAgent:
     def devices(self, caller):
         self._see(caller)
         return [DEVICE]
+
+    def cards(self, caller):
+        self._see(caller)
+        return [CARD]
+
+    def card(self, caller, serial):
+        self._see(caller)
+        if serial != CARD["serial"]:
+            raise RefusedError(Refusal(Reason.UNKNOWN_ID, f"there is no card {serial!r}"))
+        return CARD | {"slice_list": [SLICE], "readings": {"adapter": {"cores": 6}}}
+
+    def card_trust(self, caller, serial):
+        return self.card(caller, serial)
+
+    def slices(self, caller):
+        self._see(caller)
+        return [SLICE]
+
+    def slices_plan(self, caller, text, options):
+        self._see(caller)
+        return PLAN_OF_REGION | {"options": options}
+
+    def slices_create(self, caller, text, options):
+        self._see(caller)
+        result = {"slices": [HELD], "steps": ["card C-1: grant slice aes"]}
+        return {"job": self.jobs_.start("slice aes", lambda *_: result).id}
+
+    def slice_plan_end(self, caller, name):
+        self._see(caller)
+        return PLAN_OF_REGION | {"slice": name}
+
+    def slice_destroy(self, caller, name):
+        self._see(caller)
+        return {"job": self.jobs_.start(f"end of slice {name}", lambda *_: {"steps": []}).id}
+
+    def slice_program(self, caller, name, path):
+        self._see(caller)
+
+        result = {"slice": name, "image": path, "parts": 1}
+        return {"job": self.jobs_.start(f"image for {name}", lambda *_: result).id}
 
     def memory(self, caller):
         self._see(caller)

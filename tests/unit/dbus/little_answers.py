@@ -182,3 +182,27 @@ MEMORY = {
 
 
 PLAN_OF_REGION = {"steps": [{"text": "host: create it", "data": {}}], "generation": 17}
+
+CARD = {
+    "serial": "C-1", "condition": "connected", "why": "", "boot": "b1", "software": "card 1",
+    "adapter": {
+        "cores": 8, "memory": 4 * GIB, "lanes": 16, "keys": 15, "bandwidth": 100000,
+        "accelerators": {"crypto.aes": 4}, "site": "node:0",
+    },
+    "free": {"cores": 6, "memory": 3 * GIB, "lanes": 12, "accelerators": {"crypto.aes": 3}},
+    "slices": 1, "promises": 0, "generation": 7,
+}  # fmt: skip
+SPEC = {
+    "name": "aes", "cores": 2, "memory": GIB, "contiguous": False, "lanes": 4,
+    "capability": "crypto.aes", "units": 1, "keys": 1,
+    "qos": {"priority": 70, "bandwidth": 0, "reclaimable": True},
+}  # fmt: skip
+SLICE = {
+    "id": "slice-1", "holder": DB, "request": "h1/req-1/0", "spec": SPEC, "seat": {},
+    "card": "C-1", "known": True, "wish": "req-1.0", "holder_name": "db", "phase": "ready",
+    "image": "aes-1",
+}  # fmt: skip
+HELD = {
+    "key": "h1/req-1/0", "card": "C-1", "slice": "slice-1", "wish": "req-1.0",
+    "part": {"name": "aes"}, "holder": DB,
+}  # fmt: skip

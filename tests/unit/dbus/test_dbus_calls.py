@@ -31,6 +31,13 @@ ARGUMENTS = {
     "DestroyRegion": ("region0",),
     "PlanRegionEnd": ("region0",),
     "ReleaseMemory": ("0x100",),
+    "ShowCard": ("C-1",),
+    "TrustCard": ("C-1",),
+    "CreateSlices": ("version = 1", {"guest": "db"}),
+    "PlanSlices": ("version = 1", {"guest": "db"}),
+    "DestroySlice": ("aes",),
+    "PlanSliceEnd": ("aes",),
+    "ProgramSlice": ("aes", "/x/aes.img"),
     "ReclaimMemory": ({"node": "1", "detach": "yes"},),
     "PlanReclaim": ({"node": "1"},),
     "ReleaseDevice": ("0000:3b:10.1",),
@@ -60,6 +67,11 @@ def test_every_method_is_reachable_and_answers_what_the_agent_says(agent, bus, l
     assert answers["Plan"] == little.PLAN
     assert answers["ListDevices"] == [little.DEVICE]
     assert answers["GetMemory"] == little.MEMORY
+    assert answers["ListCards"] == [little.CARD]
+    assert answers["ListSlices"] == answers["ShowCard"]["slice_list"] == [little.SLICE]
+    assert answers["TrustCard"] == answers["ShowCard"]
+    assert answers["PlanSlices"]["options"] == {"guest": "db"}
+    assert answers["PlanSliceEnd"]["slice"] == "aes"
     assert answers["Audit"][0]["body"] == {"since": 12.5, "subject": "r1"}
     assert answers["Health"]["generation"] == 17
     titles = {j["id"]: j["title"] for j in answers["ListJobs"]}
@@ -67,6 +79,9 @@ def test_every_method_is_reachable_and_answers_what_the_agent_says(agent, bus, l
     assert titles[answers["Release"]] == "release"
     assert titles[answers["RepairDrift"]] == "repair"
     assert titles[answers["CreateRegion"]] == "region"
+    assert titles[answers["CreateSlices"]] == "slice aes"
+    assert titles[answers["DestroySlice"]] == "end of slice aes"
+    assert titles[answers["ProgramSlice"]] == "image for aes"
     assert titles[answers["DestroyRegion"]] == "end of region0"
     assert answers["PlanRegion"]["wants"] == REGION
     assert answers["PlanRegionEnd"]["region"] == "region0"

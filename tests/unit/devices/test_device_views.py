@@ -64,7 +64,7 @@ def test_a_view_is_json_of_everything() -> None:
         "address": VF, "ids": "8086:10ca", "class": "020000", "driver": "igbvf", "node": 1,
         "group": 4, "pf": NIC, "vfs": [], "vfs_max": 0,
         "link": {"speed": 0, "width": 0, "speed_max": 0, "width_max": 0}, "resets": [],
-        "acs": None, "uses": [], "capability": "net.vf", "holder": "db",
+        "acs": None, "uses": [], "capability": "net.vf", "slice": None, "holder": "db",
         "quarantine": LOST.to_json(), "obstacles": [],
         "shares": [{"address": NIC, "what": "PF"}], "interfaces": [], "parent": PORT,
         "bridge": False,

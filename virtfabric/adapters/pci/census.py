@@ -159,6 +159,7 @@ class Census:
             interfaces=uses.interfaces_of(address),
             limit=configspace.parse_target_speed(express),
             fatal_errors=_read_fatal_errors(read, there),
+            badge=known.badge,
         )
 
     def _leave_out_the_gone(self, now: Reading) -> None:

@@ -7,7 +7,10 @@ Linux include/uapi/linux/pci_regs.h. Only root reads more than the first 64 byte
 
 from __future__ import annotations
 
+import re
 from typing import TYPE_CHECKING, Final
+
+from virtfabric.model.badge import Badge
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -25,6 +28,13 @@ _FIRST: Final = 0x34
 _EXPRESS: Final = 0x10
 EXPRESS_BYTES: Final = 0x34
 _LINK_CONTROL_2: Final = 0x30
+_DESIGNATED: Final = 0x0023
+"""DVSEC: of a vendor, for anybody's devices (PCI Express Base Specification 6.0, 7.9.6)."""
+_OURS: Final = 0xF0CA
+"""Not assigned to anybody as far as we know."""
+_CODE, _SERIAL, _TEXT = 8, 24, 64
+BADGE_BYTES: Final = 4 + _SERIAL + 2 * _TEXT
+_NAME: Final = re.compile(rb"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 SPEEDS: Final = (2_500, 5_000, 8_000, 16_000, 32_000, 64_000)
 """MT/s of the generations 1 to 6."""
 
@@ -71,6 +81,32 @@ def parse_acs(capability: bytes) -> bool | None:
     return enabled & needed == needed
 
 
+def parse_badge(config: bytes) -> Badge | None:
+    """Which slice of which card the function says to be; None where it says nothing readable.
+
+    Layout: docs/card-protocol.md, "Which function is which slice".
+    """
+    for offset, number in _extended_capabilities(config):
+        body = config[offset + 4 : offset + BADGE_BYTES]
+        if number != _DESIGNATED or not _is_badge(body):
+            continue
+        texts = [body[at : at + _TEXT].rstrip(b"\0") for at in (_SERIAL, _SERIAL + _TEXT)]
+        if all(_NAME.fullmatch(text) for text in texts):
+            card, name = (text.decode() for text in texts)
+            return Badge(card, name, body[_CODE:_SERIAL].hex())
+    return None
+
+
+def _is_badge(body: bytes) -> bool:
+    """The headers of a designated capability say whose it is, and which one of theirs."""
+    if len(body) < BADGE_BYTES - 4:
+        return False
+    vendor, revision = body[0] | body[1] << 8, body[2] & 0xF
+    length = int.from_bytes(body[2:4], "little") >> 4
+    number = int.from_bytes(body[4:6], "little")
+    return (vendor, revision, number) == (_OURS, 1, 1) and length >= BADGE_BYTES
+
+
 def parse_target_speed(capability: bytes) -> int | None:
     """MT/s that software lets the link below a port be trained to; None where that is not told.
 
@@ -93,7 +129,7 @@ def choose_recorded(config: bytes) -> dict[int, bytes]:
         size = EXPRESS_BYTES if number == _EXPRESS else 2
         pieces[offset] = config[offset : offset + size]
     for offset, number in _extended_capabilities(config):
-        size = ACS_BYTES if number == _ACS else 4
+        size = {_ACS: ACS_BYTES, _DESIGNATED: BADGE_BYTES}.get(number, 4)
         pieces[offset] = config[offset : offset + size]
     return pieces
 

@@ -16,6 +16,7 @@ from virtfabric.adapters.pci import configspace
 
 if TYPE_CHECKING:
     from virtfabric.adapters.pci.attributes import Attributes
+    from virtfabric.model.badge import Badge
     from virtfabric.model.device import PciAddress
 
 _OPTIONAL: Final = re.compile(
@@ -37,6 +38,7 @@ class Lasting:
         group, pf: None where the link was not there yet.
         speed_max, width_max: 0 where they were not told yet.
         express, acs: where these capabilities are in the configuration space.
+        badge: of a slice's function.
         certain: all of it was told by a device that answered; else it is read anew.
     """
 
@@ -55,6 +57,7 @@ class Lasting:
     width_max: int = 0
     express: int | None = None
     acs: int | None = None
+    badge: Badge | None = None
     certain: bool = False
 
 
@@ -78,7 +81,7 @@ def read_lasting(read: Attributes, inode: int) -> Lasting | None:
             subsystem_device=read.number("subsystem_device", 16) or 0,
             bridge=class_code >> 8 == _BRIDGE_CLASS if bridge is None else bridge,
             express=configspace.find_express(config), acs=configspace.find_acs(config),
-            certain=not configspace.is_silent(config),
+            badge=configspace.parse_badge(config), certain=not configspace.is_silent(config),
         ),
         read,
     )  # fmt: skip

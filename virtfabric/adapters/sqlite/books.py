@@ -10,6 +10,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final, NamedTuple, Protocol
 
 from virtfabric.adapters.sqlite.database import seal
+from virtfabric.model.card import HeldSlice
 from virtfabric.model.device import Quarantine
 from virtfabric.model.ledger import Books, Grant, Holding, Loan, Residue
 from virtfabric.model.memoryquarantine import MemoryQuarantine
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
 
     from virtfabric.adapters.sqlite.database import Database
 
-TABLES: Final = ("holding", "grant_", "loan", "residue", "quarantine", "memory_quarantine")
+TABLES: Final = ("holding", "grant_", "loan", "residue", "quarantine", "memory_quarantine", "slice")
 
 
 def _create(table: str) -> str:
@@ -35,7 +36,9 @@ BOOKS_SCRIPT: Final = (
     + ";CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, seal TEXT NOT NULL)"
     " STRICT, WITHOUT ROWID"
 )
-UPGRADES: Final = {1: _create("quarantine"), 2: _create("memory_quarantine")}
+UPGRADES: Final = {
+    1: _create("quarantine"), 2: _create("memory_quarantine"), 3: _create("slice"),
+}  # fmt: skip
 """A table without rows leaves the digest in the header as it was."""
 
 
@@ -84,6 +87,7 @@ def encode_books(books: Books, known: Rows) -> Rows:
         "residue": {f"{n:06}": r for n, r in enumerate(books.residues)},
         "quarantine": books.quarantine,
         "memory_quarantine": books.memory_quarantine,
+        "slice": books.slices,
     }
     return {t: _rows_of(t, values, known.get(t, {})) for t, values in by_table.items()}
 
@@ -120,7 +124,7 @@ def read_books(connection: sqlite3.Connection, database: Database) -> tuple[Book
     kinds: dict[str, Callable[[Mapping[str, Any]], _Jsonable]] = {
         "holding": Holding.from_json, "grant_": Grant.from_json, "loan": Loan.from_json,
         "residue": Residue.from_json, "quarantine": Quarantine.from_json,
-        "memory_quarantine": MemoryQuarantine.from_json,
+        "memory_quarantine": MemoryQuarantine.from_json, "slice": HeldSlice.from_json,
     }  # fmt: skip
     for table, decode in kinds.items():
         rows[table] = {
@@ -130,7 +134,7 @@ def read_books(connection: sqlite3.Connection, database: Database) -> tuple[Book
             )
         }
     generation = _read_header(connection, database, rows)
-    holdings, grants, loans, residues, quarantine, memory = (
+    holdings, grants, loans, residues, quarantine, memory, slices = (
         [r.value for r in rows[t].values()] for t in TABLES
     )
     return Books(
@@ -141,6 +145,7 @@ def read_books(connection: sqlite3.Connection, database: Database) -> tuple[Book
         residues=tuple(r for r in residues if isinstance(r, Residue)),
         quarantine={q.address: q for q in quarantine if isinstance(q, Quarantine)},
         memory_quarantine={m.subject: m for m in memory if isinstance(m, MemoryQuarantine)},
+        slices={s.key: s for s in slices if isinstance(s, HeldSlice)},
     ), rows
 
 

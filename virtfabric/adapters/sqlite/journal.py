@@ -47,7 +47,7 @@ _MAINTENANCE_EVERY: Final = 64
 SCHEMA: Final = Schema(
     what="the journal",
     application_id=0x76664A31,  # "vfJ1"
-    version=3,
+    version=4,
     moving_away="virtfabric will then find running guests and start with empty books",
     script="""
 CREATE TABLE txn (

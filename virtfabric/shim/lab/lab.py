@@ -6,13 +6,16 @@ up is taken down again.
 
 from __future__ import annotations
 
+import shlex
 import socket
 import subprocess
 import time
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import TYPE_CHECKING, Final
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, assert_never
 
+from virtfabric.model.errors import InvalidValueError
 from virtfabric.shim.guestimage import ensure_guest_image
 from virtfabric.shim.kvmprobe import probe_kvm
 from virtfabric.shim.lab import health
@@ -23,6 +26,15 @@ from virtfabric.shim.lab.boot import (
     read_told,
     wait_for_qemu,
     wait_until_ready,
+)
+from virtfabric.shim.lab.cards import (
+    CONFIG,
+    cards_of,
+    end_cards,
+    format_config,
+    format_search,
+    host_files,
+    provision_cards,
 )
 from virtfabric.shim.lab.faults import Scene
 from virtfabric.shim.lab.image import ensure_lab_image
@@ -53,6 +65,14 @@ class State(StrEnum):
     READY = "ready"
     STARTING = "starting"
     DEAD = "dead"
+
+
+class Power(StrEnum):
+    """What is done to a card."""
+
+    OFF = "off"
+    ON = "on"
+    REPLACE = "replace"
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,17 +119,17 @@ def up(
     with place.locked():
         if place.read_pid() is not None:
             raise LabError(f"lab {name} is up already; `virtfabric lab down {name}` ends it")
-        place.remove()
+        _end(place)  # what a killed `up` left
         place.directory.mkdir(parents=True, mode=0o700)
         came_up = False
         try:
             _start(topology, place, title, report)
             wait_until_ready(place, report, boot_s)
+            _start_cards(topology, place, report)
             came_up = True
         finally:
             if not came_up and not keep:
-                end_qemu(place)
-                place.remove()
+                _end(place)
     return read_status(place)
 
 
@@ -128,9 +148,15 @@ def down(name: str) -> bool:
         record = place.read_record()
         if record is not None and place.read_pid() is not None:
             Remote(place, record, ensure_keys()).close()
-        end_qemu(place)
-        place.remove()
+        _end(place)
     return was_there
+
+
+def _end(place: Place) -> None:
+    """All that runs for a lab, and all that is left of it."""
+    end_qemu(place)
+    end_cards(place)
+    place.remove()
 
 
 def read_status(place: Place) -> Status:
@@ -187,6 +213,39 @@ def read_scene(name: str) -> Scene:
     return Scene(place, parse_topology(place.topology.read_text()), remote)
 
 
+def switch_card(name: str, serial: str, power: Power) -> str:
+    """Cut an offload card of a running lab off from power, or give it power.
+
+    Returns:
+        A line that says what was done.
+
+    Raises:
+        LabError: there is no such lab, or the card is not as it would have to be.
+        InvalidValueError: the lab has no such card.
+    """
+    scene = read_scene(name)
+    cards = {card.serial: card for card in cards_of(scene.topology, scene.place)}
+    if serial not in cards:
+        known = ", ".join(cards) or "none"
+        raise InvalidValueError("card", serial, "is not in this lab", advice=f"there are {known}")
+    card = cards[serial]
+    match power:
+        case Power.OFF:
+            if not card.kill():
+                raise LabError(f"card {serial} is off already")
+            return f"card {serial} has died: its functions answer no more"
+        case Power.ON:
+            card.start()
+            return f"card {serial} is on, with what it kept"
+        case Power.REPLACE:
+            card.kill()
+            card.flash.unlink(missing_ok=True)
+            card.start()
+            return f"card {serial} is another one: the same serial number, an empty memory"
+        case _:
+            assert_never(power)
+
+
 def _start(topology: Topology, place: Place, title: str, report: Callable[[str], None]) -> None:
     outer = choose_outer(device_needs(topology), report)
     image = ensure_lab_image(report)
@@ -197,7 +256,10 @@ def _start(topology: Topology, place: Place, title: str, report: Callable[[str],
     report(f"starting {place.name} ({title}) on {version}, with {accel}")
     place.write_record(Record(place.name, title, port, time.time(), version, accel))
     place.topology.write_text(format_topology(topology))
-    write_payload(place.payload, guest, ensure_keys())
+    provision_cards(cards_of(topology, place))
+    write_payload(
+        place.payload, guest, ensure_keys(), host_files(place) if topology.cards else None
+    )
     for file in backing_files(topology, place.directory):
         with file.path.open("wb") as disk:
             disk.truncate(file.size)
@@ -213,6 +275,30 @@ def _start(topology: Topology, place: Place, title: str, report: Callable[[str],
             start_new_session=True,
         )
     wait_for_qemu(place, qemu)
+
+
+def _start_cards(topology: Topology, place: Place, report: Callable[[str], None]) -> None:
+    """Cards come to a host that is up, by hot-plug; the host learns where their mailboxes are."""
+    cards = cards_of(topology, place)
+    record = place.read_record()
+    if not cards or record is None:
+        return
+    for card in cards:
+        report(f"starting card {card.serial}")
+        card.start()
+    remote = Remote(place, record, ensure_keys())
+    ways: dict[str, str] = {}
+    for card in cards:
+        done = remote.run(format_search(topology, card.ports[0]))
+        if done.returncode:
+            log = card.log.read_text(errors="replace").splitlines()[-10:]
+            raise LabError(f"card {card.serial} did not come to the lab", log=log)
+        ways[card.serial] = done.stdout.strip()
+    config = shlex.quote(format_config(ways))
+    done = remote.run(f"mkdir -p {Path(CONFIG).parent} && printf %s {config} > {CONFIG}")
+    if done.returncode:
+        raise LabError(f"lab {place.name}: {CONFIG}: {done.stderr.strip()}")
+    report(", ".join(f"card {serial} is at {address}" for serial, address in ways.items()))
 
 
 def choose_accel(topology: Topology, guest: GuestImage, outer: OuterQemu) -> Accel:

@@ -9,6 +9,8 @@ from virtfabric.shim.topology.arguments import qemu_arguments
 from virtfabric.shim.topology.kernel import kernel_arguments
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from virtfabric.shim.lab.image import LabImage
     from virtfabric.shim.lab.place import Place
     from virtfabric.shim.topology.model import Topology
@@ -50,8 +52,13 @@ def format_arguments(
         *("-device", "virtio-net-pci,netdev=way,bus=pcie.0"),
         *("-device", "virtio-rng-pci,bus=pcie.0"),
         *("-chardev", _format_console(place), "-serial", "chardev:console"),
-        *("-qmp", f"unix:{place.monitor_socket},server=on,wait=off"),
+        *_format_monitor(place.monitor_socket),
+        *(w for card in topology.cards for w in _format_monitor(place.card_monitor(card.id))),
     )
+
+
+def _format_monitor(socket: Path) -> tuple[str, str]:
+    return ("-qmp", f"unix:{socket},server=on,wait=off")
 
 
 def _format_disk(name: str, file: str) -> tuple[str, ...]:

@@ -33,8 +33,10 @@ _GUEST_IMAGE: Final = Path("cache", "guest", format_recipe_key())
 _LEFT_OUT = shutil.ignore_patterns("__pycache__", ".*", "*.pyc")
 
 
-def write_payload(disk: Path, guest: GuestImage, keys: Keys) -> None:
-    """Write the disk.
+def write_payload(
+    disk: Path, guest: GuestImage, keys: Keys, cards: Path | None = None
+) -> None:  # fmt: skip
+    """Write the disk; `cards`: a directory that the lab finds as lab/cards.
 
     Raises:
         BuildError: mke2fs is missing or failed.
@@ -44,6 +46,8 @@ def write_payload(disk: Path, guest: GuestImage, keys: Keys) -> None:
         write_payload_tree(tree, guest)
         shutil.copy(keys.host, tree / "lab" / "host_key")
         shutil.copy(keys.client.with_suffix(".pub"), tree / "lab" / "authorized_keys")
+        if cards is not None:
+            shutil.copytree(cards, tree / "lab" / "cards")
         tree.chmod(0o755)
         argv = ["mke2fs", "-q", "-t", "ext4", "-O", "^has_journal", "-L", "virtfabric"]
         run_tool([*argv, "-d", str(tree), str(disk), _SIZE], tree)

@@ -85,6 +85,15 @@ class Place:
         """QMP."""
         return self.directory / "qmp"
 
+    def card_monitor(self, card: str) -> Path:
+        """QMP once more, for a card alone: QEMU serves one client on each socket at a time."""
+        return self.directory / f"qmp.{card}"
+
+    @property
+    def cards(self) -> Path:
+        """All that belongs to the lab's offload cards, if it has any."""
+        return self.directory / "cards"
+
     @property
     def qemu_log(self) -> Path:
         """What QEMU itself says."""
@@ -137,13 +146,7 @@ class Place:
 
     def find_qemus(self) -> list[int]:
         """The same without the file: also one that has not come as far as writing it."""
-        word = str(self.pid_file).encode()
-        found: list[int] = []
-        for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
-            with contextlib.suppress(OSError):
-                if word in cmdline.read_bytes().split(b"\0"):
-                    found.append(int(cmdline.parent.name))
-        return found
+        return find_processes(str(self.pid_file))
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -165,6 +168,17 @@ class Place:
         """Take away all that is left of it."""
         shutil.rmtree(self.directory, ignore_errors=True)
         (self.directory.parent / f".{self.name}.lock").unlink(missing_ok=True)
+
+
+def find_processes(word: str) -> list[int]:
+    """Those that have this word among their arguments."""
+    wanted = word.encode()
+    found: list[int] = []
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if wanted in cmdline.read_bytes().split(b"\0"):
+                found.append(int(cmdline.parent.name))
+    return found
 
 
 def place_of(name: str) -> Place:

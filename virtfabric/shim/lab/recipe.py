@@ -22,8 +22,8 @@ PACKAGES: Final = (
     *("libvirt-daemon-system", "libvirt-daemon-driver-qemu", "libvirt-clients"),
     *("qemu-system-x86", "qemu-utils", "cxl", "ndctl", "daxctl", "pciutils", "numactl"),
     *("python3-libvirt", "python3-pyudev", "python3-psutil", "python3-dbus-next"),
-    *("python3-jeepney", "python3-jinja2", "python3-lxml", "python3-rich"),
-    *("python3-pytest", "python3-pytest-timeout", "python3-hypothesis"),
+    *("python3-cryptography", "python3-jeepney", "python3-jinja2", "python3-lxml", "python3-rich"),
+    *("python3-pytest", "python3-pytest-timeout", "python3-hypothesis", "python3-zstandard"),
 )
 EXCLUDED: Final = (
     "/usr/share/man/*",
