@@ -52,7 +52,7 @@ def bound_to(lab: RunningLab, name: str, node: int) -> int:
     """Mappings of the guest's QEMU that are bound to this node alone."""
     return int(
         lab.run(
-            f"grep -cE '^[0-9a-f]+ bind(=static)?:{node} ' "
+            f"grep -cE '^[0-9a-f]+ bind(=static)?:{node}( |$)' "
             f"/proc/$(cat /run/libvirt/qemu/{name}.pid)/numa_maps || :"
         )
     )
