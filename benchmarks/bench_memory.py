@@ -12,13 +12,18 @@ from typing import Any
 from benchmarks.in_lab import measure_in_lab
 from demo.labhost import CHECKOUT, ROOT, LabError, LabGuest, LabHost
 
-ROUNDS = int(os.environ.get("VIRTFABRIC_ROUNDS", "3"))
+ROUNDS = int(os.environ.get("VIRTFABRIC_ROUNDS", "2"))
 GROWTH_MIB = 512
 NODES = {"dram": "0", "cxl": "1"}
 SERIAL = "0x100"
 MEMDEV_SIZE = "1GiB"
 """The lab's own memdevs are smaller than the growth."""
 LAB = os.environ.get("VIRTFABRIC_LAB", "growth")
+SCRIPT = f"{CHECKOUT}/benchmarks/inside_growth.py"
+GUEST = LabGuest(
+    name="grower", priority=90, tiered=True, virtio_mem_mib=GROWTH_MIB, touched_mib=GROWTH_MIB
+)
+GUESTS = 4
 
 
 def measure() -> list[dict[str, Any]]:
@@ -43,29 +48,48 @@ def _enlarge(topology: str) -> str:
 
 
 def _measure_in(lab: LabHost) -> tuple[dict[str, Any], dict[str, Any]]:
-    guest = LabGuest(
-        name="grower", priority=90, tiered=True, virtio_mem_mib=GROWTH_MIB, touched_mib=GROWTH_MIB
-    )
     lab.install("")
     lab.start_agent()
     lab.do(f"virtfabric memory region create --window decoder0.0 --memdev {SERIAL}")
     lab.restart_libvirtd()  # it learns of nodes only at its start
     held = "virtfabric status --json | grep -q '\"withheld\": {}'"
     lab.wait(held, "the region's node is granted from")
-    if (done := lab.start_guest(guest)).returncode:
-        raise LabError(f"the guest does not start: {done.stderr}")
-    lab.wait_ready(guest)
-    ours = {tier: _inside(lab, f"allocate {guest.name}", tier) for tier in NODES}
+    ours = {tier: _measure_tier(lab, "allocate", tier) for tier in NODES}
+    raw = {tier: _measure_tier(lab, "raw", tier) for tier in NODES}
     lab.stop_agent()
-    raw = {tier: _inside(lab, f"raw {guest.name}", tier) for tier in NODES}
-    lab.end_guests()
     lab.clean()
     return ours, raw
 
 
-def _inside(lab: LabHost, words: str, tier: str) -> list[dict[str, float]]:
-    words = f"{words} {ROUNDS} {GROWTH_MIB} {NODES[tier]} {tier}"
-    said = lab.do(f"python3 -I {CHECKOUT}/benchmarks/inside_growth.py {words}", timeout_s=3600)
+def _measure_tier(lab: LabHost, kind: str, tier: str) -> list[dict[str, float]]:
+    """With a guest of its own, and another where that falls over, as emulated ones do."""
+    for left in reversed(range(GUESTS)):
+        try:
+            return _measure_guest(lab, kind, tier)
+        except LabError as error:
+            gone = lab.run(f"[ ! -e /run/libvirt/qemu/{GUEST.name}.pid ]")
+            if not left or gone.returncode:
+                raise
+            print(f"{kind} {tier}: {error}: once more, with a new guest")
+        finally:
+            lab.end_guests()
+            lab.guests.clear()
+    raise AssertionError("unreachable")
+
+
+def _measure_guest(lab: LabHost, kind: str, tier: str) -> list[dict[str, float]]:
+    """It starts with the agent, which does not run while virsh is timed."""
+    if (done := lab.start_guest(GUEST)).returncode:
+        raise LabError(f"the guest does not start: {done.stderr}")
+    lab.wait_ready(GUEST)
+    words = f"{kind} {GUEST.name} {ROUNDS} {GROWTH_MIB} {NODES[tier]} {tier}"
+    if kind == "raw":
+        lab.stop_agent()
+    try:
+        said = lab.do(f"python3 -I {SCRIPT} {words}", timeout_s=3600)
+    finally:
+        if kind == "raw":
+            lab.start_agent()
     return list(json.loads(said))
 
 

@@ -20,9 +20,11 @@ def count_said(guest: str, words: str) -> int:
 
 
 def await_said(guest: str, words: str, count: int) -> None:
-    """Until it said this so often."""
+    """Until it said this so often; ends the script when it cannot any more."""
     tick, deadline = threading.Event(), time.monotonic() + PATIENCE_S
     while count_said(guest, words) < count:
+        if not Path(f"/run/libvirt/qemu/{guest}.pid").exists():
+            raise SystemExit(f"{guest} does not run any more")
         if time.monotonic() > deadline:
             raise SystemExit(f"{guest} did not say {words!r}")
         tick.wait(0.02)
@@ -51,4 +53,6 @@ def measure(guest: str, argv: list[str], words: str) -> tuple[float, float, str]
     printed = run(*argv)
     returned = time.monotonic() - began
     watcher.join()
+    if not said_at:
+        raise SystemExit(f"{guest} did not say {words!r}")
     return returned, said_at[0] - began, printed

@@ -4,7 +4,7 @@
     inside_growth.py raw GUEST ROUNDS MIB NODE             `virsh update-memory-device`
 
 Each round ends with memory that the guest wrote to and whose pages numa_maps has on the node; one
-round before is not counted, in which the agent attaches the device. The way back is not measured.
+round before is not counted: its device may have to be attached. The way back is not measured.
 """
 
 from __future__ import annotations
@@ -21,6 +21,11 @@ sys.path.insert(0, str(Path(__file__).parent))
 from inside_clock import PATIENCE_S, measure, run
 
 _TOUCHED = "VFDEV memory touched"
+_DEVICE = """\
+<memory model='virtio-mem'><alias name='ua-raw'/><source><nodemask>{node}</nodemask></source>
+<target><size unit='MiB'>{mib}</size><node>0</node><block unit='MiB'>2</block>
+<requested>0</requested></target><address type='pci' bus='{bus:#04x}'/></memory>
+"""
 _THERE = 0.95
 """Of what was plugged: the guest leaves some of each block to its kernel."""
 
@@ -32,13 +37,33 @@ def _mib_on(guest: str, node: str) -> int:
     return sum(map(int, pages)) * 4096 >> 20
 
 
-def _device(guest: str, node: str) -> ET.Element:
+def _find(guest: str, node: str) -> ET.Element | None:
     """The virtio-mem device on that node."""
     root = ET.fromstring(run("virsh", "-q", "dumpxml", guest))
     for device in root.iterfind("devices/memory"):
         if device.findtext("source/nodemask") == node:
             return device
-    raise SystemExit(f"{guest} has no memory device on node {node}")
+    return None
+
+
+def _device(guest: str, node: str) -> ET.Element:
+    device = _find(guest, node)
+    if device is None:
+        raise SystemExit(f"{guest} has no memory device on node {node}")
+    return device
+
+
+def _attach(guest: str, node: str, mib: int) -> None:
+    """An empty one, behind the first port that is free."""
+    root = ET.fromstring(run("virsh", "-q", "dumpxml", guest))
+    ports = {
+        int(controller.attrib["index"])
+        for controller in root.iterfind("devices/controller[@model='pcie-root-port']")
+    }
+    used = {int(place.get("bus", "0"), 16) for place in root.iterfind("devices/*/address")}
+    place = Path("/tmp/device.xml")
+    place.write_text(_DEVICE.format(node=node, mib=mib, bus=min(ports - used)))
+    run("virsh", "-q", "attach-device", guest, str(place), "--live")
 
 
 def _resize(guest: str, node: str, mib: int) -> list[str]:
@@ -78,6 +103,8 @@ def main() -> None:
     """Print one object for each round as JSON."""
     guest, rounds, mib, node = sys.argv[2], int(sys.argv[3]), int(sys.argv[4]), sys.argv[5]
     tier = sys.argv[6] if sys.argv[1] == "allocate" else None
+    if tier is None and _find(guest, node) is None:
+        _attach(guest, node, mib)
     took = [_round(guest, mib, node, tier) for _ in range(rounds + 1)]
     print(json.dumps(took[1:]))
 
