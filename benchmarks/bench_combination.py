@@ -34,7 +34,7 @@ def measure() -> list[dict[str, Any]]:
     draw, seen = random.Random(5), Counter[str]()
     taken = fewest = 0
     while seen["cases"] < CASES:
-        pool, books = make_pool(draw.randint(8, 80), draw)
+        pool, books = make_pool(draw.randint(8, 150), draw)
         spec = _draw_spec(draw, books)
         least = fewest_adapters(books, spec)
         if least == 1 or seen["not proved"] > CASES:
