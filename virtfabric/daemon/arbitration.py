@@ -83,7 +83,7 @@ class Arbitration:
         """The card's decision; in words why there is none."""
         try:
             card = self._cards.reach(carded.card)
-            proposal = card.propose(snapshot, request, caps, deadline_s=carded.patience_s)
+            proposal = card.propose(snapshot, request, caps, deadline_s=carded.answer_s)
         except (CardError, InvalidValueError) as error:
             self._is_away(carded, str(error))
             return str(error)
@@ -148,7 +148,7 @@ class Arbitration:
             return
         try:
             card = self._cards.reach(self._carded.card)
-            card.report(request, course, detail, deadline_s=self._carded.patience_s)
+            card.report(request, course, detail, deadline_s=self._carded.answer_s)
         except CardError as error:
             log.warning("%s was not told what became of %s: %s", self._carded.card, request, error)
 
@@ -162,7 +162,7 @@ class Arbitration:
         }
         try:
             card = self._cards.reach(self._carded.card)
-            card.measured(whole, deadline_s=self._carded.patience_s)
+            card.measured(whole, deadline_s=self._carded.answer_s)
         except (CardError, InvalidValueError) as error:
             log.debug("figures did not reach %s: %s", self._carded.card, error)
 
@@ -184,7 +184,7 @@ class Arbitration:
         elif news.kind is CardNewsKind.CONNECTED:
             try:
                 card = self._cards.reach(carded.card)
-                card.show(self._look(), deadline_s=carded.patience_s)
+                card.show(self._look(), deadline_s=carded.answer_s)
             except (CardError, InvalidValueError) as error:
                 self._is_away(carded, str(error))
             else:

@@ -214,7 +214,7 @@ def test_functions_are_not_the_card_s(socketed):
 
 @pytest.fixture
 def world(tmp_path):
-    made = CardWorld(tmp_path, settings={"carded": Carded("C-1", patience_s=0.3)}, cores=CORES)
+    made = CardWorld(tmp_path, settings={"carded": Carded("C-1", answer_s=0.3)}, cores=CORES)
     yield made
     made.close()
 
