@@ -57,21 +57,33 @@ def choose_lots(need: Give, lots: Sequence[Lot]) -> tuple[Lot, ...] | None:
 
     None: all together are not enough.
     """
-    tries = [_most_helpful(need, weights, lots) for weights in _weightings(need)]
-    covers = [found for found in tries if found is not None]
-    if not covers:
+    least = _least_count(need, lots)
+    best = _greediest(need, lots, least)
+    if best is None:
         return None
-    best = _by_price(need, lots, min(covers, key=len))
+    best = _by_price(need, lots, best, least)
     weights = _weightings(need)[0]
     ordered = sorted(lots, key=lambda lot: -_helpfulness(weights, need, lot.give))
     search = _Search(need, ordered, _STEPS_FEWEST)
-    for count in range(_least_count(need, lots), len(best)):
+    for count in range(least, len(best)):
         found = search.find(count)
         if found is not None:
             best = found
             break
     ordered = sorted(lots, key=lambda lot: lot.cost)
     return tuple(_Search(need, ordered, _STEPS_CHEAPEST).find_cheapest(best))
+
+
+def _greediest(need: Give, lots: Sequence[Lot], least: int) -> list[Lot] | None:
+    """The shortest cover that greed finds by any weights; no fewer than `least` can do."""
+    best: list[Lot] | None = None
+    for weights in _weightings(need):
+        found = _most_helpful(need, weights, lots)
+        if found is not None and (best is None or len(found) < len(best)):
+            best = found
+        if best is None or len(best) <= least:
+            break  # all together are not enough, or nothing is better
+    return best
 
 
 def divide(need: Give, rooms: Sequence[Give]) -> list[Give]:
@@ -126,14 +138,13 @@ def _most_helpful(need: Give, weights: Sequence[float], lots: Sequence[Lot]) -> 
     return chosen
 
 
-def _by_price(need: Give, lots: Sequence[Lot], best: list[Lot]) -> list[Lot]:
+def _by_price(need: Give, lots: Sequence[Lot], best: list[Lot], least: int) -> list[Lot]:
     """One fewer than the best, again and again: those that are worth most at one price each.
 
     Prices of what they lack rise until they have it all, or the budget is used up. It finds what
     balances coordinates that taking one lot after the other does not, where there are many lots.
     """
     gives, rounds = [lot.give for lot in lots], _PRICE_ROUNDS
-    least = _least_count(need, lots)
     prices = [1 / wanted for wanted in need]
     while rounds and len(best) > least:
         rounds -= 1
