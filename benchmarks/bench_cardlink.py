@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from virtfabric.model.card import PATIENCE_S
+from virtfabric.model.card import ARBITER_ANSWER_S
 
 _UNIT = Path(__file__).resolve().parents[1] / "tests" / "unit"
 CALLS = 2000
 GUESTS = (10, 100, 1000)
-WITHIN_MS = PATIENCE_S * 1000
+WITHIN_MS = ARBITER_ANSWER_S * 1000
 """For a decision, the picture included: what the agent waits for each single answer."""
 DECISIONS = 12
 

@@ -8,15 +8,14 @@ from __future__ import annotations
 
 import random
 from collections import Counter
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from benchmarks.bench_card import AES, make_pool
-from virtfabric.model.adapter import SliceSpec
+from benchmarks.bench_card import AES
+from virtfabric.model.adapter import Adapter, AdapterBooks, AdapterId, SliceSpec
+from virtfabric.model.errors import Refusal
 from virtfabric.model.units import GIB, MIB, Bytes
-from virtfabric.policy.slicepool import PoolChoice
-
-if TYPE_CHECKING:
-    from virtfabric.model.adapter import AdapterBooks
+from virtfabric.policy import slicing
+from virtfabric.policy.slicepool import PoolChoice, SlicePool
 
 CASES = 200
 TARGET_PERCENT = 1.0
@@ -34,7 +33,8 @@ def measure() -> list[dict[str, Any]]:
     draw, seen = random.Random(5), Counter[str]()
     taken = fewest = 0
     while seen["cases"] < CASES:
-        pool, books = make_pool(draw.randint(8, 80), draw)
+        books = _draw_pool(draw)
+        pool = SlicePool(books)
         spec = _draw_spec(draw, books)
         least = fewest_adapters(books, spec)
         if least == 1 or seen["not proved"] > CASES:
@@ -63,18 +63,41 @@ def measure() -> list[dict[str, Any]]:
     ]  # fmt: skip
 
 
+def _draw_pool(draw: random.Random) -> list[AdapterBooks]:
+    """Adapters of any shape, that the search cannot be lucky with, partly filled."""
+    books = []
+    for number in range(draw.randint(8, 150)):
+        one = AdapterBooks(
+            Adapter(
+                AdapterId(f"card-{number:03}"), draw.choice((8, 16, 32, 64, 128)),
+                Bytes(draw.choice((8, 16, 32, 64, 128, 256)) * GIB), draw.choice((8, 16)), 15,
+                100_000, {AES: draw.randint(1, 8)} if draw.random() < 0.6 else {}, "node:0",
+            )
+        )  # fmt: skip
+        for _ in range(draw.randrange(4)):
+            spec = SliceSpec(
+                draw.randint(1, 24), Bytes(draw.randint(1, 48) * GIB),
+                lanes=draw.choice((0, 1, 4)), bandwidth=draw.choice((None, 20_000)),
+            ).check()  # fmt: skip
+            promise = slicing.reserve(one, spec, reclaim=False)
+            if isinstance(promise, slicing.Promise):
+                done = slicing.commit(promise.books, promise.reservation.id)
+                one = one if isinstance(done, Refusal) else done
+        books.append(one)
+    return books
+
+
 def _draw_spec(draw: random.Random, books: list[AdapterBooks]) -> SliceSpec:
-    """Between an adapter's worth and nearly all that the pool has."""
-    share = draw.uniform(0.05, 0.9)
+    """Of each coordinate between a little and nearly all that the pool has, by itself."""
     cores = sum(free_figures(one, SliceSpec(cores=1))[0] for one in books)
     memory = sum(free_figures(one, SliceSpec(cores=1))[1] for one in books)
     units = sum(one.adapter.accelerators.get(AES, 0) for one in books)
     aes = draw.random() < 0.6 and units > 0
     return SliceSpec(
-        max(1, min(1024, round(cores * share * draw.uniform(0.4, 1)))),
-        Bytes(max(GIB, round(memory * share * draw.uniform(0.4, 1)) // MIB * MIB)),
+        max(1, min(1024, round(cores * draw.uniform(0.05, 0.9)))),
+        Bytes(max(GIB, round(memory * draw.uniform(0.05, 0.9)) // MIB * MIB)),
         lanes=draw.choice((0, 0, 1, 4, 8)), capability=AES if aes else "",
-        units=max(1, round(units * share * draw.uniform(0.2, 1))) if aes else 0, priority=60,
+        units=max(1, round(units * draw.uniform(0.05, 0.9))) if aes else 0, priority=60,
         bandwidth=draw.choice((None, None, 1000, 60_000)),
     ).check()  # fmt: skip
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 CARDS = ("card0", "card1")
 IMAGE = "/opt/virtfabric/lab/cards/crypto.aes.img"
 INITRD = "/root/card-initrd"
-BATCH = LabGuest(name="batch", priority=10, devices=(("crypto.aes", 4),))
+BATCH = LabGuest(name="batch", priority=10, devices=(("crypto.aes", 3),))
 DATABASE = LabGuest(name="database", priority=90)
 
 
@@ -115,7 +115,7 @@ class Demo(LabPlay):
 
     def wait_link(self, card: str, link: str) -> None:
         """Until the agent says so of its link to a card."""
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 300
         while True:
             cards = {one["serial"]: one for one in self.lab.cli_json("cards")}
             if cards[card]["condition"] == link:
@@ -189,22 +189,13 @@ class Demo(LabPlay):
             ]
         )
         self.program(BATCH)
-        self.combined = self.judge(
+        self.judge(
             lambda seen: [
                 judge.expect_encrypts(seen, "batch", 3),
                 judge.expect_encrypts(seen, "database", 1),
             ]
         )
         self.run("cards")
-
-    def act_refuse(self) -> None:
-        """What cannot be had changes nothing."""
-        self.stage.act(
-            "What cannot be had", "All accelerators are taken, and batch has the lower priority."
-        )
-        said = self.run("allocate batch --device crypto.aes", REFUSED)
-        self.note(("no-capacity" in said, "it names the reason no-capacity"))
-        self.judge(lambda seen: [judge.expect_unchanged(seen, self.combined)])
 
     def act_preempt(self) -> None:
         """batch pays."""
@@ -215,7 +206,7 @@ class Demo(LabPlay):
         )
         self.run("allocate database --device crypto.aes --dry-run")
         self.allocate("database --device crypto.aes")
-        self.judge(
+        self.preempted = self.judge(
             lambda seen: [
                 judge.expect_inside(seen, "database", 2),
                 judge.expect_encrypts(seen, "database", 2),
@@ -226,6 +217,16 @@ class Demo(LabPlay):
         )
         self.run("loans")
         self.run(f"explain {self.grants[-1]}")
+
+    def act_refuse(self) -> None:
+        """What cannot be had changes nothing."""
+        self.stage.act(
+            "batch asks for it back",
+            "All accelerators are taken, and only a higher priority has what it wants.",
+        )
+        said = self.run("allocate batch --device crypto.aes", REFUSED)
+        self.note(("no-capacity" in said, "it names the reason no-capacity"))
+        self.judge(lambda seen: [judge.expect_unchanged(seen, self.preempted)])
 
     def act_return(self) -> None:
         """The loan goes home."""
@@ -304,7 +305,7 @@ class Demo(LabPlay):
     def acts(self) -> tuple[Callable[[], None], ...]:
         """In their order."""
         return (
-            self.set_up, self.act_one, self.act_combined, self.act_refuse, self.act_preempt,
+            self.set_up, self.act_one, self.act_combined, self.act_preempt, self.act_refuse,
             self.act_return, self.act_death, self.act_replace, self.act_home,
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.configvalues import check_parsed, check_path, check_seconds, check_text
-from virtfabric.model.card import PATIENCE_S, Carded, Fallback
+from virtfabric.model.card import ARBITER_ANSWER_S, Carded, Fallback
 from virtfabric.model.device import PciAddress
 from virtfabric.model.errors import ConfigError
 from virtfabric.protocol.messages import Role
@@ -51,7 +51,7 @@ class CardsConfig:
         arbiter: serial number of the card that decides about this host's CPU and memory (*carded*
             mode); empty: the agent does.
         fallback: what is done while it does not.
-        patience_s: in which it has to answer.
+        answer_s: in which it has to answer.
         idle_after_s: how long nobody may use a slice before it is idle; 0: for ever.
     """
 
@@ -59,7 +59,7 @@ class CardsConfig:
     credentials: Path = CREDENTIALS
     arbiter: str = ""
     fallback: Fallback = Fallback.OWN
-    patience_s: float = PATIENCE_S
+    answer_s: float = ARBITER_ANSWER_S
     idle_after_s: float = 600.0
 
     def carded(self, serials: Collection[str]) -> Carded | None:
@@ -76,7 +76,7 @@ class CardsConfig:
                 f"cards.arbiter = {self.arbiter!r} is none of the cards",
                 advice=f"there are {known}",
             )
-        return Carded(self.arbiter, self.fallback, self.patience_s)
+        return Carded(self.arbiter, self.fallback, self.answer_s)
 
 
 def _serial(value: Any) -> str:
@@ -96,7 +96,7 @@ KEYS: Final[Mapping[str, Check]] = {
     "credentials": check_path,
     "arbiter": lambda value: "" if value == "" else _serial(value),
     "fallback": lambda value: Fallback(check_text(value, choices=tuple(Fallback))),
-    "patience_s": partial(check_seconds, least=0.05, most=30),
+    "answer_s": partial(check_seconds, least=0.05, most=30),
     "idle_after_s": partial(check_seconds, least=0, most=30 * 86400),
     "card": lambda value: value,
 }

@@ -91,10 +91,11 @@ static struct completion run(struct descriptor d) {
     memcpy(page + RING + 64 * (sent % ENTRIES), &d, sizeof d);
     volatile struct completion *done = (void *)(page + DONE + 16 * (sent % ENTRIES));
     put(0x21c, ++sent);
+    /* Without timers at first: in a lab, those of many sleeps are what its emulator trips over (docs/lab.md). */
     time_t end = time(0) + 30;
-    while (done->number != sent) {
+    for (unsigned looks = 0; done->number != sent; looks++) {
         if (time(0) > end) { errno = ETIMEDOUT; die("no completion"); }
-        usleep(1000);
+        if (looks > 1000000) usleep(20000);
     }
     return *(struct completion *)done;
 }
@@ -151,7 +152,7 @@ int main(int argc, char **argv) {
     set_up();
     uint32_t state = ~0u;
     int attacks = argc > 2;
-    for (unsigned round = 1;; sleep(3)) {
+    for (unsigned round = 1;; sleep(5)) {
         if (get(0) != 0x53434656) { printf("VFAES %s gone\n", address); return 0; }
         if (get(0xc) != state) printf("VFAES %s state=%u\n", address, state = get(0xc));
         if (state == GONE) return 0;

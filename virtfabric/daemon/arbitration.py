@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from virtfabric.daemon.notices import Notices
     from virtfabric.daemon.undertaking import Caps
     from virtfabric.model.card import Carded, CardNews
-    from virtfabric.model.decision import Decision
+    from virtfabric.model.decision import Decision, Proposal
     from virtfabric.model.ids import RequestId
     from virtfabric.model.ledger import HostSnapshot
     from virtfabric.model.request import Request
@@ -60,6 +60,7 @@ class Arbitration:
         self._lock = threading.Lock()
         self._why = "not connected yet"
         self._told_away = False
+        self._rejected: tuple[RequestId, str] | None = None
         self._asked: OrderedDict[RequestId, None] = OrderedDict()
 
     def choose(
@@ -82,7 +83,7 @@ class Arbitration:
         """The card's decision; in words why there is none."""
         try:
             card = self._cards.reach(carded.card)
-            proposal = card.propose(snapshot, request, caps, deadline_s=carded.patience_s)
+            proposal = card.propose(snapshot, request, caps, deadline_s=carded.answer_s)
         except (CardError, InvalidValueError) as error:
             self._is_away(carded, str(error))
             return str(error)
@@ -92,18 +93,26 @@ class Arbitration:
         self._remember(request.id)
         decision = check_proposal(snapshot, request, proposal, caps=caps)
         if isinstance(decision, Refusal):
-            body = {
-                "card": carded.card, "request": request.id, "why": decision.detail,
-                "delta": proposal.delta.to_json(),
-                "takes": [{"victim": t.victim, **t.amounts.to_json()} for t in proposal.takes],
-            }  # fmt: skip
-            self._audit.append("decision.rejected", [request.id, carded.card], body)
-            self._notices.publish("decision.rejected", body)
-            self._is_away(carded, decision.detail)
-            self.report(request.id, Course.REJECTED, decision.detail)
+            self._reject(carded, request.id, proposal, decision.detail)
             return decision.detail
         self._is_there(carded)
         return replace(decision, by=proposal.by)
+
+    def _reject(self, carded: Carded, request: RequestId, proposal: Proposal, why: str) -> None:
+        """Told once for each request and reason: a request is decided again while others run."""
+        with self._lock:
+            known, self._rejected = (request, why) == self._rejected, (request, why)
+        self._is_away(carded, why)
+        self.report(request, Course.REJECTED, why)
+        if known:
+            return
+        body = {
+            "card": carded.card, "request": request, "why": why,
+            "delta": proposal.delta.to_json(),
+            "takes": [{"victim": t.victim, **t.amounts.to_json()} for t in proposal.takes],
+        }  # fmt: skip
+        self._audit.append("decision.rejected", [request, carded.card], body)
+        self._notices.publish("decision.rejected", body)
 
     def _do_without(
         self, carded: Carded, snapshot: HostSnapshot, request: Request, caps: Caps, why: str
@@ -139,7 +148,7 @@ class Arbitration:
             return
         try:
             card = self._cards.reach(self._carded.card)
-            card.report(request, course, detail, deadline_s=self._carded.patience_s)
+            card.report(request, course, detail, deadline_s=self._carded.answer_s)
         except CardError as error:
             log.warning("%s was not told what became of %s: %s", self._carded.card, request, error)
 
@@ -153,7 +162,7 @@ class Arbitration:
         }
         try:
             card = self._cards.reach(self._carded.card)
-            card.measured(whole, deadline_s=self._carded.patience_s)
+            card.measured(whole, deadline_s=self._carded.answer_s)
         except (CardError, InvalidValueError) as error:
             log.debug("figures did not reach %s: %s", self._carded.card, error)
 
@@ -175,7 +184,7 @@ class Arbitration:
         elif news.kind is CardNewsKind.CONNECTED:
             try:
                 card = self._cards.reach(carded.card)
-                card.show(self._look(), deadline_s=carded.patience_s)
+                card.show(self._look(), deadline_s=carded.answer_s)
             except (CardError, InvalidValueError) as error:
                 self._is_away(carded, str(error))
             else:

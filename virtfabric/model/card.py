@@ -138,7 +138,7 @@ class HeldSlice:
         )  # fmt: skip
 
 
-PATIENCE_S: Final = 1.0
+ARBITER_ANSWER_S: Final = 1.0
 
 
 class Fallback(StrEnum):
@@ -154,9 +154,9 @@ class Carded:
 
     Attributes:
         card: serial number of the one that decides.
-        patience_s: in which it has to answer; an answer takes it milliseconds.
+        answer_s: in which it has to answer; an answer takes it milliseconds.
     """
 
     card: str
     fallback: Fallback = Fallback.OWN
-    patience_s: float = PATIENCE_S
+    answer_s: float = ARBITER_ANSWER_S

@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
 from itertools import accumulate
-from operator import gt, mul
+from operator import ge, gt, mul
 from typing import TYPE_CHECKING, Final
 
 if TYPE_CHECKING:
@@ -19,11 +19,12 @@ if TYPE_CHECKING:
 
     from virtfabric.model.adapter import AdapterId
 
-_STEPS_FEWEST: Final = 2000
+_STEPS_FEWEST: Final = 500
 _STEPS_CHEAPEST: Final = 500
-"""Budgets: together a few milliseconds."""
+_PRICE_ROUNDS: Final = 20
+"""Budgets: together a few milliseconds. Prices brought 200 random pools of adapters of all shapes
+from 2.7 % beyond the fewest (OR-tools CP-SAT) to 0.3 %: benchmarks/bench_combination.py."""
 _LEANING: Final = 1.6
-"""With it 200 random pools came within 0.8 % of the fewest, as OR-tools CP-SAT finds them."""
 
 _ROUNDING: Final = 1e-9
 
@@ -56,21 +57,33 @@ def choose_lots(need: Give, lots: Sequence[Lot]) -> tuple[Lot, ...] | None:
 
     None: all together are not enough.
     """
-    tries = [_most_helpful(need, weights, lots) for weights in _weightings(need)]
-    covers = [found for found in tries if found is not None]
-    if not covers:
+    least = _least_count(need, lots)
+    best = _greediest(need, lots, least)
+    if best is None:
         return None
-    best = min(covers, key=len)
+    best = _by_price(need, lots, best, least)
     weights = _weightings(need)[0]
     ordered = sorted(lots, key=lambda lot: -_helpfulness(weights, need, lot.give))
     search = _Search(need, ordered, _STEPS_FEWEST)
-    for count in range(_least_count(need, lots), len(best)):
+    for count in range(least, len(best)):
         found = search.find(count)
         if found is not None:
             best = found
             break
     ordered = sorted(lots, key=lambda lot: lot.cost)
     return tuple(_Search(need, ordered, _STEPS_CHEAPEST).find_cheapest(best))
+
+
+def _greediest(need: Give, lots: Sequence[Lot], least: int) -> list[Lot] | None:
+    """The shortest cover that greed finds by any weights; no fewer than `least` can do."""
+    best: list[Lot] | None = None
+    for weights in _weightings(need):
+        found = _most_helpful(need, weights, lots)
+        if found is not None and (best is None or len(found) < len(best)):
+            best = found
+        if best is None or len(best) <= least:
+            break  # all together are not enough, or nothing is better
+    return best
 
 
 def divide(need: Give, rooms: Sequence[Give]) -> list[Give]:
@@ -123,6 +136,29 @@ def _most_helpful(need: Give, weights: Sequence[float], lots: Sequence[Lot]) -> 
             chosen.append(lots[place])
             left = _left(left, lots[place].give)
     return chosen
+
+
+def _by_price(need: Give, lots: Sequence[Lot], best: list[Lot], least: int) -> list[Lot]:
+    """One fewer than the best, again and again: those that are worth most at one price each.
+
+    Prices of what they lack rise until they have it all, or the budget is used up. It finds what
+    balances coordinates that taking one lot after the other does not, where there are many lots.
+    """
+    gives, rounds = [lot.give for lot in lots], _PRICE_ROUNDS
+    prices = [1 / wanted for wanted in need]
+    while rounds and len(best) > least:
+        rounds -= 1
+        worth = [sum(map(mul, give, prices)) for give in gives]
+        order = sorted(range(len(lots)), key=worth.__getitem__, reverse=True)[: len(best) - 1]
+        got = [sum(gives[place][axis] for place in order) for axis in range(len(need))]
+        if all(map(ge, got, need)):
+            best = [lots[place] for place in order]
+            prices = [1 / wanted for wanted in need]
+        else:
+            prices = [
+                p * wanted / max(g, 1) for p, wanted, g in zip(prices, need, got, strict=True)
+            ]
+    return best
 
 
 def _least_count(need: Give, lots: Sequence[Lot]) -> int:

@@ -77,7 +77,7 @@ def test_what_is_wrong_is_named(load, old, new, problem):
 
 
 def test_a_card_that_decides(load):
-    text = 'arbiter = "C-2"\nfallback = "refuse"\npatience_s = 0.5'
+    text = 'arbiter = "C-2"\nfallback = "refuse"\nanswer_s = 0.5'
     cards = load(TWO.replace('credentials = "/etc/x"', text))
     assert cards.carded({"C-1", "C-2"}) == Carded("C-2", Fallback.REFUSE, 0.5)
     assert load(TWO).carded({"C-1"}) is None
@@ -90,7 +90,7 @@ def test_a_card_that_decides(load):
     [
         ('arbiter = "C 2"', "cards.arbiter = 'C 2' is not 1 to 64"),
         ('fallback = "yes"', "cards.fallback = 'yes'"),
-        ("patience_s = 0", "cards.patience_s = 0"),
+        ("answer_s = 0", "cards.answer_s = 0"),
     ],
 )
 def test_what_is_wrong_with_a_card_that_decides(load, line, problem):

@@ -214,7 +214,7 @@ def test_functions_are_not_the_card_s(socketed):
 
 @pytest.fixture
 def world(tmp_path):
-    made = CardWorld(tmp_path, settings={"carded": Carded("C-1", patience_s=0.3)}, cores=CORES)
+    made = CardWorld(tmp_path, settings={"carded": Carded("C-1", answer_s=0.3)}, cores=CORES)
     yield made
     made.close()
 
@@ -249,9 +249,10 @@ def test_a_forged_decision_is_refused_told_and_audited(world, delta, takes, word
     assert job["result"]["decided_by"].startswith("the agent (card C-1 decided what cannot be: ")
     assert words in job["result"]["decided_by"]
     rejected = world.audited("decision.rejected")
+    assert len(rejected) == 1, "told once"
     assert words in rejected[0].body["why"]
     assert rejected[0].body["delta"] == delta.to_json()
-    assert world.brains["C-1"].firmware.hosts.counts["rejected"] == len(rejected)
+    assert world.brains["C-1"].firmware.hosts.counts["rejected"] >= 1
     assert any("decided what cannot be" in alert for alert in world.alerts())
     told = world.agent.agent.explain(aw.ROOT, job["result"]["request"])["lines"]
     assert any("C-1 decided, and it was rejected: " in line for line in told)
