@@ -35,7 +35,7 @@ demo: setup  ## the main job on real guests, with a readable account of what hap
 demo-passthrough: setup-lab  ## PCIe functions of running guests, in a nested lab; some minutes
 	@$(VENV)/python demo/passthrough.py
 
-demo-cxl: setup-lab  ## CXL memory of a running guest, in a nested lab; in work, not run yet
+demo-cxl: setup-lab  ## CXL memory of a running guest, in a nested lab; some minutes
 	@$(VENV)/python demo/cxl.py
 
 check: setup-checks  ## lint, types, layers, unit and contract tests (under a minute)
