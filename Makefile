@@ -38,7 +38,7 @@ demo-passthrough: setup-lab  ## PCIe functions of running guests, in a nested la
 demo-card: setup-lab  ## offload cards and running guests, in a nested lab; in work
 	@$(VENV)/python demo/cards.py
 
-demo-cxl: setup-lab  ## CXL memory of a running guest, in a nested lab; in work, not run yet
+demo-cxl: setup-lab  ## CXL memory of a running guest, in a nested lab; some minutes
 	@$(VENV)/python demo/cxl.py
 
 check: setup-checks  ## lint, types, layers, unit and contract tests (under a minute)
