@@ -53,7 +53,7 @@ def own_pool(small: RunningLab) -> Iterator[None]:
     small.run(f"echo {ADMIN} > {POOL}/nr_hugepages; rm -rf /run/virtfabric/hugepages")
     yield
     assert pool(small) == (ADMIN, ADMIN, 0)
-    assert small.run("dmesg | grep -ciw 'out of memory\\|oops\\|BUG' || :") == "0"
+    assert small.run("dmesg | grep -cE 'Out of memory|Oops|BUG:' || :") == "0"
 
 
 def pool(lab: RunningLab) -> tuple[int, int, int]:
