@@ -183,6 +183,7 @@ class PaperLab(LabHost):
                 return 3, "guests use it: database"
             case ["memory", "region", "destroy", "region0"]:
                 self.region_up = False
+                return 0, "database: detach empty virtio-mem"
             case ["allocate", "database", *_, "--device", "net.vf"]:
                 return 3, "strands-memory: memory on node 1"
             case ["allocate", *_, "--dry-run"]:
