@@ -62,7 +62,8 @@ def check_device(told):
     assert (told["slice-current_link_width"], told["slice-max_link_width"]) == ("4", "4")
     assert told["management-current_link_width"] == "16"
     assert told["slice-reset_method"].split()[0] == "flr"
-    assert told["slice-extended"] == "0d00010000000000", "ACS, version 1, the last, empty"
+    assert told["management-extended"] == "0d00010000000000", "ACS, version 1, the last, empty"
+    assert told["slice-extended"] == "0d00811000000000", "the same; its badge follows at 108h"
     assert told["slice-group-size"] == "1", "an IOMMU group of its own"
     assert (told["can-reset"], told["msi-vectors"], told["msix-vectors"]) == ("1", "1", "0")
     assert (told["magic"], told["state"]) == (b"VFCS".hex(), "3")
