@@ -126,16 +126,21 @@ class CxlBed(DeviceBed):
 
     # -- guests -------------------------------------------------------------------------------
 
-    def define_tiered(self, name: str, priority: int) -> None:
-        """A guest that may have memory of both tiers."""
+    def define_tiered(
+        self, name: str, priority: int, *, growth: str = "virtio-mem", touches_mib: int = 0
+    ) -> None:
+        """A guest that may have memory of both tiers, and writes to so much that is plugged in."""
         policy = (
             "<metadata><v:policy xmlns:v='urn:virtfabric:policy:1' version='1' "
             f"priority='{priority}'><v:cpu reservation='500m' limit='1'/>"
-            "<v:memory reservation='192MiB' tiers='dram,cxl'/></v:policy></metadata>"
+            f"<v:memory reservation='192MiB' tiers='dram,cxl' growth='{growth}'/>"
+            "</v:policy></metadata>"
         )
         xml = format_tiered(self.lab.run("cat /opt/virtfabric/lab/guest.xml"))
         xml = xml.replace("<name>guest</name>", f"<name>{name}</name>{policy}")
         xml = xml.replace("guest-console", f"{name}-console")
+        if touches_mib:
+            xml = xml.replace("</cmdline>", f" vftouch={touches_mib}</cmdline>")
         self.lab.run(f"virsh -q undefine {name} 2> /dev/null", code=None)
         self.lab.run(f"cat > /tmp/{name}.xml <<'X'\n{xml}\nX\nvirsh -q define /tmp/{name}.xml")
 

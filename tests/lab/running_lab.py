@@ -71,6 +71,11 @@ class RunningLab:
         assert done.returncode == 0, done.stderr
         return done.stdout
 
+    def qmp(self, command: str, arguments: dict[str, Any]) -> None:
+        """Tell the lab's QEMU."""
+        done = lab_command("qmp", self.name, command, json.dumps(arguments))
+        assert done.returncode == 0, done.stderr
+
 
 LABS: list[RunningLab] = []
 """Those that `bring_up` holds up now."""

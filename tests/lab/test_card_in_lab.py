@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import time
 from typing import TYPE_CHECKING
+from xml.etree import ElementTree as ET
 
 import pytest
 from running_lab import bring_up, lab_command
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 DATABASE = LabGuest(name="database", priority=90)
 ATTACKER = LabGuest(name="attacker", priority=50)
 PATIENCE_S = 180
+CARDED = '[cards]\narbiter = "card0"\nanswer_s = 60\n'
+"""An emulated host takes its time to show itself to a card."""
 
 pytestmark = pytest.mark.timeout(0)
 
@@ -128,6 +131,44 @@ def wait_link(host: CardHost, card: str, link: str) -> None:
         if links[card] == link:
             return
         assert time.monotonic() < deadline, links
+
+
+def test_a_card_decides_and_while_it_is_off_the_agent_does(host: CardHost) -> None:
+    host.stop_agent()
+    host.write("/etc/virtfabric/carded.toml", CARDED)
+    host.start_agent()
+    await_decider(host, deciding=True)
+    before = plugged_mib(host)
+    grown = host.cli_json("allocate database --memory +64M --deadline 300")["result"]
+    assert grown["decided_by"] == "card card0"
+    assert plugged_mib(host) == before + 64
+    assert "decided by card card0" in host.do(f"virtfabric explain {grown['grant']}")
+
+    host.switch("card0", "off")
+    await_decider(host, deciding=False)
+    more = host.cli_json("allocate database --memory +32M --deadline 300")["result"]
+    assert more["decided_by"].startswith("the agent (card card0 is lost"), more
+    assert plugged_mib(host) == before + 96
+
+    host.switch("card0", "on")
+    await_decider(host, deciding=True)
+    for grant in (more["grant"], grown["grant"]):
+        host.do(f"virtfabric release {grant}")
+    assert plugged_mib(host) == before
+
+
+def await_decider(host: CardHost, *, deciding: bool) -> None:
+    deadline = time.monotonic() + PATIENCE_S
+    while (told := host.cli_json("status")["arbiter"])["deciding"] != deciding:
+        assert time.monotonic() < deadline, told
+
+
+def plugged_mib(host: CardHost) -> int:
+    """Of virtio-mem, by libvirt."""
+    root = ET.fromstring(host.do("virsh -q dumpxml database"))
+    (current,) = root.iterfind("devices/memory/target/current")
+    assert current.get("unit") == "KiB"
+    return int(current.text or "0") >> 10
 
 
 def test_what_is_wrong_with_a_power_switch_is_told(host: CardHost) -> None:
