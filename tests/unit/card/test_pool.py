@@ -4,6 +4,7 @@ from itertools import combinations
 from random import Random
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from slice_world import AES, ZSTD, adapter, books, spec
@@ -116,7 +117,7 @@ LOTS = st.lists(
 
 
 @given(LOTS, st.integers(1, 15), st.integers(1, 15))
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=examples(80), deadline=None)
 def test_the_fewest_lots_and_of_those_the_cheapest(found, first, second):
     need = (first, second)
     lots = [
@@ -183,7 +184,7 @@ def test_a_large_pool_never_takes_more_than_the_greedy_way_and_tightens():
 
 
 @given(st.data())
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=examples(20), deadline=None)
 def test_a_shelf_is_a_sorted_list(data):
     draw = Random(data.draw(st.integers(0, 10**6)))
     shelf, plain = Shelf(), []

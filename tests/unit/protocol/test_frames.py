@@ -4,6 +4,7 @@ import json
 import struct
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_data import BY_TYPE, MESSAGES, split
@@ -28,7 +29,7 @@ def test_every_kind_has_a_strategy_and_a_number_of_its_own():
 
 
 @given(st.lists(MESSAGES, max_size=6), st.lists(st.integers(0, 100_000), max_size=20))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=examples(60), deadline=None)
 def test_messages_survive_any_split(messages, cuts):
     stream = b"".join(encode(message, number, 7) for number, message in enumerate(messages, 1))
     decoder = FrameDecoder()

@@ -11,6 +11,7 @@ from pathlib import Path
 from random import Random
 
 import pytest
+from examples import examples
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from wire_data import FRAMES, MESSAGES, hello, split
@@ -43,7 +44,7 @@ def talk(pieces, card=None):
 
 
 @given(st.binary(max_size=2000), st.lists(st.integers(0, 2000), max_size=9), st.booleans())
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_noise(noise, cuts, greeted):
     talk(split(GREETING * greeted + noise, cuts))
 
@@ -61,7 +62,7 @@ def damaged(draw):
 
 
 @given(st.lists(damaged(), max_size=5), st.lists(st.integers(0, 9000), max_size=9))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=examples(100), deadline=None)
 def test_damaged_frames(frames, cuts):
     talk(split(GREETING + b"".join(frames), cuts))
 
@@ -86,7 +87,7 @@ def bodies(draw):
 
 
 @given(st.sampled_from(KINDS), bodies())
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150), deadline=None)
 def test_bodies_of_the_wrong_shape_are_refused_and_the_link_lives(kind, body):
     card = Conversation(hello(Role.CARD, "C-1"))
     talk([GREETING, Frame(1, kind.code, 2, 0, body).encode()], card)
@@ -129,7 +130,7 @@ def mutated(draw, seeds, number):
 
 def test_very_many_frames():
     """Mutations of real frames, most of them whole, at a card that goes on as long as it can."""
-    frames, seed = FRAMES or 4000, int(os.environ.get("VIRTFABRIC_FRAMES_SEED", "1"))
+    frames, seed = FRAMES or examples(4000), int(os.environ.get("VIRTFABRIC_FRAMES_SEED", "1"))
     draw = Random(seed)
     seeds = [bytes.fromhex(path.read_text()) for path in CORPUS]
     card, number, understood, ended = None, 0, 0, 0
