@@ -72,6 +72,13 @@ def _structure(guest: GuestState) -> GuestState:
     return replace(guest, memory_current=guest.boot_memory, virtio_mem=(), job=None)
 
 
+def _decide_otherwise(known: GuestState | None, found: GuestState | None) -> bool:
+    """Whether decisions come out otherwise; most looks find a guest as it was."""
+    if known == found or known is None or found is None:
+        return known != found
+    return _structure(known) != _structure(found)
+
+
 def _are_same(
     known: Mapping[PciAddress, PciFunction], found: Mapping[PciAddress, PciFunction]
 ) -> bool:
@@ -241,9 +248,9 @@ class Observatory:
         """
         guests = self._reader.read_guests()
         with self._lock:
-            changed = {g: _structure(s) for g, s in self._guests.items()} != {
-                g: _structure(s) for g, s in guests.items()
-            }
+            changed = self._guests.keys() != guests.keys() or any(
+                _decide_otherwise(self._guests[g], s) for g, s in guests.items()
+            )
             self._guests = dict(guests)
         if changed:
             self._ledger.touch()
@@ -278,7 +285,7 @@ class Observatory:
                 self._guests.pop(guest, None)
             else:
                 self._guests[guest] = state
-        if (known and _structure(known)) != (state and _structure(state)):
+        if _decide_otherwise(known, state):
             self._ledger.touch()
         return known != state, state
 
