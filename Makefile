@@ -7,6 +7,9 @@ CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life card_in_qemu cxl_lab passth
 # of the examples of property tests, `make test` looks at all and `make check` at a part
 EXAMPLES ?= 1
 
+# where tests put their files: in memory, where a program may be started there (no noexec)
+FILES := $(shell findmnt -no OPTIONS -T /dev/shm -t tmpfs 2>/dev/null | grep -qv noexec && test -w /dev/shm && echo PYTEST_DEBUG_TEMPROOT=/dev/shm)
+
 # compiled once: the tests start a thousand interpreters
 unexport PYTHONDONTWRITEBYTECODE
 
@@ -49,7 +52,7 @@ checks:
 	$(VENV)/ruff check .
 	$(VENV)/mypy
 	$(VENV)/lint-imports
-	VIRTFABRIC_EXAMPLES=$(EXAMPLES) $(VENV)/pytest -q -n 4 tests/unit tests/contract
+	VIRTFABRIC_EXAMPLES=$(EXAMPLES) $(FILES) $(VENV)/pytest -q -n 4 tests/unit tests/contract
 
 test: setup-lab checks  ## checks, integration tests on real guests, the labs that fit CI
 	$(VENV)/pytest -q tests/integration
