@@ -65,11 +65,11 @@ def shown(value: object) -> object:
 
 
 def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidValueError(str(shown(twice)), "", "is there twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise InvalidValueError(str(shown(name)), "", "is there twice")
+        found[name] = value
     return found
 
 
