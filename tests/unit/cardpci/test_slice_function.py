@@ -377,6 +377,49 @@ def test_a_slice_that_grows_keeps_its_function_and_what_it_holds(rig):
     assert driver.store(start + 3 * MIB, b"new") == (OK, 3)
 
 
+@pytest.mark.parametrize("ended", [0, 1, 2])
+def test_a_slice_that_grows_before_or_between_its_pieces_keeps_what_it_holds(rig, ended):
+    """Neighbours are one piece then, which begins elsewhere, or is longer than what came."""
+    beside = [rig.make(f"b-{n}", spec(cores=1, memory=1)) for n in range(5)]
+    rig.make("rest", spec(cores=1, memory=11))
+    for name in (beside[1], beside[3]):
+        rig.release(name)
+    name = rig.make("r-1", spec(cores=1, memory=2), holder="guest")
+    driver = SliceDriver(rig.connect(name))
+    pieces = [driver.piece(n) for n in (0, 1)]
+    assert pieces == [(MIB, MIB), (3 * MIB, MIB)]
+    for start, _ in pieces:
+        assert driver.store(start, b"kept") == (OK, 4)
+    rig.release(beside[2 * ended])
+    rig.make("r-2", spec(cores=1, memory=3), slice=name)
+    target = DATA + 0x200000
+    for start, _ in pieces:
+        driver.do(LOAD, key=driver.key(), target=(target, 4), card=(start, 4))
+        assert driver.peek(target, 4) == b"kept", hex(start)
+
+
+def test_what_another_left_is_not_seen_while_a_slice_grows(rig):
+    """Between the grant and the next look at the firmware, when memory becomes zeros."""
+    name = rig.make("r-1", spec(cores=1, memory=1, contiguous=True), holder="guest")
+    other = rig.make("r-2", spec(cores=1, memory=1))
+    driver, theirs = (SliceDriver(rig.connect(one)) for one in (name, other))
+    start, _ = theirs.piece()
+    theirs.store(start, b"secret")
+    target = DATA + 0x200000
+    seen = []
+
+    def release_and_grow():
+        rig.bench.ask(m.Release(other))
+        rig.bench.make("r-3", spec(cores=1, memory=2, contiguous=True), slice=name)
+        seen.append(driver.do(LOAD, key=driver.key(), target=(target, 6), card=(start, 6)))
+
+    rig.runner.ask(release_and_grow)
+    assert driver.piece() == (0, 2 * MIB)
+    assert b"secret" not in driver.peek(target, 6), seen
+    assert driver.do(LOAD, key=driver.key(), target=(target, 6), card=(start, 6)) == (OK, 6)
+    assert driver.peek(target, 6) == bytes(6)
+
+
 # -- ends -------------------------------------------------------------------------------------
 
 
