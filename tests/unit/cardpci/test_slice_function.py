@@ -3,6 +3,7 @@
 import random
 import re
 import struct
+import threading
 import time
 
 import pytest
@@ -37,6 +38,7 @@ from virtfabric.adapters.pci.configspace import choose_recorded, find_acs, parse
 from virtfabric.model.badge import Badge
 from virtfabric.model.units import MIB
 from virtfabric.protocol import messages as m
+from virtfabric.shim.cardpci.dma import Channel
 
 (OK, BAD_DESCRIPTOR, UNKNOWN, NOT_READY, DMA_BAD, ACCESS, NO_ROOM, BAD_DATA, FORGED) = range(9)
 
@@ -496,6 +498,36 @@ def test_nothing_of_before_shows_after_a_reset_in_mid_flight(rig):
         client.enable()
         assert driver.event.wait(0) == 0
         driver.start()
+
+
+def test_a_store_that_was_stopped_does_not_reach_the_next_holder(rig, monkeypatch):
+    """Its bytes were read before the stop, and it would be carried out after the scrubbing."""
+    name = rig.make("r-1", spec(cores=1, memory=1), holder="guest")
+    driver = SliceDriver(rig.connect(name))
+    start, _ = driver.piece()
+    has_read, goes_on = threading.Event(), threading.Event()
+    read = Channel.read
+
+    def slow(channel, address, size):
+        data = read(channel, address, size)
+        if data == b"secret":
+            has_read.set()
+            assert goes_on.wait(20)
+        return data
+
+    monkeypatch.setattr(Channel, "read", slow)
+    driver.poke(DATA, b"secret")
+    driver.describe(STORE, key=driver.key(), source=(DATA, 6), card=(start, 0))
+    driver.ring_doorbell()
+    assert has_read.wait(20)
+    flr(driver.client)
+    rig.ask(m.Assign(name, ""))
+    goes_on.set()
+    driver.client.enable()
+    driver.start()
+    target = DATA + 0x200000
+    assert driver.do(LOAD, key=driver.key(), target=(target, 6), card=(start, 6)) == (OK, 6)
+    assert driver.peek(target, 6) == bytes(6)
 
 
 def test_a_slice_that_ends_goes_silent_and_is_taken_out(rig, driver):

@@ -93,7 +93,9 @@ class Operations:
 
     def _store(self, view: SliceView, order: Descriptor, dma: Channel) -> Result:
         data = dma.read(order.source.address, order.source.length)
-        self._memory.write(view.slice.id, order.key, order.card.address, data)
+        # after an end the memory may be scrubbed already, for the next holder
+        with dma.kept():
+            self._memory.write(view.slice.id, order.key, order.card.address, data)
         return Result(Status.DONE, len(data), len(data))
 
     def _load(self, view: SliceView, order: Descriptor, dma: Channel) -> Result:
