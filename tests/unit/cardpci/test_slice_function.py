@@ -602,6 +602,16 @@ def test_a_bandwidth_limit_is_kept(rig):
     assert time.monotonic() - before > 4 * MIB / 10e6 - 0.1
 
 
+def test_a_bandwidth_limit_is_kept_by_what_fails(rig):
+    """Bytes that were read are moved, whatever comes of them."""
+    name = rig.make("r-1", spec(cores=1, memory=1, bandwidth=80))
+    driver = SliceDriver(rig.connect(name))
+    before = time.monotonic()
+    for _ in range(5):
+        assert driver.store(0, bytes(MIB), key=99) == (ACCESS, 0)
+    assert time.monotonic() - before > 4 * MIB / 10e6 - 0.1
+
+
 def test_whoever_asks_is_answered_while_it_computes(rig):
     """QEMU gives up on a function that does not answer within five seconds, for good."""
     name = rig.make("r-1", spec(cores=1, capability=ZSTD, units=1))

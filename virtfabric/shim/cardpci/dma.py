@@ -32,6 +32,11 @@ class DmaCounts:
     written: int = 0
     refused: int = 0
 
+    @property
+    def moved(self) -> int:
+        """Bytes in both directions."""
+        return self.read + self.written
+
 
 class Dma:
     """Of one function. Safe for several threads."""

@@ -25,9 +25,8 @@ _MODULO: Final = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step did: bytes moved, and whether somebody wants to be told."""
+    """One step was done; whether somebody wants to be told."""
 
-    moved: int
     interrupt: bool
 
 
@@ -91,7 +90,7 @@ class Queue:
         self.channel.write(at, completion)
         self.completed = number
         self.channel.write(at + len(completion), number.to_bytes(4, "little"))
-        return Step(result.moved, order.interrupt)
+        return Step(order.interrupt)
 
     def _descriptor(self, place: int) -> bytes:
         """Read once, however often the operation is tried: it belongs to the card by now."""
