@@ -1,11 +1,13 @@
 """An emulated card as a process: its hosts, its log, its end; and its description."""
 
+import contextlib
 import logging
 import os
 import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -100,6 +102,30 @@ def test_a_host_that_does_not_read_harms_nobody(card, monkeypatch):
     except OSError:
         pass  # its link was ended, or it may say no more
     assert isinstance(other.ask(m.InventoryRequest()), m.Inventory)
+
+
+def test_a_host_that_does_not_read_makes_room_for_another(card, monkeypatch):
+    monkeypatch.setattr(module, "MAX_HOSTS", 1)
+    monkeypatch.setattr(module, "DEAF_S", 0.2)
+    monkeypatch.setattr(module, "GOODBYE_S", 0.1)
+    deaf = SocketHost(card.socket).greet()
+    deaf.socket.settimeout(0.5)
+    with contextlib.suppress(OSError):
+        for _ in range(2000):
+            for _ in range(20):
+                deaf.link.send(m.InventoryRequest())
+            deaf.socket.sendall(deaf.link.outgoing())
+    until = time.monotonic() + 10
+    while not isinstance(answer := _ask_anew(card), m.Inventory):
+        assert time.monotonic() < until, answer
+        time.sleep(0.05)
+
+
+def _ask_anew(card):
+    try:
+        return SocketHost(card.socket, "host-b").greet().ask(m.InventoryRequest())
+    except (OSError, InvalidValueError) as error:
+        return error
 
 
 def test_one_card_is_one_process(card, tmp_path):

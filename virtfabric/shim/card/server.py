@@ -42,6 +42,10 @@ MAX_HOSTS: Final = 16
 GREETING_S: Final = 10.0
 """In which a host has to prove who it is."""
 TICK_S: Final = 0.05
+DEAF_S: Final = 10.0
+"""In which a host has to read on, while it is answered."""
+GOODBYE_S: Final = 2.0
+"""For what is said to a host whose link ends; one that does not read hears it not."""
 _READ: Final = 64 << 10
 _MAX_UNREAD: Final = 256 << 10
 """Bytes that the kernel did not take yet, above which the link itself has to hold (and bound)
@@ -162,6 +166,8 @@ class CardServer:
         late = asyncio.get_running_loop().call_later(GREETING_S, self._turn_out, link, writer)
         try:
             await self._serve(link, reader, writer)
+        except TimeoutError:
+            log.warning("a host did not read for %g s", DEAF_S)
         except OSError as error:
             log.debug("a link broke: %s", error)
         finally:
@@ -188,18 +194,22 @@ class CardServer:
             if link.is_open and link.peer is not None and not known:
                 known = True
                 log.info("host %s came (%s)", link.peer.serial, link.peer.software)
-            await writer.drain()
+            async with asyncio.timeout(DEAF_S):
+                await writer.drain()
 
     def _flush(self, link: Link, writer: asyncio.StreamWriter) -> None:
         transport = writer.transport
-        if transport.is_closing() or transport.get_write_buffer_size() > _MAX_UNREAD:
+        if transport.is_closing():
             return
-        data = link.outgoing()
+        is_read = transport.get_write_buffer_size() <= _MAX_UNREAD
+        data = link.outgoing() if is_read else b""
         if data:
             with contextlib.suppress(OSError):
                 writer.write(data)
         if link.ended_by:
             writer.close()
+            # it waits for all to be taken: a host that does not read would keep its place
+            asyncio.get_running_loop().call_later(GOODBYE_S, transport.abort)
 
     def _turn_out(self, link: Link, writer: asyncio.StreamWriter) -> None:
         if not link.is_open:
