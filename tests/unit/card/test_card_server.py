@@ -52,6 +52,19 @@ def test_several_hosts_at_once_and_all_hear_what_happens(card, caplog):
     assert f"slice-reclaimed: {low.id}: for {high.slice.id}, priority 90" in lines
 
 
+def test_what_a_host_says_is_one_line_of_the_log(card, caplog):
+    """Else it could have the log say what another host did."""
+    host = SocketHost(card.socket, software="x\nhost host-b came").greet()
+    one = granted(host, "r-1", spec(cores=1))
+    host.ask(m.Assign(one.id, "a\nhost-b: slice-1 ended\x1b[2J\u2028"))
+    host.ask(m.Release("s\nhost-b: gone"))
+    host.close()
+    for record in caplog.records:
+        assert record.getMessage().isprintable(), record.getMessage()
+    assert f"{one.id} is with a\\nhost-b: slice-1 ended\\x1b[2J\\u2028" in caplog.text
+    assert "host host-a came (x\\nhost host-b came)" in caplog.text
+
+
 def test_the_end_is_told_and_everything_is_kept(card, tmp_path, caplog):
     host = SocketHost(card.socket).greet()
     one = granted(host, "r-1", spec(cores=2))

@@ -18,7 +18,7 @@ import uuid
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.errors import AlreadyRunningError, VirtfabricError
-from virtfabric.shim.card.story import describe_exchange, describe_news
+from virtfabric.shim.card.story import describe_exchange, describe_news, one_line
 from virtfabric.shim.firmware.desk import Desk
 from virtfabric.shim.firmware.firmware import Firmware
 from virtfabric.shim.firmware.programming import EmulatedPort
@@ -177,7 +177,7 @@ class CardServer:
             self._flush(link, writer)
             writer.close()
             who = link.peer.serial if link.peer else "somebody"
-            log.info("%s left: %s", who, link.ended_by)
+            log.info("%s left: %s", who, one_line(link.ended_by))
 
     async def _serve(
         self, link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -193,7 +193,8 @@ class CardServer:
             self._flush(link, writer)
             if link.is_open and link.peer is not None and not known:
                 known = True
-                log.info("host %s came (%s)", link.peer.serial, link.peer.software)
+                software = one_line(link.peer.software)
+                log.info("host %s came (%s)", link.peer.serial, software)
             async with asyncio.timeout(DEAF_S):
                 await writer.drain()
 
@@ -220,13 +221,13 @@ class CardServer:
 def _tell_exchange(link: Link, asked: Message, answer: Message) -> None:
     line = describe_exchange(asked, answer)
     if line and link.peer is not None:
-        log.info("%s: %s", link.peer.serial, line)
+        log.info("%s: %s", link.peer.serial, one_line(line))
 
 
 def _tell_news(message: Message) -> None:
     line = describe_news(message)
     if line:
-        log.info("%s", line)
+        log.info("%s", one_line(line))
 
 
 def _lock(state: Path) -> int:
