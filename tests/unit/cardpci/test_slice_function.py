@@ -262,6 +262,15 @@ def test_a_doorbell_beyond_the_ring_stops_the_queue(driver):
     assert driver.client.get(FAULT) == 4
 
 
+def test_a_queue_that_does_not_run_counts_nothing(driver):
+    driver.stop()
+    for doorbell in (1, 8, 2**32 - 1):
+        driver.client.put(driver.at + 0x1C, doorbell)
+        assert [driver.client.get(driver.at + at) for at in (0x18, 0x1C, 0x20)] == [0, 0, 0]
+    driver.start()
+    assert driver.do(0) == (OK, 0)
+
+
 def test_the_ring_goes_round(driver):
     for number in range(3 * driver.entries):
         driver.describe(0, cookie=number)

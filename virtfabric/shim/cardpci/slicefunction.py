@@ -233,8 +233,11 @@ class SliceFunction:
     def _submitted(self, number: int) -> None:
         with self._lock:
             queue = self._queues[number]
+            if queue is None:
+                self._registers.put(f"Q{number}_SUBMITTED", 0)
+                return
             count = self._registers.get(f"Q{number}_SUBMITTED")
-            good = queue is None or queue.submit(count)
+            good = queue.submit(count)
             if not good:
                 self._fail(number)
         if not good:
