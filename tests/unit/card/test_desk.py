@@ -164,6 +164,29 @@ def test_a_picture_in_parts_is_not_more_than_a_card_holds(desk, bench, monkeypat
     assert bench.card.hosts._frames["host-a"]._parts == []
 
 
+def test_a_host_that_asks_more_than_it_reads_is_not_worked_for(desk, bench, monkeypatch):
+    monkeypatch.setattr("virtfabric.protocol.conversation.MAX_OUTGOING", 8 << 10)
+    monkeypatch.setattr("virtfabric.trust.link.MAX_OUTGOING", 8 << 10)
+    host = Host(desk)
+    asked = []
+    handle = bench.card.handle
+    monkeypatch.setattr(bench.card, "handle", lambda *args: asked.append(1) or handle(*args))
+    host.link._session.send(b"".join(encode(m.InventoryRequest(), n) for n in range(2, 1002)))
+    desk.receive(host.at, host.link.outgoing())
+    assert host.at.ended_by == "the peer does not read, or too much was said"
+    assert len(asked) < 100
+
+
+def test_what_a_host_said_before_it_went_counts(desk, bench):
+    host = Host(desk)
+    decision = host.ask(m.AllocationRequest("r-1", spec(cores=1)))
+    host.link.send(m.Commit(decision.reservation))
+    host.link.close()
+    desk.receive(host.at, host.link.outgoing())
+    assert host.at.ended_by
+    assert bench.card.books.slices.keys() == {decision.slice.id}
+
+
 def test_a_replayed_frame_within_a_session_ends_it(desk, bench):
     host = Host(desk)
     decision = host.ask(m.AllocationRequest("r-1", spec(cores=1)))

@@ -57,7 +57,11 @@ class Desk:
 
     def receive(self, link: Link, data: bytes) -> None:
         """Take bytes of a host, and answer what they say."""
-        for received in link.receive(data):
+        found = link.receive(data)
+        went = link.ended_by  # what it said before it went counts
+        for received in found:
+            if link.ended_by != went:
+                break  # it does not read: nobody hears the answers
             message = received.message
             if isinstance(message, Heartbeat) and received.about:
                 continue  # the answer to one of ours
