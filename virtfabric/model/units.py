@@ -113,6 +113,11 @@ class MilliCpu(int):
         return -(-int(self) // 1000)
 
 
+_MAX_NAMED: Final = 1 << 17
+"""Numbers in a list: all that there can be, twice. A short text must not be long work."""
+_SHOWN: Final = 60
+
+
 class CpuSet(frozenset[int]):
     """A set of pCPU (or node) numbers in the kernel's list format: `0-3,8`."""
 
@@ -121,9 +126,10 @@ class CpuSet(frozenset[int]):
         """Read `0-3,8`; `^3` excludes as libvirt has it; an empty text is the empty set.
 
         Raises:
-            InvalidValueError: not a CPU list, or a number above 65535.
+            InvalidValueError: not a CPU list, a number above 65535, or far too many.
         """
         chosen: set[int] = set()
+        named = 0
         for part in filter(None, (piece.strip() for piece in text.split(","))):
             match = re.fullmatch(r"(\^?)([0-9]{1,5})(?:-([0-9]{1,5}))?", part)
             if match is None:
@@ -131,8 +137,11 @@ class CpuSet(frozenset[int]):
             first, last = int(match[2]), int(match[3] or match[2])
             if last < first or last > 0xFFFF:
                 raise InvalidValueError(field, text, f"has an impossible range {part}")
-            numbers = set(range(first, last + 1))
-            chosen = chosen - numbers if match[1] else chosen | numbers
+            numbers = range(first, last + 1)
+            named += len(numbers)
+            if named > _MAX_NAMED:
+                raise InvalidValueError(field, text[:_SHOWN], f"names more than {_MAX_NAMED}")
+            (chosen.difference_update if match[1] else chosen.update)(numbers)
         return cls(chosen)
 
     @classmethod

@@ -38,11 +38,16 @@ class State(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Received:
-    """A message, its sender's number for it, and the number of ours that it answers (0: none)."""
+    """A message, its sender's number for it, and the number of ours that it answers (0: none).
+
+    Attributes:
+        size: bytes of its body.
+    """
 
     message: Message
     number: int
     about: int
+    size: int
 
 
 class Conversation:
@@ -161,7 +166,7 @@ class Conversation:
             return None
         if isinstance(message, Error) and message.fatal:
             self._close(f"the peer ended it: {message.code}: {message.detail}")
-        return Received(message, frame.number, frame.about)
+        return Received(message, frame.number, frame.about, len(frame.body))
 
     def _greet(self, frame: Frame) -> None:
         """The first frame has to be a greeting, or the last word of a peer that gives up."""

@@ -11,7 +11,7 @@ import json
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from virtfabric.model.errors import InvalidValueError
-from virtfabric.model.units import MAX_BYTES, Bytes
+from virtfabric.model.units import MAX_BYTES, Bytes, CpuSet
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 MAX_TEXT: Final = 1024
 """Characters of one value, unless a field has another limit."""
 MAX_ENTRIES: Final = 4096
+MAX_LISTED: Final = 1 << 18
+"""Numbers that the lists of one document (`0-3,8`) may stand for, each list counted once."""
 _MAX_DIGITS: Final = 19
 _SHOWN: Final = 60
 """Characters of a wrong value that an error repeats."""
@@ -65,11 +67,11 @@ def shown(value: object) -> object:
 
 
 def _refuse_repeated(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise InvalidValueError(str(shown(twice)), "", "is there twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise InvalidValueError(str(shown(name)), "", "is there twice")
+        found[name] = value
     return found
 
 
@@ -81,16 +83,49 @@ def _refuse_number(text: str) -> int:
     raise InvalidValueError("body", shown(text), "is not a whole number of at most 19 digits")
 
 
+class _Lists:
+    """Lists of pCPUs or nodes in one document; each is read once, as most are there many times.
+
+    Eight characters can stand for 65,536 numbers: a frame must not be more than a machine holds.
+    """
+
+    def __init__(self) -> None:
+        self._known: dict[str, CpuSet] = {}
+        self._left = MAX_LISTED
+
+    def read(self, text: str, field: str) -> CpuSet:
+        """What a list stands for.
+
+        Raises:
+            InvalidValueError: it is none, or one too many.
+        """
+        found = self._known.get(text)
+        if found is None:
+            if "^" in text:
+                raise InvalidValueError(field, shown(text), "is not a list like 0-3,8")
+            found = CpuSet.parse(text, field=field)
+            self._left -= len(found)
+            if self._left < 0:
+                problem = f"is one too many: {MAX_LISTED} numbers in one document"
+                raise InvalidValueError(field, shown(text), problem)
+            self._known[text] = found
+        return found
+
+
 class Fields:
     """One table of a document."""
 
-    def __init__(self, document: object, place: str = "", *, units: bool = False) -> None:
+    def __init__(
+        self, document: object, place: str = "", *, units: bool = False,
+        lists: _Lists | None = None,
+    ) -> None:  # fmt: skip
         """Begin to read.
 
         Args:
             document: what JSON or TOML gave.
             place: path of the table in its document, for errors.
             units: whether sizes may be text (`512MiB`), as people write them.
+            lists: of the document, for a table in another one.
 
         Raises:
             InvalidValueError: not a table.
@@ -100,6 +135,7 @@ class Fields:
         self._document = document
         self._place = place
         self._units = units
+        self._lists = lists or _Lists()
         self._asked: list[str] = []
 
     def path(self, name: str) -> str:
@@ -188,17 +224,22 @@ class Fields:
         except InvalidValueError as error:
             raise self.fail(name, f"is wrong: {error}") from None
 
+    def listed(self, name: str, text: str) -> CpuSet:
+        """pCPUs or nodes that a text of this field stands for; the empty one for none."""
+        return self._lists.read(text, self.path(name))
+
     def table(self, name: str, default: object = _NONE) -> Fields:
         """A table in this one."""
-        return Fields(self._get(name, default), self.path(name), units=self._units)
+        value = self._get(name, default)
+        return Fields(value, self.path(name), units=self._units, lists=self._lists)
 
     def tables(
         self, name: str, default: object = _NONE, *, most: int = MAX_ENTRIES
     ) -> list[Fields]:
         """A list of tables."""
         return [
-            Fields(entry, f"{self.path(name)}[{place}]", units=self._units)
-            for place, entry in enumerate(self._list(name, default, most))
+            Fields(entry, f"{self.path(name)}[{n}]", units=self._units, lists=self._lists)
+            for n, entry in enumerate(self._list(name, default, most))
         ]
 
     def numbers(

@@ -23,7 +23,7 @@ from virtfabric.model.policy import (
     MemoryPolicy,
     Placement,
 )
-from virtfabric.model.units import Bytes, CpuSet, MilliCpu
+from virtfabric.model.units import Bytes, MilliCpu
 from virtfabric.protocol.adapterforms import MAX_NAME
 from virtfabric.protocol.fields import MAX_TEXT
 from virtfabric.protocol.valueforms import (
@@ -121,7 +121,7 @@ def read_guest(fields: Fields) -> GuestState:
         vcpus_max=fields.number("vcpus_max", most=MAX_CPUS),
         vcpus_online=fields.number("vcpus_online", most=MAX_CPUS),
         vcpu_affinity={
-            n: CpuSet.parse(text.removeprefix(ANYWHERE), field=fields.path("affinity"))
+            n: fields.listed("affinity", text.removeprefix(ANYWHERE))
             for n, text in enumerate(affinity)
         },
         boot_memory=read_bytes(fields, "boot_memory"),

@@ -89,6 +89,8 @@ def read_host(fields: Fields) -> HostSnapshot:
             number, cpus, read_bytes(entry, "memory"), Bytes(0), tier=entry.choice("tier", Tier),
             offlinable=entry.flag("offlinable", default=False),
         )  # fmt: skip
+        if not pcpus.keys().isdisjoint(cpus):
+            raise entry.fail("cpus", "are another node's, too")
         pcpus |= {cpu: Pcpu(cpu, number, 0, cpu, CpuSet((cpu,))) for cpu in cpus}
         entry.finish()
     topology = HostTopology(

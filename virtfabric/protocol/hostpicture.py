@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 GUESTS: Final = 128
 """In one part, with as many of their holdings, grants, loans and residues; some KiB each."""
 MAX_GUESTS: Final = 8192
+MAX_PICTURE: Final = 32 << 20
+"""Bytes of all bodies; so many guests with a grant and a loan each have less than half of it."""
 
 
 def split_picture(snapshot: HostSnapshot) -> tuple[HostPicture, ...]:
@@ -74,20 +76,29 @@ class PictureFrame:
     name: str = ""
     whole: HostSnapshot | None = None
     _parts: list[HostPicture] = field(default_factory=list)
+    _size: int = 0
 
-    def add(self, part: HostPicture) -> None:
+    def add(self, part: HostPicture, size: int = 0) -> None:
         """One part, in its turn; part 0 begins anew.
+
+        Args:
+            part: of a picture.
+            size: bytes of its body.
 
         Raises:
             InvalidValueError: out of turn, too large, or something is in two parts.
         """
         if part.part == 0:
-            self._parts = []
+            self._parts, self._size = [], 0
         expected = len(self._parts)
         same = not self._parts or _same_picture(self._parts[0], part)
         if part.part != expected or not same:
             self._parts = []
             raise InvalidValueError("part", part.part, f"came, not {expected} of the same picture")
+        self._size += size
+        if self._size > MAX_PICTURE:
+            self._parts = []
+            raise InvalidValueError("parts", self._size, f"bytes are more than {MAX_PICTURE}")
         self._parts.append(part)
         if len(self._parts) < part.parts:
             return

@@ -6,10 +6,11 @@ from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.amounts import Amounts, Key
 from virtfabric.model.ids import GuestId
-from virtfabric.model.units import Bytes, CpuSet
+from virtfabric.model.units import Bytes
 from virtfabric.protocol.adapterforms import MAX_NAME
 
 if TYPE_CHECKING:
+    from virtfabric.model.units import CpuSet
     from virtfabric.protocol.fields import Fields
 
 MAX_SET: Final = 1 << 16
@@ -44,8 +45,7 @@ def read_guest_id(fields: Fields, name: str) -> GuestId:
 
 def read_set(fields: Fields, name: str) -> CpuSet:
     """Numbers of pCPUs or nodes as `0-3,8`; none where it is left out."""
-    text = fields.text(name, "", empty=True, most=MAX_SET)
-    return CpuSet.parse(text, field=fields.path(name))
+    return fields.listed(name, fields.text(name, "", empty=True, most=MAX_SET))
 
 
 def read_bytes(fields: Fields, name: str) -> Bytes:

@@ -94,11 +94,11 @@ class Served:
 class SocketHost:
     """A host on a blocking socket."""
 
-    def __init__(self, path, name="host-a", mine=None, serial="C-1"):
+    def __init__(self, path, name="host-a", mine=None, serial="C-1", software="test 1"):
         identity = Identity.of(Role.HOST, name)
         context = make_context(mine or credentials(identity), server=False)
         session = Session(context, server=False, peer_role=Role.CARD, serial=serial)
-        self.link = Link(session, Hello(Role.HOST, name, "test 1", "boot", ()))
+        self.link = Link(session, Hello(Role.HOST, name, software, "boot", ()))
         self.socket = socket.socket(socket.AF_UNIX)
         self.socket.settimeout(WAIT_S)
         self.socket.connect(str(path))

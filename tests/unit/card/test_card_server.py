@@ -1,11 +1,13 @@
 """An emulated card as a process: its hosts, its log, its end; and its description."""
 
+import contextlib
 import logging
 import os
 import select
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -48,6 +50,19 @@ def test_several_hosts_at_once_and_all_hear_what_happens(card, caplog):
     assert "host-0: a slice (8 cores; priority 10) -> reservation-1 of slice-1, waits 30 s" in lines
     assert any("slice-1 would end for it" in line for line in lines)
     assert f"slice-reclaimed: {low.id}: for {high.slice.id}, priority 90" in lines
+
+
+def test_what_a_host_says_is_one_line_of_the_log(card, caplog):
+    """Else it could have the log say what another host did."""
+    host = SocketHost(card.socket, software="x\nhost host-b came").greet()
+    one = granted(host, "r-1", spec(cores=1))
+    host.ask(m.Assign(one.id, "a\nhost-b: slice-1 ended\x1b[2J\u2028"))
+    host.ask(m.Release("s\nhost-b: gone"))
+    host.close()
+    for record in caplog.records:
+        assert record.getMessage().isprintable(), record.getMessage()
+    assert f"{one.id} is with a\\nhost-b: slice-1 ended\\x1b[2J\\u2028" in caplog.text
+    assert "host host-a came (x\\nhost host-b came)" in caplog.text
 
 
 def test_the_end_is_told_and_everything_is_kept(card, tmp_path, caplog):
@@ -100,6 +115,30 @@ def test_a_host_that_does_not_read_harms_nobody(card, monkeypatch):
     except OSError:
         pass  # its link was ended, or it may say no more
     assert isinstance(other.ask(m.InventoryRequest()), m.Inventory)
+
+
+def test_a_host_that_does_not_read_makes_room_for_another(card, monkeypatch):
+    monkeypatch.setattr(module, "MAX_HOSTS", 1)
+    monkeypatch.setattr(module, "DEAF_S", 0.2)
+    monkeypatch.setattr(module, "GOODBYE_S", 0.1)
+    deaf = SocketHost(card.socket).greet()
+    deaf.socket.settimeout(0.5)
+    with contextlib.suppress(OSError):
+        for _ in range(2000):
+            for _ in range(20):
+                deaf.link.send(m.InventoryRequest())
+            deaf.socket.sendall(deaf.link.outgoing())
+    until = time.monotonic() + 10
+    while not isinstance(answer := _ask_anew(card), m.Inventory):
+        assert time.monotonic() < until, answer
+        time.sleep(0.05)
+
+
+def _ask_anew(card):
+    try:
+        return SocketHost(card.socket, "host-b").greet().ask(m.InventoryRequest())
+    except (OSError, InvalidValueError) as error:
+        return error
 
 
 def test_one_card_is_one_process(card, tmp_path):

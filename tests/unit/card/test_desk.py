@@ -2,15 +2,22 @@
 
 import sys
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from card_bed import BITS, Bench, signed
 from slice_world import AES, spec
 
+from virtfabric.model.amounts import Amounts
+from virtfabric.model.host import Capacity, HostTopology
+from virtfabric.model.ids import GuestId, HostId
+from virtfabric.model.ledger import Books, HostSnapshot, Residue
+from virtfabric.model.units import Bytes, CpuSet
 from virtfabric.protocol import messages as m
 from virtfabric.protocol.codec import encode
 from virtfabric.protocol.frames import Frame
 from virtfabric.shim.firmware.desk import Desk
+from virtfabric.shim.firmware.hostdesk import HostDesk
 from virtfabric.trust.link import Link
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "trust"))
@@ -123,6 +130,61 @@ def test_a_forged_decision_of_a_host_is_refused(desk, bench):
     host.smuggle(encode(decision, 3))
     assert host.got[-1].message.code == "unexpected-message"
     assert bench.card.books.slices == {}
+
+
+def test_a_message_that_the_firmware_fails_at_costs_its_answer_only(desk, monkeypatch):
+    """What a host shows of itself is worked on as it is: nobody else's card may end by it."""
+
+    def fail(*_more, **_named):
+        raise KeyError("guest")
+
+    host, other = Host(desk), Host(desk)
+    monkeypatch.setitem(HostDesk._HANDLERS, m.HostRequest, fail)
+    request = m.HostRequest("p", "r", GuestId(UUID(int=1)), None, None, None, False, {})
+    answer = host.ask(request)
+    assert (answer.code, answer.detail) == ("internal", "KeyError: 'guest'")
+    for one in (host, other):
+        assert isinstance(one.ask(m.InventoryRequest()), m.Inventory)
+
+
+def test_a_picture_in_parts_is_not_more_than_a_card_holds(desk, bench, monkeypatch):
+    monkeypatch.setattr("virtfabric.protocol.hostpicture.MAX_PICTURE", 3000)
+    host = Host(desk)
+    sizes = {}, Bytes(0), Bytes(0)
+    empty = HostSnapshot(
+        1, HostTopology(HostId("h"), {}, {}, Bytes(0)), Capacity(CpuSet(), CpuSet(), *sizes), {},
+        Books(), Amounts({}), frozenset(),
+    )  # fmt: skip
+    books = Books(residues=(Residue(GuestId(UUID(int=1)), "x" * 100, 0, 0.0),) * 5)
+    parts = [m.HostPicture("p", n, 20, None if n else empty, (), books) for n in range(20)]
+    answers = [host.ask(part) for part in parts]
+    refused = [n for n, answer in enumerate(answers) if isinstance(answer, m.Error)]
+    assert (answers[refused[0]].field, answers[refused[0]].reason) == ("parts", "invalid-argument")
+    assert refused == [*range(refused[0], 20)], "and what follows is of no picture"
+    assert bench.card.hosts._frames["host-a"]._parts == []
+
+
+def test_a_host_that_asks_more_than_it_reads_is_not_worked_for(desk, bench, monkeypatch):
+    monkeypatch.setattr("virtfabric.protocol.conversation.MAX_OUTGOING", 8 << 10)
+    monkeypatch.setattr("virtfabric.trust.link.MAX_OUTGOING", 8 << 10)
+    host = Host(desk)
+    asked = []
+    handle = bench.card.handle
+    monkeypatch.setattr(bench.card, "handle", lambda *args: asked.append(1) or handle(*args))
+    host.link._session.send(b"".join(encode(m.InventoryRequest(), n) for n in range(2, 1002)))
+    desk.receive(host.at, host.link.outgoing())
+    assert host.at.ended_by == "the peer does not read, or too much was said"
+    assert len(asked) < 100
+
+
+def test_what_a_host_said_before_it_went_counts(desk, bench):
+    host = Host(desk)
+    decision = host.ask(m.AllocationRequest("r-1", spec(cores=1)))
+    host.link.send(m.Commit(decision.reservation))
+    host.link.close()
+    desk.receive(host.at, host.link.outgoing())
+    assert host.at.ended_by
+    assert bench.card.books.slices.keys() == {decision.slice.id}
 
 
 def test_a_replayed_frame_within_a_session_ends_it(desk, bench):

@@ -3,6 +3,7 @@
 import random
 import re
 import struct
+import threading
 import time
 
 import pytest
@@ -37,6 +38,7 @@ from virtfabric.adapters.pci.configspace import choose_recorded, find_acs, parse
 from virtfabric.model.badge import Badge
 from virtfabric.model.units import MIB
 from virtfabric.protocol import messages as m
+from virtfabric.shim.cardpci.dma import Channel
 
 (OK, BAD_DESCRIPTOR, UNKNOWN, NOT_READY, DMA_BAD, ACCESS, NO_ROOM, BAD_DATA, FORGED) = range(9)
 
@@ -260,6 +262,15 @@ def test_a_doorbell_beyond_the_ring_stops_the_queue(driver):
     assert driver.client.get(FAULT) == 4
 
 
+def test_a_queue_that_does_not_run_counts_nothing(driver):
+    driver.stop()
+    for doorbell in (1, 8, 2**32 - 1):
+        driver.client.put(driver.at + 0x1C, doorbell)
+        assert [driver.client.get(driver.at + at) for at in (0x18, 0x1C, 0x20)] == [0, 0, 0]
+    driver.start()
+    assert driver.do(0) == (OK, 0)
+
+
 def test_the_ring_goes_round(driver):
     for number in range(3 * driver.entries):
         driver.describe(0, cookie=number)
@@ -377,6 +388,49 @@ def test_a_slice_that_grows_keeps_its_function_and_what_it_holds(rig):
     assert driver.store(start + 3 * MIB, b"new") == (OK, 3)
 
 
+@pytest.mark.parametrize("ended", [0, 1, 2])
+def test_a_slice_that_grows_before_or_between_its_pieces_keeps_what_it_holds(rig, ended):
+    """Neighbours are one piece then, which begins elsewhere, or is longer than what came."""
+    beside = [rig.make(f"b-{n}", spec(cores=1, memory=1)) for n in range(5)]
+    rig.make("rest", spec(cores=1, memory=11))
+    for name in (beside[1], beside[3]):
+        rig.release(name)
+    name = rig.make("r-1", spec(cores=1, memory=2), holder="guest")
+    driver = SliceDriver(rig.connect(name))
+    pieces = [driver.piece(n) for n in (0, 1)]
+    assert pieces == [(MIB, MIB), (3 * MIB, MIB)]
+    for start, _ in pieces:
+        assert driver.store(start, b"kept") == (OK, 4)
+    rig.release(beside[2 * ended])
+    rig.make("r-2", spec(cores=1, memory=3), slice=name)
+    target = DATA + 0x200000
+    for start, _ in pieces:
+        driver.do(LOAD, key=driver.key(), target=(target, 4), card=(start, 4))
+        assert driver.peek(target, 4) == b"kept", hex(start)
+
+
+def test_what_another_left_is_not_seen_while_a_slice_grows(rig):
+    """Between the grant and the next look at the firmware, when memory becomes zeros."""
+    name = rig.make("r-1", spec(cores=1, memory=1, contiguous=True), holder="guest")
+    other = rig.make("r-2", spec(cores=1, memory=1))
+    driver, theirs = (SliceDriver(rig.connect(one)) for one in (name, other))
+    start, _ = theirs.piece()
+    theirs.store(start, b"secret")
+    target = DATA + 0x200000
+    seen = []
+
+    def release_and_grow():
+        rig.bench.ask(m.Release(other))
+        rig.bench.make("r-3", spec(cores=1, memory=2, contiguous=True), slice=name)
+        seen.append(driver.do(LOAD, key=driver.key(), target=(target, 6), card=(start, 6)))
+
+    rig.runner.ask(release_and_grow)
+    assert driver.piece() == (0, 2 * MIB)
+    assert b"secret" not in driver.peek(target, 6), seen
+    assert driver.do(LOAD, key=driver.key(), target=(target, 6), card=(start, 6)) == (OK, 6)
+    assert driver.peek(target, 6) == bytes(6)
+
+
 # -- ends -------------------------------------------------------------------------------------
 
 
@@ -455,6 +509,36 @@ def test_nothing_of_before_shows_after_a_reset_in_mid_flight(rig):
         driver.start()
 
 
+def test_a_store_that_was_stopped_does_not_reach_the_next_holder(rig, monkeypatch):
+    """Its bytes were read before the stop, and it would be carried out after the scrubbing."""
+    name = rig.make("r-1", spec(cores=1, memory=1), holder="guest")
+    driver = SliceDriver(rig.connect(name))
+    start, _ = driver.piece()
+    has_read, goes_on = threading.Event(), threading.Event()
+    read = Channel.read
+
+    def slow(channel, address, size):
+        data = read(channel, address, size)
+        if data == b"secret":
+            has_read.set()
+            assert goes_on.wait(20)
+        return data
+
+    monkeypatch.setattr(Channel, "read", slow)
+    driver.poke(DATA, b"secret")
+    driver.describe(STORE, key=driver.key(), source=(DATA, 6), card=(start, 0))
+    driver.ring_doorbell()
+    assert has_read.wait(20)
+    flr(driver.client)
+    rig.ask(m.Assign(name, ""))
+    goes_on.set()
+    driver.client.enable()
+    driver.start()
+    target = DATA + 0x200000
+    assert driver.do(LOAD, key=driver.key(), target=(target, 6), card=(start, 6)) == (OK, 6)
+    assert driver.peek(target, 6) == bytes(6)
+
+
 def test_a_slice_that_ends_goes_silent_and_is_taken_out(rig, driver):
     assert rig.slots.next()[:2] == ("plug", "management")
     assert rig.slots.next()[:2] == ("plug", "slice-1")
@@ -524,6 +608,16 @@ def test_a_bandwidth_limit_is_kept(rig):
     for _ in range(5):
         driver.store(start, bytes(MIB))
     # 5 MiB at 10 MB/s; a tenth of a second may be saved up, and the last one is not waited for
+    assert time.monotonic() - before > 4 * MIB / 10e6 - 0.1
+
+
+def test_a_bandwidth_limit_is_kept_by_what_fails(rig):
+    """Bytes that were read are moved, whatever comes of them."""
+    name = rig.make("r-1", spec(cores=1, memory=1, bandwidth=80))
+    driver = SliceDriver(rig.connect(name))
+    before = time.monotonic()
+    for _ in range(5):
+        assert driver.store(0, bytes(MIB), key=99) == (ACCESS, 0)
     assert time.monotonic() - before > 4 * MIB / 10e6 - 0.1
 
 

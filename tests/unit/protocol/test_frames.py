@@ -110,6 +110,16 @@ def test_a_body_is_one_plain_object(body, problem):
         parse_json(body)
 
 
+@pytest.mark.timeout(20)
+def test_a_large_body_with_a_name_twice_holds_nobody():
+    """A frame of a peer is refused in milliseconds, whatever is in it."""
+    names = [*range(10_000, 99_999), 99_999, 99_999]
+    body = ("{" + ",".join(f'"{name}":0' for name in names) + "}").encode()
+    assert len(body) < MAX_BODY
+    with pytest.raises(InvalidValueError, match=r"99999: .* is there twice"):
+        parse_json(body)
+
+
 def body_of(kind, **changes):
     """A body that is right but for the changes (`spec__qos__priority=101`)."""
     message = {

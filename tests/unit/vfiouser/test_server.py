@@ -3,9 +3,11 @@
 import errno
 import mmap
 import os
+import resource
 import socket
 import struct
 import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -407,6 +409,23 @@ def test_a_second_client_is_turned_away_and_the_first_stays(server, client):
     with Client(server.path, greet=False) as second, pytest.raises((EOFError, OSError)):
         second.greet()
     assert client.config(0) == 0xF0CA
+
+
+def test_a_process_without_descriptors_left_serves_again_when_it_has(server, told):
+    with socket.socket(socket.AF_UNIX) as early:
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            early.connect(str(server.path))
+            until = time.monotonic() + 10
+            while not told:
+                assert time.monotonic() < until
+                time.sleep(0.01)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "Too many open files" in told[0]
+    with Client(server.path) as client:
+        assert client.config(0) == 0xF0CA
 
 
 def test_requests_sent_ahead_keep_their_own_descriptors(client):

@@ -18,7 +18,7 @@ import uuid
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.errors import AlreadyRunningError, VirtfabricError
-from virtfabric.shim.card.story import describe_exchange, describe_news
+from virtfabric.shim.card.story import describe_exchange, describe_news, one_line
 from virtfabric.shim.firmware.desk import Desk
 from virtfabric.shim.firmware.firmware import Firmware
 from virtfabric.shim.firmware.programming import EmulatedPort
@@ -42,6 +42,10 @@ MAX_HOSTS: Final = 16
 GREETING_S: Final = 10.0
 """In which a host has to prove who it is."""
 TICK_S: Final = 0.05
+DEAF_S: Final = 10.0
+"""In which a host has to read on, while it is answered."""
+GOODBYE_S: Final = 2.0
+"""For what is said to a host whose link ends; one that does not read hears it not."""
 _READ: Final = 64 << 10
 _MAX_UNREAD: Final = 256 << 10
 """Bytes that the kernel did not take yet, above which the link itself has to hold (and bound)
@@ -162,6 +166,8 @@ class CardServer:
         late = asyncio.get_running_loop().call_later(GREETING_S, self._turn_out, link, writer)
         try:
             await self._serve(link, reader, writer)
+        except TimeoutError:
+            log.warning("a host did not read for %g s", DEAF_S)
         except OSError as error:
             log.debug("a link broke: %s", error)
         finally:
@@ -171,7 +177,7 @@ class CardServer:
             self._flush(link, writer)
             writer.close()
             who = link.peer.serial if link.peer else "somebody"
-            log.info("%s left: %s", who, link.ended_by)
+            log.info("%s left: %s", who, one_line(link.ended_by))
 
     async def _serve(
         self, link: Link, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
@@ -187,19 +193,24 @@ class CardServer:
             self._flush(link, writer)
             if link.is_open and link.peer is not None and not known:
                 known = True
-                log.info("host %s came (%s)", link.peer.serial, link.peer.software)
-            await writer.drain()
+                software = one_line(link.peer.software)
+                log.info("host %s came (%s)", link.peer.serial, software)
+            async with asyncio.timeout(DEAF_S):
+                await writer.drain()
 
     def _flush(self, link: Link, writer: asyncio.StreamWriter) -> None:
         transport = writer.transport
-        if transport.is_closing() or transport.get_write_buffer_size() > _MAX_UNREAD:
+        if transport.is_closing():
             return
-        data = link.outgoing()
+        is_read = transport.get_write_buffer_size() <= _MAX_UNREAD
+        data = link.outgoing() if is_read else b""
         if data:
             with contextlib.suppress(OSError):
                 writer.write(data)
         if link.ended_by:
             writer.close()
+            # it waits for all to be taken: a host that does not read would keep its place
+            asyncio.get_running_loop().call_later(GOODBYE_S, transport.abort)
 
     def _turn_out(self, link: Link, writer: asyncio.StreamWriter) -> None:
         if not link.is_open:
@@ -210,13 +221,13 @@ class CardServer:
 def _tell_exchange(link: Link, asked: Message, answer: Message) -> None:
     line = describe_exchange(asked, answer)
     if line and link.peer is not None:
-        log.info("%s: %s", link.peer.serial, line)
+        log.info("%s: %s", link.peer.serial, one_line(line))
 
 
 def _tell_news(message: Message) -> None:
     line = describe_news(message)
     if line:
-        log.info("%s", line)
+        log.info("%s", one_line(line))
 
 
 def _lock(state: Path) -> int:

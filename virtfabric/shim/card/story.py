@@ -14,6 +14,11 @@ if TYPE_CHECKING:
 Message = m.Message
 
 
+def one_line(text: str) -> str:
+    """What somebody else said, as part of one line: he must not write lines of his own."""
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
 def describe_exchange(asked: Message, answer: Message) -> str:
     """A host's message and its answer; empty for what nobody needs to read."""
     if isinstance(answer, m.Error):

@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING, Final, Protocol
 
-from virtfabric.model.adapter import LINK_WIDTHS, Extent
+from virtfabric.model.adapter import LINK_WIDTHS
 from virtfabric.model.errors import VirtfabricError
-from virtfabric.policy.slicecheck import check_access
+from virtfabric.policy import extents
 from virtfabric.shim.cardpci.cardmemory import CardMemory
 from virtfabric.shim.cardpci.errand import Errand
 from virtfabric.shim.cardpci.management import ManagementFunction
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from virtfabric.model.adapter import AdapterBooks, Slice, SliceId
+    from virtfabric.model.adapter import AdapterBooks, Extent, Slice, SliceId
     from virtfabric.policy.slicecheck import AccessFault
     from virtfabric.shim.firmware.desk import Desk
     from virtfabric.shim.firmware.firmware import Firmware
@@ -112,7 +112,7 @@ class CardDevice:
         self._report = report
         self._serial = firmware.books.adapter.serial
         self._boot = int.from_bytes(hashlib.sha256(boot.encode()).digest()[:4], "little")
-        self._memory = CardMemory(self._check)
+        self._memory = CardMemory(firmware.books, self._note)
         self._faults: dict[str, tuple[AccessFault, int]] = {}
         self._fault_lock = Lock()
         self._tell_faults = Errand(post, self._note_faults)
@@ -151,6 +151,9 @@ class CardDevice:
         for name in [n for n, one in self._seated.items() if not _stays(one.slice, books)]:
             self._take_out(name)
         self._failed &= books.slices.keys()
+        self._memory.follow(
+            books, [piece for one in books.slices.values() for piece in self._fresh(one)]
+        )
         for one in books.slices.values():
             if one.id in self._failed:
                 continue
@@ -159,8 +162,6 @@ class CardDevice:
             if seated is None:
                 self._put_in(view)
             else:
-                passed = one.holder != seated.slice.holder  # keys of the former one are in there
-                self._memory.scrub(one.seat.memory if passed else _new_pieces(seated.slice, one))
                 seated.slice = one
                 seated.function.update(view)
         for name, seated in self._seated.items():
@@ -183,9 +184,16 @@ class CardDevice:
         self._plugging.submit(self._end, MANAGEMENT, self._server, self._management.close)
         self._plugging.shutdown()
 
+    def _fresh(self, one: Slice) -> tuple[Extent, ...]:
+        """Memory of a slice that is to be all zeros for it."""
+        seated = self._seated.get(one.id)
+        # of another holder: keys of the former one are in there
+        if seated is None or one.holder != seated.slice.holder:
+            return one.seat.memory
+        return extents.subtract(one.seat.memory, seated.slice.seat.memory)
+
     def _put_in(self, view: SliceView) -> None:
         one = view.slice
-        self._memory.scrub(one.seat.memory)
         lanes = len(one.seat.lanes) or self._firmware.books.adapter.lanes
         function = SliceFunction(
             view, serial=self._serial, boot=self._boot, width=_link_width(lanes),
@@ -230,14 +238,11 @@ class CardDevice:
         server.close()
         close()
 
-    def _check(self, by: SliceId, key: int, start: int, size: int) -> AccessFault | None:
-        fault = check_access(self._firmware.books, key, start, size, by=by)
-        if fault is not None:
-            with self._fault_lock:
-                first, count = self._faults.get(fault.slice, (fault, 0))
-                self._faults[fault.slice] = (first, count + 1)
-            self._tell_faults.ask()
-        return fault
+    def _note(self, fault: AccessFault) -> None:
+        with self._fault_lock:
+            first, count = self._faults.get(fault.slice, (fault, 0))
+            self._faults[fault.slice] = (first, count + 1)
+        self._tell_faults.ask()
 
     def _note_faults(self) -> None:
         with self._fault_lock:
@@ -255,17 +260,6 @@ def _stays(one: Slice, books: AdapterBooks) -> bool:
     return now is not None and (now.seat.lanes, now.seat.capability) == (
         one.seat.lanes, one.seat.capability,
     )  # fmt: skip
-
-
-def _new_pieces(before: Slice, after: Slice) -> list[Extent]:
-    """Memory that a slice has come to; a piece that has grown keeps what it had."""
-    had = {piece.start: piece for piece in before.seat.memory}
-    found = []
-    for piece in after.seat.memory:
-        kept = had[piece.start].size if piece.start in had else 0
-        if piece.size > kept:
-            found.append(Extent(piece.start + kept, piece.size - kept))
-    return found
 
 
 def _link_width(lanes: int) -> int:

@@ -7,11 +7,12 @@ from typing import TYPE_CHECKING
 
 from virtfabric.model.adapter import GRANULE
 from virtfabric.model.errors import VirtfabricError
+from virtfabric.policy.slicecheck import check_access
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterable, Iterator
 
-    from virtfabric.model.adapter import Extent, SliceId
+    from virtfabric.model.adapter import AdapterBooks, Extent, SliceId
     from virtfabric.policy.slicecheck import AccessFault
 
 
@@ -26,13 +27,15 @@ class ProtectionError(VirtfabricError):
 class CardMemory:
     """Granules by number. Safe for several threads."""
 
-    def __init__(self, check: Callable[[SliceId, int, int, int], AccessFault | None]) -> None:
+    def __init__(self, books: AdapterBooks, note: Callable[[AccessFault], None]) -> None:
         """Begin, all zeros.
 
         Args:
-            check: slice that asks, key, start, size; a fault if the protection is against it.
+            books: whose memory is whose, until `follow` is told of others.
+            note: hears of each access that was stopped; any thread, never slow.
         """
-        self._check = check
+        self._books = books
+        self._note = note
         self._lock = Lock()
         self._granules: dict[int, bytearray] = {}
 
@@ -65,19 +68,29 @@ class CardMemory:
                 granule[first:last] = data[done : done + last - first]
                 done += last - first
 
-    def scrub(self, pieces: Iterable[Extent]) -> None:
-        """Forget what is in whole granules: they go to somebody else."""
+    def follow(self, books: AdapterBooks, fresh: Iterable[Extent]) -> None:
+        """From now on memory is whose these books say.
+
+        The protection changes together with what is there: nobody sees what another has left, not
+        even between the grant and the zeros.
+
+        Args:
+            books: of the card.
+            fresh: memory that somebody comes to, whole granules: all zeros.
+        """
         with self._lock:
-            for piece in pieces:
+            for piece in fresh:
                 numbers = range(piece.start // GRANULE, -(-piece.end // GRANULE))
                 for number in [n for n in self._granules if n in numbers]:
                     del self._granules[number]
+            self._books = books
 
     def _enter(self, by: SliceId, key: int, start: int, size: int) -> None:
         # within the lock: else a slice could end, its memory be scrubbed and given on, and an
         # access that was checked before reach it after
-        fault = self._check(by, key, start, size)
+        fault = check_access(self._books, key, start, size, by=by)
         if fault is not None:
+            self._note(fault)
             raise ProtectionError(fault)
 
 

@@ -6,6 +6,7 @@ cuts the channels of before: an operation under way reaches nothing from then on
 
 from __future__ import annotations
 
+from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import Lock
 from typing import TYPE_CHECKING
@@ -14,6 +15,8 @@ from virtfabric.model.errors import VirtfabricError
 from virtfabric.shim.vfiouser.memory import DmaRefusedError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
     from virtfabric.shim.vfiouser.function import Bus
 
 
@@ -28,6 +31,11 @@ class DmaCounts:
     read: int = 0
     written: int = 0
     refused: int = 0
+
+    @property
+    def moved(self) -> int:
+        """Bytes in both directions."""
+        return self.read + self.written
 
 
 class Dma:
@@ -88,6 +96,18 @@ class Channel:
         with self._dma.lock:
             self._live = False
 
+    @contextmanager
+    def kept(self) -> Iterator[None]:
+        """While this lasts it is not cut: for what an operation changes beside the guest's memory.
+
+        Raises:
+            CutOffError: the operation has ended.
+        """
+        with self._dma.lock:
+            if not self._live:
+                raise CutOffError("ended")
+            yield
+
     def read(self, address: int, size: int) -> bytes:
         """Bytes of the guest.
 
@@ -107,7 +127,5 @@ class Channel:
             self._move(address, len(data), data)
 
     def _move(self, address: int, size: int, data: bytes | None) -> bytes:
-        with self._dma.lock:
-            if not self._live:
-                raise CutOffError("ended")
+        with self.kept():
             return self._dma.move(address, size, data)

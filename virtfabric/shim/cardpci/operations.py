@@ -45,11 +45,10 @@ class SliceView:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How an operation ended, what it moved, and a fault of its own."""
+    """How an operation ended, what it wrote to its target, and a fault of its own."""
 
     status: Status
     written: int = 0
-    moved: int = 0
     trouble: Trouble | None = None
 
 
@@ -93,8 +92,10 @@ class Operations:
 
     def _store(self, view: SliceView, order: Descriptor, dma: Channel) -> Result:
         data = dma.read(order.source.address, order.source.length)
-        self._memory.write(view.slice.id, order.key, order.card.address, data)
-        return Result(Status.DONE, len(data), len(data))
+        # after an end the memory may be scrubbed already, for the next holder
+        with dma.kept():
+            self._memory.write(view.slice.id, order.key, order.card.address, data)
+        return Result(Status.DONE, len(data))
 
     def _load(self, view: SliceView, order: Descriptor, dma: Channel) -> Result:
         if order.card.length > order.target.length:
@@ -103,7 +104,7 @@ class Operations:
             view.slice.id, order.key, order.card.address, order.card.length
         )  # fmt: skip
         dma.write(order.target.address, data)
-        return Result(Status.DONE, len(data), len(data))
+        return Result(Status.DONE, len(data))
 
     def _compute(self, view: SliceView, order: Descriptor, dma: Channel) -> Result:
         capability = next((name for name, has in ENGINES.items() if order.operation in has), "")
@@ -121,7 +122,7 @@ class Operations:
         compute = ENGINES[capability][order.operation]
         found = compute(Work(source, parameter, secret, order.target.length))
         dma.write(order.target.address, found)
-        return Result(Status.DONE, len(found), len(source) + len(parameter) + len(found))
+        return Result(Status.DONE, len(found))
 
     def _send(self, view: SliceView, order: Descriptor, dma: Channel) -> Result:
         if self._port is None or not view.is_ready(switch.CAPABILITY):
@@ -133,7 +134,7 @@ class Operations:
         if frame[6:12] != self._port.mac:
             return Result(Status.BAD_DATA)
         self._port.send(frame)
-        return Result(Status.DONE, 0, len(frame))
+        return Result(Status.DONE)
 
     def _receive(self, view: SliceView, order: Descriptor, dma: Channel) -> Result | None:
         if self._port is None or not view.is_ready(switch.CAPABILITY):
@@ -144,7 +145,7 @@ class Operations:
         if len(frame) > order.target.length:
             return Result(Status.NO_ROOM)
         dma.write(order.target.address, frame)
-        return Result(Status.DONE, len(frame), len(frame))
+        return Result(Status.DONE, len(frame))
 
     _BUILT_IN: Final[dict[int, Callable[..., Result | None]]] = {
         Operation.NOTHING: _nothing, Operation.STORE: _store, Operation.LOAD: _load,

@@ -25,9 +25,8 @@ _MODULO: Final = 1 << 32
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one step did: bytes moved, and whether somebody wants to be told."""
+    """One step was done; whether somebody wants to be told."""
 
-    moved: int
     interrupt: bool
 
 
@@ -50,8 +49,13 @@ class Queue:
     _read: tuple[int, bytes] = field(default=(-1, b""))
 
     def submit(self, count: int) -> bool:
-        """The doorbell: so many were given so far; False if that cannot be."""
-        if (count - self.completed) % _MODULO > self.entries:
+        """The doorbell: so many were given so far; False if that cannot be.
+
+        What was given stays given: the card may have begun with it.
+        """
+        completed = self.completed  # goes on meanwhile
+        waiting = (self.submitted - completed) % _MODULO
+        if not waiting <= (count - completed) % _MODULO <= self.entries:
             return False
         self.submitted = count
         return True
@@ -82,11 +86,11 @@ class Queue:
         number = (self.completed + 1) % _MODULO
         at = self.done_ring + COMPLETION_SIZE * place
         completion = format_completion(result.status, result.written, order.cookie)
-        # the number comes last: a guest that sees it sees the rest
+        # the number comes last: a guest that sees it sees the rest, and may give the next one
         self.channel.write(at, completion)
-        self.channel.write(at + len(completion), number.to_bytes(4, "little"))
         self.completed = number
-        return Step(result.moved, order.interrupt)
+        self.channel.write(at + len(completion), number.to_bytes(4, "little"))
+        return Step(order.interrupt)
 
     def _descriptor(self, place: int) -> bytes:
         """Read once, however often the operation is tried: it belongs to the card by now."""

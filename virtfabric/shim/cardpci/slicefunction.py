@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 
     from virtfabric.shim.cardpci.cardmemory import CardMemory
     from virtfabric.shim.cardpci.dma import DmaCounts
-    from virtfabric.shim.cardpci.queue import Step
     from virtfabric.shim.cardpci.switch import Switch
     from virtfabric.shim.vfiouser.function import Bus
 
@@ -234,8 +233,11 @@ class SliceFunction:
     def _submitted(self, number: int) -> None:
         with self._lock:
             queue = self._queues[number]
+            if queue is None:
+                self._registers.put(f"Q{number}_SUBMITTED", 0)
+                return
             count = self._registers.get(f"Q{number}_SUBMITTED")
-            good = queue is None or queue.submit(count)
+            good = queue.submit(count)
             if not good:
                 self._fail(number)
         if not good:
@@ -249,39 +251,40 @@ class SliceFunction:
     # -- the worker -------------------------------------------------------------------------
 
     def _step(self) -> float:
-        busy, moved = False, 0
+        busy, before = False, self._dma.counts.moved
         for number, queue in enumerate(tuple(self._queues)):
             view = self._view
             if queue is None or view is None:
                 continue
-            step = self._advance(number, queue, view)
-            if step is not None:
-                busy, moved = True, moved + step.moved
-        if not busy:
+            busy |= self._advance(number, queue, view)
+        # also what an operation moved that failed, or was stopped
+        moved = self._dma.counts.moved - before
+        if not (busy or moved):
             return IDLE
         view = self._view
         return self._pace.charge(moved, view.slice.seat.bandwidth if view else 0, monotonic())
 
-    def _advance(self, number: int, queue: Queue, view: SliceView) -> Step | None:
+    def _advance(self, number: int, queue: Queue, view: SliceView) -> bool:
+        """Do the next operation of a queue; False if there is none, or it waits."""
         try:
             step = queue.step(view, self._operations, lambda trouble: self._note(trouble, queue))
         except CutOffError:
-            return None
+            return False
         except DmaRefusedError as error:
             # the fault first: who sees that the queue stopped looks there for the reason
             with self._lock:
                 self._note(Trouble(Fault.DMA_REFUSED, 0, error.address), queue)
                 if self._queues[number] is queue:
                     self._fail(number)
-            return None
+            return False
         if step is None:
-            return None
+            return False
         with self._lock:
             if self._queues[number] is queue:
                 self._registers.put(f"Q{number}_COMPLETED", queue.completed)
                 if step.interrupt:
                     self._cause(SliceCause.QUEUE1 if number else SliceCause.QUEUE0)
-        return step
+        return True
 
 
 def _show_badge(serial: str, view: SliceView) -> Iterator[pci.Capability]:

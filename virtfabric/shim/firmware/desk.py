@@ -57,15 +57,25 @@ class Desk:
 
     def receive(self, link: Link, data: bytes) -> None:
         """Take bytes of a host, and answer what they say."""
-        for received in link.receive(data):
+        found = link.receive(data)
+        went = link.ended_by  # what it said before it went counts
+        for received in found:
+            if link.ended_by != went:
+                break  # it does not read: nobody hears the answers
             message = received.message
             if isinstance(message, Heartbeat) and received.about:
                 continue  # the answer to one of ours
             who = link.peer.serial if link.peer else ""
-            for answer in self._firmware.handle(message, who):
+            for answer in self._answers(message, who, received.size):
                 self._answered(link, message, answer)
                 self._say(link, answer, received.number)
         self._forget_ended()
+
+    def _answers(self, message: Message, who: str, size: int) -> list[Message]:
+        try:
+            return self._firmware.handle(message, who, size)
+        except Exception as error:  # noqa: BLE001 (one host's message must not end the others' card)
+            return [Error(ErrorCode.INTERNAL, f"{type(error).__name__}: {error}")]
 
     def tick(self) -> None:
         """Let time pass; what happened is told to every host."""

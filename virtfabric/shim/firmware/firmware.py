@@ -116,7 +116,7 @@ class Firmware:
             return ""
         return hmac.digest(self._secret, name.encode(), "sha256").hex()[:BADGE_DIGITS]
 
-    def handle(self, message: Message, host: str = "") -> list[Message]:
+    def handle(self, message: Message, host: str = "", size: int = 0) -> list[Message]:
         """The answers to a host's message; none to what needs none.
 
         What cannot be kept on the flash has not happened, and is answered with `internal`.
@@ -124,8 +124,9 @@ class Firmware:
         Args:
             message: what it said.
             host: who said it, as its certificate proved.
+            size: bytes of its body.
         """
-        answer = self.hosts.handle(message, host)
+        answer = self.hosts.handle(message, host, size)
         if answer is not None:
             return [answer]
         handler = self._HANDLERS.get(type(message))

@@ -39,15 +39,19 @@ class HostDesk:
         self.measured: dict[str, dict[str, dict[str, int]]] = {}
         self._frames: OrderedDict[str, PictureFrame] = OrderedDict()
 
-    def handle(self, message: Message, host: str) -> Message | None:
+    def handle(self, message: Message, host: str, size: int) -> Message | None:
         """The answer to a host's message; None where it is not about hosts.
 
         Args:
             message: what it said.
             host: who it is, as its certificate proved.
+            size: bytes of the message's body.
         """
         handler = self._HANDLERS.get(type(message))
-        return None if handler is None else handler(self, message, host)
+        if handler is None:
+            return None
+        more = (size,) if isinstance(message, m.HostPicture) else ()
+        return handler(self, message, host, *more)
 
     def _frame(self, host: str) -> PictureFrame:
         frame = self._frames.pop(host, None) or PictureFrame()
@@ -57,9 +61,9 @@ class HostDesk:
             self.measured.pop(forgotten, None)
         return frame
 
-    def _take_picture(self, part: m.HostPicture, host: str) -> Message:
+    def _take_picture(self, part: m.HostPicture, host: str, size: int) -> Message:
         try:
-            self._frame(host).add(part)
+            self._frame(host).add(part, size)
         except InvalidValueError as error:
             return m.Error(
                 m.ErrorCode.REFUSED, str(error), error.field, reason=Reason.INVALID_ARGUMENT

@@ -2,7 +2,7 @@
 
 A record is in the file, flushed to the disk, before anybody is told of what it says. Power may go
 at any moment: a last record that is not whole is as if it had never been begun. Damage anywhere
-else is not guessed away.
+else is not guessed away, nor in the first record: it comes with the file, whole or not at all.
 
 Record: magic `VFS1`, length of the text (32 bits, big-endian), its BLAKE2b (16 bytes), JSON text.
 """
@@ -49,6 +49,7 @@ class StateLog:
         self.path = path
         self._rotate = rotate
         self._fd = -1
+        self._has_remains = False
         try:
             self._fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             with path.open("rb") as file:
@@ -79,7 +80,7 @@ class StateLog:
         """
         record = _record(state)
         try:
-            if self._end + len(record) > self._rotate and self._end:
+            if not self._end or self._end + len(record) > self._rotate:
                 self._begin_anew(record)
             else:
                 self._write(record)
@@ -88,14 +89,22 @@ class StateLog:
         self.state = state
 
     def _write(self, record: bytes) -> None:
+        if self._has_remains:
+            self._cut_off_remains()
         try:
             _write_all(self._fd, record, self._end)
             os.fsync(self._fd)
         except OSError:
-            with suppress(OSError):  # else the next start cuts it off
-                os.ftruncate(self._fd, self._end)
+            self._has_remains = True
+            with suppress(OSError):  # else before the next one, or at the next start
+                self._cut_off_remains()
             raise
         self._end += len(record)
+
+    def _cut_off_remains(self) -> None:
+        """A shorter record in its place must not end in what was left of a longer one."""
+        os.ftruncate(self._fd, self._end)
+        self._has_remains = False
 
     def _begin_anew(self, record: bytes) -> None:
         new = self.path.with_name(self.path.name + ".new")
@@ -129,20 +138,46 @@ class StateLog:
         return state, place
 
     def _next(self, data: bytes, place: int) -> tuple[bytes | None, int]:
-        if len(data) - place < _HEADER.size:
-            return None, place
+        text, end = _read(data, place)
+        if text is None and not self._is_torn(data, place):
+            raise StateDamagedError(
+                f"the card's state {self.path} is damaged at byte {place}",
+                advice="move it away; the card then begins without slices",
+            )
+        return text, end
+
+    def _is_torn(self, data: bytes, place: int) -> bool:
+        """Whether here begins what a loss of power can leave of a last record.
+
+        File systems may have the new length on the disk before the bytes, and these in any order:
+        what is missing is zeros.
+        """
+        rest = data[place:]
+        if not any(rest):
+            return True
+        begins = all(have in (0, meant) for have, meant in zip(rest, _MAGIC, strict=False))
+        return bool(place) and begins and not _has_record(data, place + 1)
+
+
+def _read(data: bytes, place: int) -> tuple[bytes | None, int]:
+    """The text of a whole record and where it ends; None, and the same place, if there is none."""
+    if len(data) - place >= _HEADER.size:
         magic, length, digest = _HEADER.unpack_from(data, place)
         first = place + _HEADER.size
         text, end = data[first : first + length], first + length
-        if magic == _MAGIC and blake2b(text, digest_size=16).digest() == digest:
+        whole = magic == _MAGIC and end <= len(data)
+        if whole and blake2b(text, digest_size=16).digest() == digest:
             return text, end
-        # file systems may have the new length on the disk before the bytes: zeros at the end
-        if (magic == _MAGIC and end >= len(data)) or not any(data[place:]):
-            return None, place
-        raise StateDamagedError(
-            f"the card's state {self.path} is damaged at byte {place}",
-            advice="move it away; the card then begins without slices",
-        )
+    return None, place
+
+
+def _has_record(data: bytes, place: int) -> bool:
+    """Whether a whole record begins anywhere from a place on."""
+    while (place := data.find(_MAGIC, place)) >= 0:
+        if _read(data, place)[0] is not None:
+            return True
+        place += 1
+    return False
 
 
 def _record(state: dict[str, Any]) -> bytes:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import socket
 from contextlib import suppress
-from threading import Lock, Thread
+from threading import Event, Lock, Thread
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.shim.vfiouser.session import Session
@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     from virtfabric.shim.vfiouser.function import PciFunction
 
+_AGAIN_S: Final = 1.0
 _ENDING_S: Final = 2.0
 """How long a client's going may take before the next is turned away."""
 
@@ -42,7 +43,7 @@ class FunctionServer:
         self._lock = Lock()
         self._client: socket.socket | None = None
         self._serving: Thread | None = None
-        self._closed = False
+        self._closed = Event()
         path.unlink(missing_ok=True)
         self._listener = socket.socket(socket.AF_UNIX)
         self._listener.bind(str(path))
@@ -54,7 +55,7 @@ class FunctionServer:
     def close(self) -> None:
         """End the client's connection, wait until it is over, stop; safe to repeat."""
         with self._lock:
-            self._closed = True
+            self._closed.set()
             for sock in (self._listener, self._client):
                 if sock is not None:
                     with suppress(OSError):
@@ -69,12 +70,16 @@ class FunctionServer:
         while True:
             try:
                 client, _ = self._listener.accept()
-            except OSError:
-                return
+            except OSError as error:  # of a process without descriptors left, for one
+                if self._closed.is_set():
+                    return
+                self._report(f"{self.path.name}: {error}")
+                self._closed.wait(_AGAIN_S)
+                continue
             if self._serving is not None:
                 self._serving.join(_ENDING_S)
             with self._lock:
-                if self._closed or self._client is not None:
+                if self._closed.is_set() or self._client is not None:
                     client.close()  # else it would wait for its answer as long as the other stays
                     continue
                 self._client = client
@@ -87,7 +92,7 @@ class FunctionServer:
         try:
             Session(client, self._function).serve()
         except (BrokenWireError, OSError) as error:
-            if not self._closed:
+            if not self._closed.is_set():
                 self._report(f"{self.path.name}: {error}")
         finally:
             with self._lock:
