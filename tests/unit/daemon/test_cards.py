@@ -470,3 +470,17 @@ def test_who_asks_for_a_lost_card_is_told_at_once(world):
     world.cut_power("C-1")
     with pytest.raises(CardLostError, match="card C-1 is lost: the card is gone"):
         world.agent.agent._cards.desk._cards.reach("C-1")
+
+
+def test_two_slices_for_which_the_same_one_ends(world):
+    world.create(slice_file("old", cores=8, priority=10))
+    world.create(slice_file("kept", cores=8, priority=90))
+    job = world.create(
+        slice_file("left", cores=4, priority=50), slice_file("right", cores=4, priority=50)
+    )
+    assert job["state"] == "done", job
+    assert sorted(one.part.name for one in world.books.slices.values()) == [
+        "kept", "left", "right",
+    ]  # fmt: skip
+    assert world.audited("card.distrusted") == []
+    world.check()
