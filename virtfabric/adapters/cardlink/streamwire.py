@@ -46,7 +46,7 @@ HEARTBEAT_S: Final = 2.0
 GREETING_S: Final = 5.0
 _READ: Final = 64 << 10
 _MAX_UNREAD: Final = MAX_OUTGOING
-"""Bytes that a card did not take yet, above which the link holds (and bounds) what is said to it."""
+"""Bytes that a card did not take yet, above which the link holds (and bounds) what is said."""
 _GOODBYE_S: Final = 0.5
 _MARGIN_S: Final = 5.0
 """Beyond a deadline that the wire's own timer did not enforce, as it is gone."""
