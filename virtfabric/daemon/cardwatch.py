@@ -15,8 +15,9 @@ from virtfabric.daemon.errands import Errands
 from virtfabric.daemon.executor import Progress
 from virtfabric.daemon.undertaking import Undertaking, new_request
 from virtfabric.model.card import CardNewsKind
-from virtfabric.model.errors import CardError
-from virtfabric.policy.sliceplans import plan_settling
+from virtfabric.model.errors import CardError, Reason, RefusedError, VirtfabricError
+from virtfabric.model.plan import Plan
+from virtfabric.policy.sliceplans import plan_remaking, plan_settling
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -25,11 +26,10 @@ if TYPE_CHECKING:
     from virtfabric.daemon.conductor import Conductor
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.notices import Notices
-    from virtfabric.model.adapter import SliceId
+    from virtfabric.model.adapter import AdapterId
     from virtfabric.model.card import CardNews, HeldSlice
     from virtfabric.model.decision import Decision
     from virtfabric.model.ledger import Books, HostSnapshot
-    from virtfabric.model.plan import Plan
     from virtfabric.policy.sliceplans import Settling
     from virtfabric.ports import AuditLog, Cards, Clock
 
@@ -40,6 +40,7 @@ _BURST: Final = 32
 _EACH_S: Final = 0.5
 """Events of one card that are taken: so many at once, then one in this time. A hostile card must
 not fill the audit log; of the rest it is told how many there were."""
+_BODY: Final = {"by": "virtfabricd"}
 _SETTLES: Final = (CardNewsKind.CONNECTED, CardNewsKind.EVENT)
 _WORDS: Final = {
     CardNewsKind.LOST: "is lost: {}; guests keep what they have",
@@ -151,60 +152,110 @@ class CardWatch:
     # -- settling -----------------------------------------------------------------------------
 
     def settle(self) -> None:
-        """Bring cards to what the books say; slices that are lost leave the books, with an alert.
+        """Bring each card to what the books say; lost slices leave the books, with an alert.
 
-        Raises:
-            VirtfabricError: nothing was changed; a later settling does it.
+        A card that fails at it is settled later, and keeps no other from it.
         """
+        for serial in self._cards.views():
+            try:
+                for one in self._settle_card(serial):
+                    self._remake(one)
+            except VirtfabricError as error:
+                log.warning("card %s is not settled: %s", serial, error)
+
+    def _settle_card(self, serial: AdapterId) -> tuple[HeldSlice, ...]:
+        """All but what the card has lost; that is answered."""
         request = new_request()
         found: list[Settling] = []
 
         def place(snapshot: HostSnapshot, _: Decision | None) -> Plan:
+            books = snapshot.books
             settling = plan_settling(
-                snapshot.cards, snapshot.books.slices, host=self._cards.host,
-                request=request, generation=snapshot.generation, idle=idle_slices(snapshot.books),
+                snapshot.cards[serial], books.slices, host=self._cards.host, request=request,
+                generation=snapshot.generation, idle=idle_slices(books),
             )  # fmt: skip
             found[:] = [settling]
             return settling.plan
 
         def change(books: Books) -> Books:
-            return replace(books, slices=self._as_they_are(books))
+            return replace(books, slices=found[0].settled(books.slices))
 
-        body = {"by": "virtfabricd"}
-        work = Undertaking(request, "settling of cards", place, settle_books=change, body=body)
+        work = Undertaking(
+            request, f"settling of card {serial}", place, settle_books=change, body=_BODY
+        )
         self._conductor.consider(work)
-        if not found[0].plan.steps:
+        if found[0].is_needed:
+            self._conductor.conduct(work, Progress(lambda *_: None))
+            for key in found[0].strays:
+                body = {"key": key, "why": "no plan made it"}
+                self._audit.append("slice.withdrawn", [key], body)
+        return found[0].missing
+
+    def _remake(self, one: HeldSlice) -> None:
+        """Make a slice anew that its card has lost; one for which there is no room is lost.
+
+        Raises:
+            VirtfabricError: neither; it stays in the books.
+        """
+        request = new_request()
+        plans: list[Plan] = []
+
+        def place(snapshot: HostSnapshot, _: Decision | None) -> Plan:
+            card, held = snapshot.cards[one.card], snapshot.books.slices.get(one.key)
+            plans[:] = [plan_remaking(card, held, request, snapshot.generation)]
+            return plans[0]
+
+        title = f"slice {_name(one)} anew"
+        work = Undertaking(request, title, place, settle_books=self._as_made(one), body=_BODY)
+        self._conductor.consider(work)
+        if not plans[0].steps:
             return
+        try:
+            self._conductor.conduct(work, Progress(lambda *_: None))
+        except RefusedError as error:
+            if error.refusal.reason is Reason.BUSY:
+                raise
+            self._drop(one)
+            self._tell("slice.lost", one, f"; {error.refusal.detail}")
+        else:
+            if plans[0].steps:
+                self._tell("slice.remade", one, "; it was made anew, without its image")
+
+    def _as_made(self, one: HeldSlice) -> Callable[[Books], Books]:
+        """The books with a slice under the id that its card has for it now."""
+
+        def change(books: Books) -> Books:
+            told = self._cards.views()[one.card].books
+            ids = {s.request: s.id for s in told.slices.values()} if told else {}
+            held = books.slices.get(one.key)
+            if held is None or one.key not in ids:
+                return books
+            made = replace(held, slice=ids[one.key])
+            return replace(books, slices={**books.slices, one.key: made})
+
+        return change
+
+    def _drop(self, one: HeldSlice) -> None:
+        """A slice leaves the books."""
+        request = new_request()
+
+        def change(books: Books) -> Books:
+            return replace(books, slices={k: s for k, s in books.slices.items() if k != one.key})
+
+        work = Undertaking(
+            request, f"loss of slice {_name(one)}",
+            lambda snapshot, _: Plan(request, snapshot.generation, ()), settle_books=change,
+            body=_BODY,
+        )  # fmt: skip
         self._conductor.conduct(work, Progress(lambda *_: None))
-        self._tell(found[0])
 
-    def _as_they_are(self, books: Books) -> dict[str, HeldSlice]:
-        """The slices of the books under the ids that cards have for them now."""
-        ids: dict[tuple[str, str], SliceId] = {}
-        known: set[str] = set()
-        for serial, view in self._cards.views().items():
-            if view.is_usable and view.books is not None:
-                known.add(serial)
-                ids |= {(serial, one.request): one.id for one in view.books.slices.values()}
-        idle = idle_slices(books)
-        return {
-            key: replace(one, slice=ids.get((one.card, key), one.slice))
-            for key, one in books.slices.items()
-            if one.card not in known or ((one.card, key) in ids and key not in idle)
-        }
+    def _tell(self, kind: str, one: HeldSlice, what_came: str) -> None:
+        who = f", which {one.holder} had" if one.holder else ""
+        words = f"slice {_name(one)} ({one.slice} of card {one.card}) is gone{who}{what_came}"
+        self._audit.append(kind, [one.key, one.wish, one.card], one.to_json())
+        self._notices.publish(kind, one.to_json())
+        self._notices.alert(f"slice:{one.key}", words)
 
-    def _tell(self, settling: Settling) -> None:
-        held = self._ledger.view().books.slices
-        for one in settling.missing:
-            name = one.part.name or one.wish
-            what = f"slice {name} ({one.slice} of card {one.card})"
-            who = f", which {one.holder} had" if one.holder else ""
-            kind, words = "slice.lost", f"{what} is gone{who}"
-            if one.key in held:
-                kind = "slice.remade"
-                words = f"{what} was gone{who}; it was made anew, without its image"
-            self._audit.append(kind, [one.key, one.wish, one.card], one.to_json())
-            self._notices.publish(kind, one.to_json())
-            self._notices.alert(f"slice:{one.key}", words)
-        for key in settling.strays:
-            self._audit.append("slice.withdrawn", [key], {"key": key, "why": "no plan made it"})
+
+def _name(one: HeldSlice) -> str:
+    return one.part.name or one.wish

@@ -80,10 +80,10 @@ def keep(own: Sequence[Extent], size: int) -> tuple[Extent, ...]:
 
 def widest(free: Collection[int]) -> int:
     """Lanes of the widest link that can be made of free ones."""
-    lanes = set(free)
-    width = 1
-    while _starts(lanes, width):
-        width *= 2
+    width, starts = 1, set(free)
+    while starts:
+        pairs = {start for start in starts if start % (2 * width) == 0 and start + width in starts}
+        width, starts = 2 * width, pairs
     return width // 2
 
 

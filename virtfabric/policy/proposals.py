@@ -122,6 +122,8 @@ def _payment_problems(terms: _Terms) -> Iterator[str]:
     delta = terms.proposal.delta
     costs = {c.key: 0 if c.line.prepaid else max(0, delta[c.key]) for c in terms.changes}
     for take in terms.proposal.takes:
+        if not take.amounts.positive():
+            yield f"{_name(terms, take.victim)} would pay nothing"
         for key in take.amounts:
             if not costs.get(key):
                 yield f"{_name(terms, take.victim)} would pay {key}, which nobody gains"

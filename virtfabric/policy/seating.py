@@ -94,7 +94,7 @@ def find_free(adapter: Adapter, seats: Iterable[Seat]) -> FreeParts:
         _without(range(1, adapter.keys + 1), keys),
         max(0, adapter.bandwidth - sum(seat.bandwidth for seat in taken)),
         {
-            capability: tuple(unit for unit in range(count) if (capability, unit) not in units)
+            capability: tuple([unit for unit in range(count) if (capability, unit) not in units])
             for capability, count in adapter.accelerators.items()
         },
     )
@@ -154,7 +154,7 @@ def choose_other_seat(free: FreeParts, spec: SliceSpec, own: Seat) -> Seat | Non
 
 
 def _without(numbers: range, taken: Collection[int]) -> tuple[int, ...]:
-    return tuple(number for number in numbers if number not in taken)
+    return tuple([number for number in numbers if number not in taken])
 
 
 def _resized(own: Sequence[int], free: Sequence[int], count: int) -> tuple[int, ...]:

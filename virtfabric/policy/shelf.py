@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, insort
 from heapq import nlargest
-from operator import add, sub
+from itertools import islice
+from operator import add, le, sub
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from virtfabric.policy.seating import Vector, fits
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
 
     from virtfabric.model.adapter import AdapterId
 
-_BLOCK: Final = 128
+_BLOCK: Final = 32
 
 
 class Entry(NamedTuple):
@@ -128,7 +129,7 @@ class Shelf:
 def _find_in(
     entries: list[Entry], need: Vector, least: tuple[int, str], skip: Collection[str]
 ) -> Entry | None:
-    for entry in entries:
-        if fits(need, entry.room) and entry[:2] >= least and entry.serial not in skip:
+    for entry in islice(entries, bisect_left(entries, least), None):
+        if all(map(le, need, entry.room)) and entry.serial not in skip:
             return entry
     return None

@@ -6,7 +6,7 @@ makes way is taken from its guest before anything else, and ends with all its pa
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from virtfabric.model.card import HeldSlice
@@ -199,51 +199,92 @@ def plan_release(held: Iterable[HeldSlice], request: RequestId, generation: int)
 
 @dataclass(frozen=True, slots=True)
 class Settling:
-    """What makes cards and books agree.
+    """What makes a card and the books agree.
 
     Attributes:
-        missing: slices in the books that their cards do not have any more. They are made anew where
-            there is room; a step for that may fail.
+        missing: slices in the books that the card does not have any more: to be made anew after the
+            plan, each by itself (`plan_remaking`).
         strays: slices and promises of this host that no books know; they end.
+        ids: the card's own ids for slices, by key, where the books have others.
+        gone: keys of slices that were made for guests which do not have them any more, nor has the
+            card: they leave the books.
     """
 
     plan: Plan
     missing: tuple[HeldSlice, ...] = ()
     strays: tuple[str, ...] = ()
+    ids: Mapping[str, SliceId] = field(default_factory=dict)
+    gone: frozenset[str] = frozenset()
+
+    @property
+    def is_needed(self) -> bool:
+        """Whether something has to be done before the missing ones are made."""
+        return bool(self.plan.steps or self.ids or self.gone)
+
+    def settled(self, held: Mapping[str, HeldSlice]) -> dict[str, HeldSlice]:
+        """Slices in the books once the plan was carried out, but for those that it ended.
+
+        What the card showed when this was planned counts, and nothing that it showed since.
+        """
+        return {
+            key: replace(one, slice=self.ids.get(key, one.slice))
+            for key, one in held.items()
+            if key not in self.gone
+        }
 
 
 def plan_settling(
-    cards: Mapping[AdapterId, CardView], held: Mapping[str, HeldSlice], *, host: str,
-    request: RequestId, generation: int, idle: Collection[str] = (),
+    card: CardView, held: Mapping[str, HeldSlice], *, host: str, request: RequestId,
+    generation: int, idle: Collection[str] = (),
 ) -> Settling:  # fmt: skip
-    """Bring cards that can be asked to what the books say.
+    """Bring a card to what the books say; nothing where it cannot be asked.
 
     `idle` are keys of slices that were made for guests which do not have them any more; they end.
     """
-    ends: list[Step] = []
+    if not card.is_usable or card.books is None:
+        return Settling(Plan(request, generation, ()))
+    ends: list[Step] = [
+        _bring_to_nothing(key, card.serial, spec, presence)
+        for key, spec, presence in _strays(card.books, held.keys(), host)
+    ]
     changes: list[Step] = []
-    missing: list[HeldSlice] = []
-    for serial, view in cards.items():
-        if not view.is_usable or view.books is None:
+    ids: dict[str, SliceId] = {}
+    there = _by_key(card)
+    own = [one for one in held.values() if one.card == card.serial]
+    for one in own:
+        found = there.get(one.key)
+        if found is None:
             continue
-        ends += [
-            _bring_to_nothing(key, serial, spec, presence)
-            for key, spec, presence in _strays(view.books, held.keys(), host)
-        ]
-        by_key = {one.request: one for one in view.books.slices.values()}
-        for one in (o for o in held.values() if o.card == serial):
-            found = by_key.get(one.key)
-            if one.key in idle:
-                ends += [_unassign(one)] if found is not None and one.holder else []
-                ends += [_end(one)] if found is not None else []
-            elif found is None:
-                missing.append(one)
-                changes.append(_remake(one))
-            elif (found.id, found.holder) != (one.slice, one.holder):
-                changes.append(_reassign(one, found))
-    strays = tuple(step.key for step in ends if isinstance(step, BringSlice))
-    plan = Plan(request, generation, (*ends, *changes))
-    return Settling(plan, tuple(missing), strays)
+        if one.key in idle:
+            ends += [_unassign(one)] if one.holder else []
+            ends += [_end(one)]
+            continue
+        if found.id != one.slice:
+            ids[one.key] = found.id
+        if found.holder != one.holder:
+            changes.append(_reassign(one, found))
+    absent = [one for one in own if one.key not in there]
+    return Settling(
+        Plan(request, generation, (*ends, *changes)),
+        tuple(one for one in absent if one.key not in idle),
+        tuple(step.key for step in ends if isinstance(step, BringSlice)),
+        ids, frozenset(one.key for one in absent if one.key in idle),
+    )  # fmt: skip
+
+
+def plan_remaking(
+    card: CardView, one: HeldSlice | None, request: RequestId, generation: int
+) -> Plan:
+    """Make a slice of the books again that its card has lost; without steps where that is not so.
+
+    Nobody makes way for it.
+    """
+    lost = one is not None and card.is_usable and one.key not in _by_key(card)
+    return Plan(request, generation, (_remake(one),) if one is not None and lost else ())
+
+
+def _by_key(card: CardView) -> dict[str, Slice]:
+    return {one.request: one for one in card.books.slices.values()} if card.books else {}
 
 
 def spared(books: AdapterBooks, host: str) -> AdapterBooks:
@@ -304,7 +345,7 @@ def _end(one: HeldSlice) -> BringSlice:
 
 def _remake(one: HeldSlice) -> BringSlice:
     return BringSlice(
-        key=one.key, card=one.card, spec=one.part, holder=one.holder, optional=True,
+        key=one.key, card=one.card, spec=one.part, holder=one.holder,
         before=SlicePresence.ABSENT, after=SlicePresence.GRANTED,
     )  # fmt: skip
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.errors import Reason, Refusal
@@ -23,6 +24,7 @@ from virtfabric.policy.slicing import (
     SeatChoice,
     choose_slice,
     describe_shortage,
+    room_for_anybody,
     rooms_by_priority,
     would_fit,
 )
@@ -60,18 +62,23 @@ class PoolChoice:
     parts: tuple[PoolPart, ...]
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class _Member:
     books: AdapterBooks
     free: FreeParts
     fill: int
-    later: tuple[tuple[int, FreeParts], ...]
-    """What would be free for a priority above each of these, ascending."""
+    later: FreeParts | None
+    """What would be free with everything reclaimable gone; None where nothing is."""
+
+    @cached_property
+    def _rooms(self) -> tuple[tuple[int, FreeParts], ...]:
+        """What would be free for a priority above each of these, ascending."""
+        return tuple(rooms_by_priority(self.books))
 
     def room(self, spec: SliceSpec, *, reclaim: bool) -> Vector:
         """What is free for this slice; with all that has to make way for it gone, if so asked."""
         best = self.free
-        for priority, free in self.later if reclaim else ():
+        for priority, free in self._rooms if reclaim else ():
             if priority >= spec.priority:
                 break
             best = free
@@ -117,12 +124,12 @@ class SlicePool:
         """An adapter came, or what is on it changed."""
         self.remove(books.adapter.serial)
         free = free_of(books)
-        member = _Member(books, free, _fill(free), tuple(rooms_by_priority(books)))
+        member = _Member(books, free, _fill(free), room_for_anybody(books))
         self._members[books.adapter.serial] = member
         self._kinds.update(_kinds(books))
         self._now.put(books, member.free)
-        if member.later:
-            self._later.put(books, member.later[-1][1])
+        if member.later is not None:
+            self._later.put(books, member.later)
 
     def remove(self, serial: AdapterId) -> None:
         """An adapter is gone; safe to repeat."""
@@ -131,8 +138,8 @@ class SlicePool:
             return
         self._kinds.subtract(_kinds(member.books))
         self._now.remove(member.books, member.free)
-        if member.later:
-            self._later.remove(member.books, member.later[-1][1])
+        if member.later is not None:
+            self._later.remove(member.books, member.later)
 
     def choose(
         self, spec: SliceSpec, *, near: Sequence[str] = (), reclaim: bool = True
@@ -275,7 +282,8 @@ class SlicePool:
     def _parts(self, specs: Sequence[tuple[AdapterId, SliceSpec]]) -> PoolChoice:
         parts = []
         for serial, spec in specs:
-            choice = choose_slice(self._members[serial].books, spec)
+            member = self._members[serial]
+            choice = choose_slice(member.books, spec, free=member.free)
             assert isinstance(choice, SeatChoice)
             parts.append(PoolPart(serial, spec, choice))
         return PoolChoice(tuple(parts))

@@ -65,7 +65,7 @@ def _rank(one: Slice) -> tuple[int, bool, int, str]:
 
 
 def choose_slice(
-    books: AdapterBooks, spec: SliceSpec, *, reclaim: bool = True
+    books: AdapterBooks, spec: SliceSpec, *, reclaim: bool = True, free: FreeParts | None = None
 ) -> SeatChoice | Refusal:
     """Where a new slice goes on this adapter.
 
@@ -73,11 +73,12 @@ def choose_slice(
         books: the adapter.
         spec: what it is to have; checked.
         reclaim: whether others may have to make way.
+        free: what nobody has, where it is known already.
     """
     unknown = _unknown(books, spec)
     if unknown is not None:
         return unknown
-    seat = choose_seat(free_of(books), spec)
+    seat = choose_seat(free or free_of(books), spec)
     if seat is not None:
         return SeatChoice(seat)
     choice = _reclaim(books, spec) if reclaim else None
@@ -120,6 +121,12 @@ def rooms_by_priority(books: AdapterBooks) -> Iterator[tuple[int, FreeParts]]:
         out.add(one.id)
         if place + 1 == len(lower) or lower[place + 1].spec.priority > one.spec.priority:
             yield one.spec.priority, free_of(books, without=out)
+
+
+def room_for_anybody(books: AdapterBooks) -> FreeParts | None:
+    """What is free for a priority above all; None where nobody has to make way for any."""
+    out = {one.id for one in reclaimable(books, ANYBODY)}
+    return free_of(books, without=out) if out else None
 
 
 def _no_capacity(books: AdapterBooks, spec: SliceSpec) -> Refusal:

@@ -19,6 +19,11 @@ from virtfabric.model.card import CardCondition, CardNewsKind
 from virtfabric.model.errors import CardDistrustedError, CardError, CardLostError
 from virtfabric.protocol import messages as m
 from virtfabric.protocol.codec import encode
+from virtfabric.protocol.frames import Frame
+from virtfabric.protocol.messages import Hello, Role
+from virtfabric.trust.context import make_context
+from virtfabric.trust.link import Link
+from virtfabric.trust.session import Session
 
 SLOW = Timing(heartbeat_s=60, greeting_s=5, answer_s=5, backoff_s=(0.02, 0.1))
 
@@ -157,6 +162,38 @@ def test_a_frame_of_a_downgraded_version_is_refused_and_told(meet, honest):
     (refused,) = news.wait(CardNewsKind.REFUSED)
     assert refused.detail == "unsupported-version: version 0; agreed was 1"
     assert card.view().is_usable
+
+
+class Deaf(RogueCard):
+    """Once greeted it asks for answers without end, and reads none."""
+
+    def _serve(self, connection):
+        session = Session(make_context(self.mine, server=True), server=True, peer_role=Role.HOST)
+        link = Link(session, Hello(Role.CARD, self.serial, "rogue 1", f"boot-{self.met}", ()))
+        with contextlib.suppress(OSError):
+            while not self.is_greeted:
+                for received in link.receive(connection.recv(1 << 16)):
+                    self.answer(link, received)
+                    self.is_greeted |= isinstance(received.message, m.InventoryRequest)
+                connection.sendall(link.outgoing())
+            while True:
+                for _ in range(1000):
+                    frame = Frame(1, 0xEE, link._talk._sent + 1).encode()
+                    smuggle(link, frame)
+                connection.sendall(link.outgoing())
+
+    is_greeted = False
+
+
+def test_a_card_that_asks_and_does_not_read_is_cut_off(tmp_path, honest):
+    rogue = Deaf(tmp_path / "sock", honest)
+    card, news = link_to(tmp_path / "sock", "host-a", timing=SLOW), News()
+    card.watch(news)
+    try:
+        assert "does not read" in news.wait(CardNewsKind.LOST)[0].detail
+    finally:
+        card.close()
+        rogue.close()
 
 
 def test_a_card_that_speaks_no_version_of_ours(meet, honest):

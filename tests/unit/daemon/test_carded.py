@@ -23,6 +23,7 @@ from virtfabric.adapters.simulated.faults import Effect, Fault, Phase
 from virtfabric.model.amounts import Amounts
 from virtfabric.model.card import Carded, Fallback
 from virtfabric.model.decision import Take
+from virtfabric.model.ids import GuestId
 from virtfabric.model.units import MIB
 from virtfabric.protocol import messages as m
 
@@ -239,6 +240,8 @@ def forge(delta, *takes):
         (Amounts.of(cpu=1000), (Take(WEB, Amounts.of(cpu=1000)),), "unknown, or does not run"),
         (Amounts.of(cpu=1000, memory=64 * MIB), (), "which nobody asked for"),
         (Amounts(), (), "web would get nothing"),
+        (Amounts.of(cpu=1000), (Take(GuestId("nobody"), Amounts()),), "nobody would pay nothing"),
+        (Amounts.of(cpu=1000), (Take(WEB, Amounts()),), "web would pay nothing"),
         (Amounts.of(cpu=-1000), (), "asked for was 1"),
     ],
 )

@@ -470,3 +470,107 @@ def test_who_asks_for_a_lost_card_is_told_at_once(world):
     world.cut_power("C-1")
     with pytest.raises(CardLostError, match="card C-1 is lost: the card is gone"):
         world.agent.agent._cards.desk._cards.reach("C-1")
+
+
+def test_two_slices_for_which_the_same_one_ends(world):
+    world.create(slice_file("old", cores=8, priority=10))
+    world.create(slice_file("kept", cores=8, priority=90))
+    job = world.create(
+        slice_file("left", cores=4, priority=50), slice_file("right", cores=4, priority=50)
+    )
+    assert job["state"] == "done", job
+    assert sorted(one.part.name for one in world.books.slices.values()) == [
+        "kept", "left", "right",
+    ]  # fmt: skip
+    assert world.audited("card.distrusted") == []
+    world.check()
+
+
+def in_firmware(world, card, *messages):
+    """What another host, or nobody, has a card do: the agent hears of it by its inventory."""
+    for message in messages:
+        (answer,) = world.brains[card].firmware.handle(message)
+    return answer
+
+
+def refresh(world, *cards):
+    for card in cards:
+        world.agent.agent._world.cards.reach(card).refresh()
+
+
+def own(world, card):
+    return next(one for one in world.books.slices.values() if one.card == card)
+
+
+def test_a_card_that_comes_back_while_another_is_settled_loses_nothing(world):
+    world.create(slice_file("x", cores=8), slice_file("y", cores=8))
+    lost, other = own(world, "C-1"), own(world, "C-2")
+    world.wires["C-1"].lose("pulled")
+    in_firmware(world, "C-1", m.Release(lost.slice))
+    in_firmware(world, "C-2", m.Assign(other.slice, "somebody"))
+
+    def come_back(message):
+        if isinstance(message, m.Assign):
+            world.wires["C-1"].return_()
+
+    refresh(world, "C-2")
+    world.wires["C-2"].before = come_back
+    world.agent.agent._cards.watch.settle()
+    world.settle()
+    assert set(world.books.slices) == {lost.key, other.key}
+    assert len(world.audited("slice.remade")) == 1
+    assert world.audited("slice.lost") == []
+    world.check()
+
+
+def test_a_slice_is_told_of_as_made_anew_when_it_is(world):
+    """The card is lost again as it makes it."""
+    world.create(slice_file("x", cores=8))
+    (one,) = world.books.slices.values()
+    wire = world.wires[one.card]
+    wire.lose("pulled")
+    in_firmware(world, one.card, m.Release(one.slice))
+    wire.before = lambda message: isinstance(message, m.Commit) and wire.lose("pulled again")
+    wire.return_()
+    world.settle()
+    assert world.audited("slice.remade") == []
+    assert set(world.books.slices) == {one.key}
+    wire.before = lambda _message: None
+    wire.return_()
+    world.settle()
+    assert len(world.audited("slice.remade")) == 1
+    world.check()
+
+
+def test_a_card_that_does_not_let_go_keeps_no_other_from_being_settled(world):
+    world.create(slice_file("x", cores=8), slice_file("y", cores=8))
+    mine = own(world, "C-2")
+    world.destroy(own(world, "C-1").wish.rpartition(".")[0] + ".0")
+    promise = in_firmware(world, "C-1", m.AllocationRequest("host-a/stray/0", _spec(cores=1)))
+    in_firmware(world, "C-1", m.Commit(promise.reservation))
+    in_firmware(world, "C-2", m.Release(mine.slice))
+
+    def refuse(asked, answer):
+        if isinstance(asked, m.Release):
+            return m.Error(m.ErrorCode.INTERNAL, "the flash is full")
+        return answer
+
+    world.wires["C-1"].mangle = refuse
+    refresh(world, "C-1", "C-2")
+    world.agent.agent._cards.watch.settle()
+    assert world.on_cards()["C-2"] == [mine.key]
+    assert len(world.audited("slice.remade")) == 1
+
+
+def test_a_slice_made_for_a_guest_that_is_nowhere_leaves_the_books(tmp_path):
+    world = CardWorld(tmp_path, {"C-1": {}}, functions=True)
+    try:
+        world.agent.allocate("web", **{"device:crypto.aes": "1"})
+        replace_card(world, "C-1", tmp_path)
+        world.agent.settle()
+        world.agent.agent.card_trust(aw.ROOT, "C-1")
+        world.settle()
+        assert world.books.slices == {}
+        world.check()
+    finally:
+        world.close()

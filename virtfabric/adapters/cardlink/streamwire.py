@@ -25,6 +25,7 @@ from virtfabric.model.errors import (
     InvalidValueError,
 )
 from virtfabric.protocol import messages as m
+from virtfabric.protocol.conversation import MAX_OUTGOING
 from virtfabric.trust.link import Link
 from virtfabric.trust.session import Session
 
@@ -44,6 +45,8 @@ BACKOFF_S: Final = (0.1, 5.0)
 HEARTBEAT_S: Final = 2.0
 GREETING_S: Final = 5.0
 _READ: Final = 64 << 10
+_MAX_UNREAD: Final = MAX_OUTGOING
+"""Bytes that a card did not take yet, above which the link holds (and bounds) what is said."""
 _GOODBYE_S: Final = 0.5
 _MARGIN_S: Final = 5.0
 """Beyond a deadline that the wire's own timer did not enforce, as it is gone."""
@@ -351,8 +354,11 @@ class _Connection:
                 await asyncio.wrap_future(answer)
 
     def _flush(self) -> None:
+        transport = self._writer.transport
+        if transport.is_closing() or transport.get_write_buffer_size() > _MAX_UNREAD:
+            return  # the link holds the rest, and ends by itself where that is too much
         data = self._link.outgoing()
-        if data and not self._writer.transport.is_closing():
+        if data:
             self._writer.write(data)
 
     def _say_goodbye(self) -> None:

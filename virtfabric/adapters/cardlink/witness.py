@@ -42,6 +42,8 @@ class Witness:
         self._generation = 0
         self._promises: dict[ReservationId, Reservation] = {}
         self._gone: set[SliceId] = set()
+        self._ended: dict[ReservationId, set[SliceId]] = {}
+        """Slices that ended before the promise did for which they were to."""
         self.badges: dict[SliceId, str] = {}
 
     def greeted(self, hello: m.Hello, inventory: m.Inventory) -> bool:
@@ -98,6 +100,7 @@ class Witness:
         self._take_badges(told, restarted=restarted)
         self.books = books
         self._promises = {n: p for n, p in self._promises.items() if n in books.reservations}
+        self._ended = {n: names for n, names in self._ended.items() if n in self._promises}
 
     def _take_badges(self, told: m.Inventory, *, restarted: bool) -> None:
         """A badge is one slice's, and stays until the card starts anew."""
@@ -133,9 +136,17 @@ class Witness:
         self._generation = now
 
     def _check_victims(self, promise: Reservation, books: AdapterBooks) -> None:
-        """Those who would end are there, and have to make way for this one."""
+        """Those who would end are or were there, and have to make way for this one.
+
+        Several promises may wait for the end of the same slice: the first that is granted ends it.
+        """
+        before = self.books.slices if self.books else {}
+        ended = self._ended.setdefault(promise.id, set())
         for name in promise.victims:
             victim = books.slices.get(name)
+            if victim is None and (name in ended or name in before):
+                ended.add(name)
+                continue
             if victim is None:
                 raise LieError(f"{name} would end, a slice that it never had")
             if not victim.spec.reclaimable or victim.spec.priority >= promise.slice.spec.priority:
