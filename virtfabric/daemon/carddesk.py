@@ -19,6 +19,7 @@ from virtfabric.daemon.cardviews import card_view, plan_texts, slice_view, slice
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.model.card import HeldSlice, SignedImage
 from virtfabric.model.errors import (
+    CardError,
     InvalidValueError,
     Reason,
     Refusal,
@@ -343,14 +344,21 @@ class _Making:
         return answer.plan
 
     def settle(self, books: Books) -> Books:
-        """With what was made, under the ids that the cards gave it."""
+        """With what was made, under the ids that the cards gave it.
+
+        Raises:
+            CardError: a part is gone already; another host's had priority.
+        """
         assert self._plan is not None
         views = self._cards.views()
         made: dict[str, HeldSlice] = {}
         for part in self._plan.parts:
             on_it = views[part.card].books
             slices = on_it.slices.values() if on_it else ()
-            found = next(one for one in slices if one.request == part.key)
+            found = next((one for one in slices if one.request == part.key), None)
+            if found is None:
+                what = f"slice {part.spec.name or part.wish}"
+                raise CardError(f"card {part.card}: {what} ended before all of it was made")
             made[part.key] = HeldSlice(
                 part.key, part.card, found.id, part.wish, part.spec, part.holder
             )
