@@ -26,7 +26,9 @@ from virtfabric.model.errors import (
     RefusedError,
     VirtfabricError,
 )
+from virtfabric.model.ids import GuestId
 from virtfabric.policy.sliceplans import SlicePlan, SliceWish, plan_release, plan_slices
+from virtfabric.policy.sliceusers import find_users
 from virtfabric.protocol.codec import MAX_IMAGE
 from virtfabric.protocol.imagefile import SUFFIX, parse_manifest
 from virtfabric.protocol.slicefile import parse_slices
@@ -131,6 +133,7 @@ class CardDesk:
             RefusedError, InvalidValueError: nothing was begun.
         """
         wishes = self._wishes(text, options)
+        self._observatory.glance_at_devices()  # who uses what might have to make way
         self._preview(self._creation(wishes, by).work)
         names = ", ".join(wish.spec.name or "without a name" for wish in wishes)
         title = f"slice {names}"
@@ -194,15 +197,10 @@ class CardDesk:
         """Start the job that ends a slice, all its parts.
 
         Raises:
-            RefusedError: there is no such slice, or a guest that runs has it.
+            RefusedError: there is no such slice, or somebody uses it.
         """
-        parts = self._parts_of(name)
-        for one in parts:
-            holder = self._observatory.find(one.holder) if one.holder else None
-            if holder is not None and holder.active:
-                detail = f"{name}: {holder.name} has it, and runs"
-                raise RefusedError(Refusal(Reason.DEVICE_IN_USE, detail))
-        work = self._ending(parts, by)
+        self._observatory.glance_at_devices()  # who uses it
+        work = self._ending(self._parts_of(name), by)
         self._preview(work)
 
         def run(_: Job, progress: Progress) -> Json:
@@ -218,6 +216,9 @@ class CardDesk:
             now = [one for key, one in snapshot.books.slices.items() if key in keys]
             if not now:
                 return Refusal(Reason.UNKNOWN_ID, "the slice is gone meanwhile")
+            user = _user_of(snapshot, now)
+            if user:
+                return Refusal(Reason.DEVICE_IN_USE, f"{now[0].part.name or now[0].wish}: {user}")
             return plan_release(now, request, snapshot.generation)
 
         def settle(books: Books) -> Books:
@@ -337,6 +338,7 @@ class _Making:
         answer = plan_slices(
             snapshot.cards, snapshot.books.slices, self._wishes, host=self._cards.host,
             request=self.request, generation=snapshot.generation, idle=self._takeable(),
+            kept=find_users(snapshot),
         )  # fmt: skip
         if isinstance(answer, Refusal):
             return answer
@@ -365,6 +367,18 @@ class _Making:
         self.made = [one.to_json() for one in made.values()]
         kept = {key: one for key, one in books.slices.items() if key not in self._plan.ends}
         return replace(books, slices=kept | made)
+
+
+def _user_of(snapshot: HostSnapshot, parts: Sequence[HeldSlice]) -> str:
+    """Who keeps a slice from ending, in words; empty for nobody."""
+    users = find_users(snapshot)
+    for one in parts:
+        holder = snapshot.guests.get(GuestId(one.holder))
+        if holder is not None and holder.active:
+            return f"{holder.name} has it, and runs"
+        if one.key in users:
+            return users[one.key]
+    return ""
 
 
 class _Share:

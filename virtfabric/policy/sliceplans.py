@@ -65,7 +65,7 @@ class SlicePlan:
 def plan_slices(
     cards: Mapping[AdapterId, CardView], held: Mapping[str, HeldSlice],
     wishes: Sequence[SliceWish], *, host: str, request: RequestId, generation: int,
-    spare_held: bool = False, idle: Sequence[str] = (),
+    spare_held: bool = False, idle: Sequence[str] = (), kept: Collection[str] = (),
 ) -> SlicePlan | Refusal:  # fmt: skip
     """All of these slices, or none.
 
@@ -81,19 +81,22 @@ def plan_slices(
         spare_held: nobody who uses a slice has to make way, of this host neither.
         idle: keys of slices of this host that nobody would miss, in the order in which they end;
             all parts of each.
+        kept: keys of slices that must not end, as somebody uses them beside the books.
     """
+    whole = {held[key].wish for key in kept if key in held}
+    idle = [key for key in idle if key in held and held[key].wish not in whole]
 
     def plan(gone: Collection[str]) -> SlicePlan | Refusal:
         found = _plan_without(
             gone, cards, held, wishes, host=host, request=request, generation=generation,
-            spare_held=spare_held,
+            spare_held=spare_held, kept=_parts_of(whole, held) | frozenset(kept),
         )  # fmt: skip
         return found if isinstance(found, Refusal) else _after_the_end(found, gone, held)
 
     answer = plan(())
     if not isinstance(answer, Refusal) or answer.reason is not Reason.NO_CAPACITY:
         return answer
-    names = list(dict.fromkeys(held[key].wish for key in idle if key in held))
+    names = list(dict.fromkeys(held[key].wish for key in idle))
     for count in range(1, len(names) + 1):
         found = plan(_parts_of(names[:count], held))
         if isinstance(found, SlicePlan):
@@ -129,13 +132,13 @@ def _after_the_end(
 def _plan_without(
     gone: Collection[str], cards: Mapping[AdapterId, CardView], held: Mapping[str, HeldSlice],
     wishes: Sequence[SliceWish], *, host: str, request: RequestId, generation: int,
-    spare_held: bool,
+    spare_held: bool, kept: Collection[str],
 ) -> SlicePlan | Refusal:  # fmt: skip
     """As `plan_slices`, where these slices of this host have ended."""
     held = {key: one for key, one in held.items() if key not in gone}
     own = "" if spare_held else host
     usable = [
-        spared(_without(view.books, gone), own)
+        spared(_without(view.books, gone), own, kept)
         for view in cards.values()
         if view.is_usable and view.books
     ]
@@ -287,15 +290,16 @@ def _by_key(card: CardView) -> dict[str, Slice]:
     return {one.request: one for one in card.books.slices.values()} if card.books else {}
 
 
-def spared(books: AdapterBooks, host: str) -> AdapterBooks:
+def spared(books: AdapterBooks, host: str, kept: Collection[str] = ()) -> AdapterBooks:
     """The books in which nobody of another host has to make way while it is in use.
 
-    Its guest could only be made to let go by its own host. An empty `host` spares everybody.
+    Its guest could only be made to let go by its own host. An empty `host` spares everybody; slices
+    whose keys are in `kept` are spared in any case.
     """
     foreign = {
         name: replace(one, spec=replace(one.spec, reclaimable=False))
         for name, one in books.slices.items()
-        if one.holder and not _is_ours(one.request, host)
+        if (one.holder and not _is_ours(one.request, host)) or one.request in kept
     }
     return replace(books, slices={**books.slices, **foreign}) if foreign else books
 

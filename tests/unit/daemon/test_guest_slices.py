@@ -1,12 +1,14 @@
 """Guests ask for functions that cards first have to make: all of it happens, or nothing."""
 
+import threading
+
 import agent_world as aw
 import pytest
 from card_agent import CardWorld, slice_file
 
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase, SimulatedCrash
 from virtfabric.daemon import sliceprelude
-from virtfabric.model.device import VFIO_PCI
+from virtfabric.model.device import VFIO_PCI, HostUse, UseKind
 from virtfabric.model.errors import RefusedError
 from virtfabric.model.policy import DevicePolicy
 from virtfabric.protocol import messages as m
@@ -323,3 +325,49 @@ def restart(world):
     world.agent.settle()
     assert world.promises() == 0
     check(world)
+
+
+def test_a_slice_that_a_guest_is_just_getting_is_not_ended(world):
+    """Nobody had it when its end was asked for; that waits for the guest's plan, and is refused."""
+    world.create(slice_file("mine", units=1))
+    jobs = []
+
+    def end_it():
+        jobs.append(world.agent.agent.slice_destroy(aw.ROOT, "mine")["job"])
+
+    def meanwhile(message):
+        if isinstance(message, m.Assign) and not jobs:
+            other = threading.Thread(target=end_it)
+            other.start()
+            other.join(aw.DEADLINE_S)
+
+    for wire in world.wires.values():
+        wire.before = meanwhile
+    assert ask(world, "web")["state"] == "done"
+    ended = world.agent.finish(jobs[0])
+    assert ended["state"] == "refused", ended
+    assert ended["error"]["reason"] == "device-in-use"
+    assert len(functions_of(world, "web")) == 1
+    check(world)
+
+
+def test_a_slice_whose_function_somebody_else_uses_is_neither_idle_nor_ended(tmp_path):
+    world = CardWorld(tmp_path, functions=True, specs=SPECS, settings={"idle_after_s": 600.0})
+    try:
+        watch = world.agent.agent._cards.idle
+        world.create(slice_file("mine", units=4, cores=8), slice_file("more", units=4, cores=8))
+        watch.look()
+        watch._after_s = 1e-9
+        assert len(watch.takeable()) == 2
+        devices = world.agent.host.devices
+        for address in devices.read_functions():
+            if devices.read_functions()[address].badge:
+                devices.change(address, uses=(HostUse(UseKind.NETWORK, "eth0 is up"),))
+        world.agent.settle()
+        with pytest.raises(RefusedError, match="eth0 is up"):
+            world.agent.agent.slice_destroy(aw.ROOT, "mine")
+        with pytest.raises(RefusedError, match="no-capacity"):
+            world.create(slice_file("new", cores=4, priority=1))
+        assert len(world.books.slices) == 2
+    finally:
+        world.close()
