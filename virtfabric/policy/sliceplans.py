@@ -211,6 +211,7 @@ class Settling:
         ids: the card's own ids for slices, by key, where the books have others.
         gone: keys of slices that were made for guests which do not have them any more, nor has the
             card: they leave the books.
+        kept: keys of slices that no books know, and that somebody uses.
     """
 
     plan: Plan
@@ -218,6 +219,7 @@ class Settling:
     strays: tuple[str, ...] = ()
     ids: Mapping[str, SliceId] = field(default_factory=dict)
     gone: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()
 
     @property
     def is_needed(self) -> bool:
@@ -238,17 +240,26 @@ class Settling:
 
 def plan_settling(
     card: CardView, held: Mapping[str, HeldSlice], *, host: str, request: RequestId,
-    generation: int, idle: Collection[str] = (),
+    generation: int, idle: Collection[str] = (), used: Collection[str] = (),
 ) -> Settling:  # fmt: skip
     """Bring a card to what the books say; nothing where it cannot be asked.
 
-    `idle` are keys of slices that were made for guests which do not have them any more; they end.
+    Args:
+        card: as last told of.
+        held: slices of this host, on all cards.
+        host: who this host is to cards.
+        request: of the plan.
+        generation: of the snapshot.
+        idle: keys of slices that were made for guests which do not have them any more; they end.
+        used: keys of slices that somebody uses beside the books; they stay.
     """
     if not card.is_usable or card.books is None:
         return Settling(Plan(request, generation, ()))
+    strays = tuple(_strays(card.books, held.keys(), host))
     ends: list[Step] = [
         _bring_to_nothing(key, card.serial, spec, presence)
-        for key, spec, presence in _strays(card.books, held.keys(), host)
+        for key, spec, presence in strays
+        if key not in used
     ]
     changes: list[Step] = []
     ids: dict[str, SliceId] = {}
@@ -258,7 +269,7 @@ def plan_settling(
         found = there.get(one.key)
         if found is None:
             continue
-        if one.key in idle:
+        if one.key in idle and one.key not in used:
             ends += [_unassign(one)] if one.holder else []
             ends += [_end(one)]
             continue
@@ -272,6 +283,7 @@ def plan_settling(
         tuple(one for one in absent if one.key not in idle),
         tuple(step.key for step in ends if isinstance(step, BringSlice)),
         ids, frozenset(one.key for one in absent if one.key in idle),
+        frozenset(key for key, _, _ in strays if key in used),
     )  # fmt: skip
 
 

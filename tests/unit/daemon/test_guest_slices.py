@@ -8,6 +8,7 @@ from card_agent import CardWorld, slice_file
 
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase, SimulatedCrash
 from virtfabric.daemon import sliceprelude
+from virtfabric.model.adapter import SliceSpec
 from virtfabric.model.device import VFIO_PCI, HostUse, UseKind
 from virtfabric.model.errors import RefusedError
 from virtfabric.model.policy import DevicePolicy
@@ -371,3 +372,26 @@ def test_a_slice_whose_function_somebody_else_uses_is_neither_idle_nor_ended(tmp
         assert len(world.books.slices) == 2
     finally:
         world.close()
+
+
+def test_a_slice_that_no_books_know_is_not_ended_under_who_uses_it(world):
+    """The agent's state was lost: its guests and the host keep what they have."""
+    firmware = world.brains["C-1"].firmware
+    spec = SliceSpec(capability=AES, units=1).check()
+    wire = world.wires["C-1"]
+    promise = wire.ask(m.AllocationRequest("host-a/req-old/0", spec))
+    wire.ask(m.Commit(promise.reservation))
+    devices = world.agent.host.devices
+    (address,) = (a for a, one in devices.read_functions().items() if one.badge)
+    devices.change(address, uses=(HostUse(UseKind.NETWORK, "eth0 is up"),))
+    world.agent.settle()
+    world.agent.agent._world.cards.reach("C-1").refresh()
+    world.agent.agent._cards.watch.settle()
+    assert len(firmware.books.slices) == 1
+    assert any("no books know" in text and "eth0 is up" in text for text in world.alerts())
+    devices.change(address, uses=())
+    world.agent.settle()
+    world.agent.agent._cards.watch.settle()
+    assert firmware.books.slices == {}
+    assert not any("no books know" in text for text in world.alerts())
+    check(world)
