@@ -271,17 +271,22 @@ class CardDesk:
             subjects = [name, *(one.key for one in parts)]
             for number, one in enumerate(parts):
                 share = _Share(progress, one.card, number, len(parts))
-                refusal = self._cards.reach(one.card).program(
-                    one.slice, image, share, deadline_s=PROGRAM_S
-                )
-                if refusal is not None:
-                    why = {"card": one.card, "why": refusal.detail}
+                try:
+                    self._load(one, image, share)
+                except VirtfabricError as error:
+                    why = {"card": one.card, "why": str(error)}
                     self._audit.append("slice.not-programmed", subjects, about | why)
-                    raise RefusedError(refusal)
+                    raise
             self._audit.append("slice.programmed", subjects, about)
             return {"slice": name, "image": image.manifest.name, "parts": len(parts)}
 
         return self._jobs.start(f"image {image.manifest.name} for slice {name}", run, uid=uid)
+
+    def _load(self, part: HeldSlice, image: SignedImage, share: _Share) -> None:
+        card = self._cards.reach(part.card)
+        refusal = card.program(part.slice, image, share, deadline_s=PROGRAM_S)
+        if refusal is not None:
+            raise RefusedError(refusal)
 
     def trust(self, serial: str, *, by: str) -> Json:
         """Believe a card again, and connect to it.

@@ -390,6 +390,17 @@ def test_a_bad_image_is_refused_and_audited(world, tmp_path, more, words):
     assert world.agent.agent.slices(aw.ROOT)[0]["phase"] == "blank"
 
 
+def test_an_image_that_a_lost_link_cuts_off_is_audited(world, tmp_path):
+    world.create(slice_file("aes", units=1))
+    (one,) = world.books.slices.values()
+    wire = world.wires[one.card]
+    wire.before = lambda message: isinstance(message, m.ImageData) and wire.lose("pulled")
+    job, _ = programmed(world, write_image(tmp_path, bytes(1000)))
+    assert job["state"] == "failed", job
+    (record,) = world.audited("slice.not-programmed")
+    assert (record.body["card"], record.body["why"]) == (one.card, f"card {one.card}: pulled")
+
+
 def test_a_file_that_is_no_image_is_not_begun(world, tmp_path):
     world.create(slice_file("aes", units=1))
     world.create(slice_file("plain", cores=1))
