@@ -131,7 +131,7 @@ def add_parsers(subparsers: Any) -> None:
     destroy = commands.add_parser(
         "destroy",
         help="end a slice, with all its parts",
-        description="End a slice of this host. Refused while a guest that runs has it.",
+        description="End a slice of this host. Refused while somebody uses it.",
         example="virtfabric slice destroy aes-for-db",
     )
     destroy.add_argument("slice", metavar="SLICE", help="its name, see virtfabric slices")

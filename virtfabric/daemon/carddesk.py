@@ -19,13 +19,16 @@ from virtfabric.daemon.cardviews import card_view, plan_texts, slice_view, slice
 from virtfabric.daemon.undertaking import Undertaking, new_request, summary
 from virtfabric.model.card import HeldSlice, SignedImage
 from virtfabric.model.errors import (
+    CardError,
     InvalidValueError,
     Reason,
     Refusal,
     RefusedError,
     VirtfabricError,
 )
+from virtfabric.model.ids import GuestId
 from virtfabric.policy.sliceplans import SlicePlan, SliceWish, plan_release, plan_slices
+from virtfabric.policy.sliceusers import find_users
 from virtfabric.protocol.codec import MAX_IMAGE
 from virtfabric.protocol.imagefile import SUFFIX, parse_manifest
 from virtfabric.protocol.slicefile import parse_slices
@@ -130,6 +133,7 @@ class CardDesk:
             RefusedError, InvalidValueError: nothing was begun.
         """
         wishes = self._wishes(text, options)
+        self._observatory.glance_at_devices()  # who uses what might have to make way
         self._preview(self._creation(wishes, by).work)
         names = ", ".join(wish.spec.name or "without a name" for wish in wishes)
         title = f"slice {names}"
@@ -193,15 +197,10 @@ class CardDesk:
         """Start the job that ends a slice, all its parts.
 
         Raises:
-            RefusedError: there is no such slice, or a guest that runs has it.
+            RefusedError: there is no such slice, or somebody uses it.
         """
-        parts = self._parts_of(name)
-        for one in parts:
-            holder = self._observatory.find(one.holder) if one.holder else None
-            if holder is not None and holder.active:
-                detail = f"{name}: {holder.name} has it, and runs"
-                raise RefusedError(Refusal(Reason.DEVICE_IN_USE, detail))
-        work = self._ending(parts, by)
+        self._observatory.glance_at_devices()  # who uses it
+        work = self._ending(self._parts_of(name), by)
         self._preview(work)
 
         def run(_: Job, progress: Progress) -> Json:
@@ -217,6 +216,9 @@ class CardDesk:
             now = [one for key, one in snapshot.books.slices.items() if key in keys]
             if not now:
                 return Refusal(Reason.UNKNOWN_ID, "the slice is gone meanwhile")
+            user = _user_of(snapshot, now)
+            if user:
+                return Refusal(Reason.DEVICE_IN_USE, f"{now[0].part.name or now[0].wish}: {user}")
             return plan_release(now, request, snapshot.generation)
 
         def settle(books: Books) -> Books:
@@ -269,17 +271,22 @@ class CardDesk:
             subjects = [name, *(one.key for one in parts)]
             for number, one in enumerate(parts):
                 share = _Share(progress, one.card, number, len(parts))
-                refusal = self._cards.reach(one.card).program(
-                    one.slice, image, share, deadline_s=PROGRAM_S
-                )
-                if refusal is not None:
-                    why = {"card": one.card, "why": refusal.detail}
+                try:
+                    self._load(one, image, share)
+                except VirtfabricError as error:
+                    why = {"card": one.card, "why": str(error)}
                     self._audit.append("slice.not-programmed", subjects, about | why)
-                    raise RefusedError(refusal)
+                    raise
             self._audit.append("slice.programmed", subjects, about)
             return {"slice": name, "image": image.manifest.name, "parts": len(parts)}
 
         return self._jobs.start(f"image {image.manifest.name} for slice {name}", run, uid=uid)
+
+    def _load(self, part: HeldSlice, image: SignedImage, share: _Share) -> None:
+        card = self._cards.reach(part.card)
+        refusal = card.program(part.slice, image, share, deadline_s=PROGRAM_S)
+        if refusal is not None:
+            raise RefusedError(refusal)
 
     def trust(self, serial: str, *, by: str) -> Json:
         """Believe a card again, and connect to it.
@@ -336,6 +343,7 @@ class _Making:
         answer = plan_slices(
             snapshot.cards, snapshot.books.slices, self._wishes, host=self._cards.host,
             request=self.request, generation=snapshot.generation, idle=self._takeable(),
+            kept=find_users(snapshot),
         )  # fmt: skip
         if isinstance(answer, Refusal):
             return answer
@@ -343,20 +351,39 @@ class _Making:
         return answer.plan
 
     def settle(self, books: Books) -> Books:
-        """With what was made, under the ids that the cards gave it."""
+        """With what was made, under the ids that the cards gave it.
+
+        Raises:
+            CardError: a part is gone already; another host's had priority.
+        """
         assert self._plan is not None
         views = self._cards.views()
         made: dict[str, HeldSlice] = {}
         for part in self._plan.parts:
             on_it = views[part.card].books
             slices = on_it.slices.values() if on_it else ()
-            found = next(one for one in slices if one.request == part.key)
+            found = next((one for one in slices if one.request == part.key), None)
+            if found is None:
+                what = f"slice {part.spec.name or part.wish}"
+                raise CardError(f"card {part.card}: {what} ended before all of it was made")
             made[part.key] = HeldSlice(
                 part.key, part.card, found.id, part.wish, part.spec, part.holder
             )
         self.made = [one.to_json() for one in made.values()]
         kept = {key: one for key, one in books.slices.items() if key not in self._plan.ends}
         return replace(books, slices=kept | made)
+
+
+def _user_of(snapshot: HostSnapshot, parts: Sequence[HeldSlice]) -> str:
+    """Who keeps a slice from ending, in words; empty for nobody."""
+    users = find_users(snapshot)
+    for one in parts:
+        holder = snapshot.guests.get(GuestId(one.holder))
+        if holder is not None and holder.active:
+            return f"{holder.name} has it, and runs"
+        if one.key in users:
+            return users[one.key]
+    return ""
 
 
 class _Share:

@@ -18,9 +18,10 @@ from virtfabric.model.card import CardNewsKind
 from virtfabric.model.errors import CardError, Reason, RefusedError, VirtfabricError
 from virtfabric.model.plan import Plan
 from virtfabric.policy.sliceplans import plan_remaking, plan_settling
+from virtfabric.policy.sliceusers import find_users
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping
 
     from virtfabric.daemon.api import Notice
     from virtfabric.daemon.conductor import Conductor
@@ -42,6 +43,7 @@ _EACH_S: Final = 0.5
 not fill the audit log; of the rest it is told how many there were."""
 _BODY: Final = {"by": "virtfabricd"}
 _SETTLES: Final = (CardNewsKind.CONNECTED, CardNewsKind.EVENT)
+_LETS_GO: Final = ("device.lost", "guest.stopped")
 _WORDS: Final = {
     CardNewsKind.LOST: "is lost: {}; guests keep what they have",
     CardNewsKind.DISTRUSTED: "is distrusted: {}; guests keep what they have, nothing it says is "
@@ -83,6 +85,7 @@ class CardWatch:
         self._notices = notices
         self._clock = clock
         self._errands = Errands(workers=1)
+        self._kept: dict[AdapterId, frozenset[str]] = {}
         self._floods: dict[str, _Flood] = {}
         self._unsubscribe: Callable[[], None] = lambda: None
 
@@ -106,8 +109,9 @@ class CardWatch:
         self._errands.put(_KEY, self.settle)
 
     def _heed(self, notice: Notice) -> None:
-        """A slice that was made for a guest ends when that has lost its function."""
-        if notice.kind == "device.lost" and idle_slices(self._ledger.view().books):
+        """A slice ends when nobody has its function any more for whom it is there."""
+        lost = notice.kind == "device.lost" and bool(idle_slices(self._ledger.view().books))
+        if lost or (notice.kind in _LETS_GO and any(self._kept.values())):
             self.settle_soon()
 
     def _hear(self, news: CardNews) -> None:
@@ -167,12 +171,15 @@ class CardWatch:
         """All but what the card has lost; that is answered."""
         request = new_request()
         found: list[Settling] = []
+        users: dict[str, str] = {}
 
         def place(snapshot: HostSnapshot, _: Decision | None) -> Plan:
             books = snapshot.books
+            users.clear()
+            users.update(find_users(snapshot))
             settling = plan_settling(
                 snapshot.cards[serial], books.slices, host=self._cards.host, request=request,
-                generation=snapshot.generation, idle=idle_slices(books),
+                generation=snapshot.generation, idle=idle_slices(books), used=users,
             )  # fmt: skip
             found[:] = [settling]
             return settling.plan
@@ -184,12 +191,22 @@ class CardWatch:
             request, f"settling of card {serial}", place, settle_books=change, body=_BODY
         )
         self._conductor.consider(work)
+        self._tell_kept(serial, {key: users[key] for key in found[0].kept})
         if found[0].is_needed:
             self._conductor.conduct(work, Progress(lambda *_: None))
             for key in found[0].strays:
                 body = {"key": key, "why": "no plan made it"}
                 self._audit.append("slice.withdrawn", [key], body)
         return found[0].missing
+
+    def _tell_kept(self, serial: AdapterId, kept: Mapping[str, str]) -> None:
+        """Slices that no books know are not ended under who uses them, but told of."""
+        for key in self._kept.get(serial, frozenset()) - kept.keys():
+            self._notices.settle(f"slice:{key}")
+        self._kept[serial] = frozenset(kept)
+        for key, user in kept.items():
+            text = f"card {serial} has a slice ({key}) of this host that no books know: {user}; it "
+            self._notices.alert(f"slice:{key}", text + "ends when nobody uses it any more")
 
     def _remake(self, one: HeldSlice) -> None:
         """Make a slice anew that its card has lost; one for which there is no room is lost.

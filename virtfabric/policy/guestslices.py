@@ -18,6 +18,7 @@ from virtfabric.model.units import MIB, Bytes
 from virtfabric.model.want import Mode
 from virtfabric.policy.badges import join_slices
 from virtfabric.policy.sliceplans import SlicePlan, SliceWish, plan_slices
+from virtfabric.policy.sliceusers import find_users
 from virtfabric.policy.stock import Stock, functions_of
 
 if TYPE_CHECKING:
@@ -75,6 +76,7 @@ def choose_slices(
         found = plan_slices(
             snapshot.cards, snapshot.books.slices, wishes, host=host, request=making,
             generation=snapshot.generation, spare_held=True, idle=idle,
+            kept=find_users(snapshot),
         )  # fmt: skip
         if isinstance(found, SlicePlan):
             return Foresight(found, refusal)

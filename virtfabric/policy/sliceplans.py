@@ -65,7 +65,7 @@ class SlicePlan:
 def plan_slices(
     cards: Mapping[AdapterId, CardView], held: Mapping[str, HeldSlice],
     wishes: Sequence[SliceWish], *, host: str, request: RequestId, generation: int,
-    spare_held: bool = False, idle: Sequence[str] = (),
+    spare_held: bool = False, idle: Sequence[str] = (), kept: Collection[str] = (),
 ) -> SlicePlan | Refusal:  # fmt: skip
     """All of these slices, or none.
 
@@ -81,19 +81,22 @@ def plan_slices(
         spare_held: nobody who uses a slice has to make way, of this host neither.
         idle: keys of slices of this host that nobody would miss, in the order in which they end;
             all parts of each.
+        kept: keys of slices that must not end, as somebody uses them beside the books.
     """
+    whole = {held[key].wish for key in kept if key in held}
+    idle = [key for key in idle if key in held and held[key].wish not in whole]
 
     def plan(gone: Collection[str]) -> SlicePlan | Refusal:
         found = _plan_without(
             gone, cards, held, wishes, host=host, request=request, generation=generation,
-            spare_held=spare_held,
+            spare_held=spare_held, kept=_parts_of(whole, held) | frozenset(kept),
         )  # fmt: skip
         return found if isinstance(found, Refusal) else _after_the_end(found, gone, held)
 
     answer = plan(())
     if not isinstance(answer, Refusal) or answer.reason is not Reason.NO_CAPACITY:
         return answer
-    names = list(dict.fromkeys(held[key].wish for key in idle if key in held))
+    names = list(dict.fromkeys(held[key].wish for key in idle))
     for count in range(1, len(names) + 1):
         found = plan(_parts_of(names[:count], held))
         if isinstance(found, SlicePlan):
@@ -129,13 +132,13 @@ def _after_the_end(
 def _plan_without(
     gone: Collection[str], cards: Mapping[AdapterId, CardView], held: Mapping[str, HeldSlice],
     wishes: Sequence[SliceWish], *, host: str, request: RequestId, generation: int,
-    spare_held: bool,
+    spare_held: bool, kept: Collection[str],
 ) -> SlicePlan | Refusal:  # fmt: skip
     """As `plan_slices`, where these slices of this host have ended."""
     held = {key: one for key, one in held.items() if key not in gone}
     own = "" if spare_held else host
     usable = [
-        spared(_without(view.books, gone), own)
+        spared(_without(view.books, gone), own, kept)
         for view in cards.values()
         if view.is_usable and view.books
     ]
@@ -208,6 +211,7 @@ class Settling:
         ids: the card's own ids for slices, by key, where the books have others.
         gone: keys of slices that were made for guests which do not have them any more, nor has the
             card: they leave the books.
+        kept: keys of slices that no books know, and that somebody uses.
     """
 
     plan: Plan
@@ -215,6 +219,7 @@ class Settling:
     strays: tuple[str, ...] = ()
     ids: Mapping[str, SliceId] = field(default_factory=dict)
     gone: frozenset[str] = frozenset()
+    kept: frozenset[str] = frozenset()
 
     @property
     def is_needed(self) -> bool:
@@ -235,17 +240,26 @@ class Settling:
 
 def plan_settling(
     card: CardView, held: Mapping[str, HeldSlice], *, host: str, request: RequestId,
-    generation: int, idle: Collection[str] = (),
+    generation: int, idle: Collection[str] = (), used: Collection[str] = (),
 ) -> Settling:  # fmt: skip
     """Bring a card to what the books say; nothing where it cannot be asked.
 
-    `idle` are keys of slices that were made for guests which do not have them any more; they end.
+    Args:
+        card: as last told of.
+        held: slices of this host, on all cards.
+        host: who this host is to cards.
+        request: of the plan.
+        generation: of the snapshot.
+        idle: keys of slices that were made for guests which do not have them any more; they end.
+        used: keys of slices that somebody uses beside the books; they stay.
     """
     if not card.is_usable or card.books is None:
         return Settling(Plan(request, generation, ()))
+    strays = tuple(_strays(card.books, held.keys(), host))
     ends: list[Step] = [
         _bring_to_nothing(key, card.serial, spec, presence)
-        for key, spec, presence in _strays(card.books, held.keys(), host)
+        for key, spec, presence in strays
+        if key not in used
     ]
     changes: list[Step] = []
     ids: dict[str, SliceId] = {}
@@ -255,7 +269,7 @@ def plan_settling(
         found = there.get(one.key)
         if found is None:
             continue
-        if one.key in idle:
+        if one.key in idle and one.key not in used:
             ends += [_unassign(one)] if one.holder else []
             ends += [_end(one)]
             continue
@@ -269,6 +283,7 @@ def plan_settling(
         tuple(one for one in absent if one.key not in idle),
         tuple(step.key for step in ends if isinstance(step, BringSlice)),
         ids, frozenset(one.key for one in absent if one.key in idle),
+        frozenset(key for key, _, _ in strays if key in used),
     )  # fmt: skip
 
 
@@ -287,15 +302,16 @@ def _by_key(card: CardView) -> dict[str, Slice]:
     return {one.request: one for one in card.books.slices.values()} if card.books else {}
 
 
-def spared(books: AdapterBooks, host: str) -> AdapterBooks:
+def spared(books: AdapterBooks, host: str, kept: Collection[str] = ()) -> AdapterBooks:
     """The books in which nobody of another host has to make way while it is in use.
 
-    Its guest could only be made to let go by its own host. An empty `host` spares everybody.
+    Its guest could only be made to let go by its own host. An empty `host` spares everybody; slices
+    whose keys are in `kept` are spared in any case.
     """
     foreign = {
         name: replace(one, spec=replace(one.spec, reclaimable=False))
         for name, one in books.slices.items()
-        if one.holder and not _is_ours(one.request, host)
+        if (one.holder and not _is_ours(one.request, host)) or one.request in kept
     }
     return replace(books, slices={**books.slices, **foreign}) if foreign else books
 

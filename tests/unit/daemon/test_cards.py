@@ -390,6 +390,17 @@ def test_a_bad_image_is_refused_and_audited(world, tmp_path, more, words):
     assert world.agent.agent.slices(aw.ROOT)[0]["phase"] == "blank"
 
 
+def test_an_image_that_a_lost_link_cuts_off_is_audited(world, tmp_path):
+    world.create(slice_file("aes", units=1))
+    (one,) = world.books.slices.values()
+    wire = world.wires[one.card]
+    wire.before = lambda message: isinstance(message, m.ImageData) and wire.lose("pulled")
+    job, _ = programmed(world, write_image(tmp_path, bytes(1000)))
+    assert job["state"] == "failed", job
+    (record,) = world.audited("slice.not-programmed")
+    assert (record.body["card"], record.body["why"]) == (one.card, f"card {one.card}: pulled")
+
+
 def test_a_file_that_is_no_image_is_not_begun(world, tmp_path):
     world.create(slice_file("aes", units=1))
     world.create(slice_file("plain", cores=1))
@@ -574,3 +585,25 @@ def test_a_slice_made_for_a_guest_that_is_nowhere_leaves_the_books(tmp_path):
         world.check()
     finally:
         world.close()
+
+
+def test_a_slice_that_a_faster_host_takes_before_the_end_is_told_of(world):
+    """Between its grant on one card and the end of the plan on the other."""
+    struck = []
+
+    def sneak(message):
+        if isinstance(message, m.Commit) and not struck:
+            struck.append(message)
+            asked = m.AllocationRequest("host-b/1", _spec(cores=8, priority=99))
+            promise = in_firmware(world, "C-1", asked)
+            in_firmware(world, "C-1", m.Commit(promise.reservation))
+            refresh(world, "C-1")
+
+    world.wires["C-2"].after = sneak
+    job = world.create(slice_file("wide", cores=14, priority=50))
+    assert struck
+    assert job["state"] == "failed", job
+    assert "card C-1" in job["error"]["detail"], job
+    world.settle()
+    assert world.books.slices == {}
+    world.check()

@@ -1,12 +1,15 @@
 """Guests ask for functions that cards first have to make: all of it happens, or nothing."""
 
+import threading
+
 import agent_world as aw
 import pytest
 from card_agent import CardWorld, slice_file
 
 from virtfabric.adapters.simulated.faults import Effect, Fault, Phase, SimulatedCrash
 from virtfabric.daemon import sliceprelude
-from virtfabric.model.device import VFIO_PCI
+from virtfabric.model.adapter import SliceSpec
+from virtfabric.model.device import VFIO_PCI, HostUse, UseKind
 from virtfabric.model.errors import RefusedError
 from virtfabric.model.policy import DevicePolicy
 from virtfabric.protocol import messages as m
@@ -322,4 +325,73 @@ def restart(world):
     world.settle()
     world.agent.settle()
     assert world.promises() == 0
+    check(world)
+
+
+def test_a_slice_that_a_guest_is_just_getting_is_not_ended(world):
+    """Nobody had it when its end was asked for; that waits for the guest's plan, and is refused."""
+    world.create(slice_file("mine", units=1))
+    jobs = []
+
+    def end_it():
+        jobs.append(world.agent.agent.slice_destroy(aw.ROOT, "mine")["job"])
+
+    def meanwhile(message):
+        if isinstance(message, m.Assign) and not jobs:
+            other = threading.Thread(target=end_it)
+            other.start()
+            other.join(aw.DEADLINE_S)
+
+    for wire in world.wires.values():
+        wire.before = meanwhile
+    assert ask(world, "web")["state"] == "done"
+    ended = world.agent.finish(jobs[0])
+    assert ended["state"] == "refused", ended
+    assert ended["error"]["reason"] == "device-in-use"
+    assert len(functions_of(world, "web")) == 1
+    check(world)
+
+
+def test_a_slice_whose_function_somebody_else_uses_is_neither_idle_nor_ended(tmp_path):
+    world = CardWorld(tmp_path, functions=True, specs=SPECS, settings={"idle_after_s": 600.0})
+    try:
+        watch = world.agent.agent._cards.idle
+        world.create(slice_file("mine", units=4, cores=8), slice_file("more", units=4, cores=8))
+        watch.look()
+        watch._after_s = 1e-9
+        assert len(watch.takeable()) == 2
+        devices = world.agent.host.devices
+        for address in devices.read_functions():
+            if devices.read_functions()[address].badge:
+                devices.change(address, uses=(HostUse(UseKind.NETWORK, "eth0 is up"),))
+        world.agent.settle()
+        with pytest.raises(RefusedError, match="eth0 is up"):
+            world.agent.agent.slice_destroy(aw.ROOT, "mine")
+        with pytest.raises(RefusedError, match="no-capacity"):
+            world.create(slice_file("new", cores=4, priority=1))
+        assert len(world.books.slices) == 2
+    finally:
+        world.close()
+
+
+def test_a_slice_that_no_books_know_is_not_ended_under_who_uses_it(world):
+    """The agent's state was lost: its guests and the host keep what they have."""
+    firmware = world.brains["C-1"].firmware
+    spec = SliceSpec(capability=AES, units=1).check()
+    wire = world.wires["C-1"]
+    promise = wire.ask(m.AllocationRequest("host-a/req-old/0", spec))
+    wire.ask(m.Commit(promise.reservation))
+    devices = world.agent.host.devices
+    (address,) = (a for a, one in devices.read_functions().items() if one.badge)
+    devices.change(address, uses=(HostUse(UseKind.NETWORK, "eth0 is up"),))
+    world.agent.settle()
+    world.agent.agent._world.cards.reach("C-1").refresh()
+    world.agent.agent._cards.watch.settle()
+    assert len(firmware.books.slices) == 1
+    assert any("no books know" in text and "eth0 is up" in text for text in world.alerts())
+    devices.change(address, uses=())
+    world.agent.settle()
+    world.agent.agent._cards.watch.settle()
+    assert firmware.books.slices == {}
+    assert not any("no books know" in text for text in world.alerts())
     check(world)
