@@ -98,7 +98,7 @@ def test_a_memdev_comes_is_used_by_a_dimm_and_goes(agent: CxlBed) -> None:
 
     agent.define_tiered("db", 90, growth="dimm", touches_mib=128)
     agent.boot("db")
-    assert "128MiB" in agent.refused("allocate db --memory +64M --tier cxl")
+    assert "128MiB" in agent.refused("allocate db --memory +64M --tier cxl", 2)
     grant = agent.ask("allocate db --memory +128M --tier cxl --deadline 300")["result"]["grant"]
     assert dimms(agent) == [("1", 128 * MIB)]
     touched = int(agent.await_told("db", "memory touched=").rpartition("=")[2])
