@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 DATABASE = LabGuest(name="database", priority=90)
 ATTACKER = LabGuest(name="attacker", priority=50)
 PATIENCE_S = 180
-CARDED = '[cards]\narbiter = "card0"\nanswer_s = 60\n'
+CARDED = '[cards]\narbiter = "card0"\nanswer_s = 30\n'
 """An emulated host takes its time to show itself to a card."""
 
 pytestmark = pytest.mark.timeout(0)
@@ -111,7 +111,7 @@ def test_both_go_back_when_they_are_released(host: CardHost) -> None:
 
 
 def test_a_card_that_loses_power_comes_back_as_it_was(host: CardHost) -> None:
-    host.do("virtfabric slice create /dev/stdin << 'X'\n" + SLICE + "X")
+    host.do("virtfabric slice create - << 'X'\n" + SLICE + "X")
     (before,) = host.cli_json("slices")
     for power, link in (("off", "lost"), ("on", "connected")):
         host.switch(before["card"], power)
