@@ -8,15 +8,13 @@ made with them: its own credentials, and images that they take.
 from __future__ import annotations
 
 import datetime
-import os
-import select
-import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from virtfabric.shim.lab.death import kill_process
 from virtfabric.shim.lab.place import LabError, find_processes
 from virtfabric.shim.topology.seats import choose_seats
 
@@ -131,7 +129,7 @@ class LabCard:
         """Have it die without a word. Whether it ran."""
         found = self.find_processes()
         for pid in found:
-            _kill(pid)
+            kill_process(pid, patience_s=_END_S)
         return bool(found)
 
 
@@ -223,18 +221,4 @@ def end_cards(place: Place) -> None:
     """
     for description in place.cards.glob("*.toml"):
         for pid in find_processes(str(description)):
-            _kill(pid)
-
-
-def _kill(pid: int) -> None:
-    try:
-        handle = os.pidfd_open(pid)
-    except ProcessLookupError:
-        return
-    try:
-        signal.pidfd_send_signal(handle, signal.SIGKILL)
-        select.select([handle], [], [], _END_S)
-    except ProcessLookupError:
-        return
-    finally:
-        os.close(handle)
+            kill_process(pid, patience_s=_END_S)

@@ -1,0 +1,74 @@
+"""A killed process's peers are told of an end of the stream, and of nothing worse."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from virtfabric.shim.lab.death import kill_process
+
+SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
+
+
+@pytest.fixture
+def sleeper():
+    """A process with one end of a connection that it never reads, and the other end."""
+    ours, theirs = socket.socketpair()
+    ours.settimeout(30)
+    with (
+        ours,
+        theirs,
+        subprocess.Popen(
+            [sys.executable, "-c", SLEEPER], pass_fds=[theirs.fileno()], stdout=subprocess.PIPE
+        ) as process,
+    ):
+        process.stdout.readline()
+        theirs.close()
+        yield process, ours
+        process.kill()
+
+
+def test_what_it_never_read_is_no_reset_for_its_peer(sleeper):
+    process, ours = sleeper
+    ours.sendall(b"a request")
+    kill_process(process.pid, patience_s=30)
+    assert process.wait(30) == -signal.SIGKILL
+    assert ours.recv(1) == b""
+
+
+def test_a_plain_kill_is_one(sleeper):
+    """What all this is for."""
+    process, ours = sleeper
+    ours.sendall(b"a request")
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait(30)
+    with pytest.raises(ConnectionResetError):
+        ours.recv(1)
+
+
+def test_descriptors_that_nobody_took_are_closed(sleeper):
+    process, ours = sleeper
+    reads, writes = os.pipe()
+    socket.send_fds(ours, [b"x"], [writes])
+    os.close(writes)
+    kill_process(process.pid, patience_s=30)
+    with os.fdopen(reads, "rb") as end:
+        assert end.read() == b""
+
+
+def test_nothing_of_ours_stays_open(sleeper):
+    process, _ = sleeper
+    before = set(os.listdir("/proc/self/fd"))
+    kill_process(process.pid, patience_s=30)
+    assert set(os.listdir("/proc/self/fd")) <= before
+
+
+def test_one_that_is_gone_already():
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    kill_process(process.pid, patience_s=1)
