@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -63,9 +64,9 @@ def test_descriptors_that_nobody_took_are_closed(sleeper):
 
 def test_nothing_of_ours_stays_open(sleeper):
     process, _ = sleeper
-    before = set(os.listdir("/proc/self/fd"))
+    before = set(Path("/proc/self/fd").iterdir())
     kill_process(process.pid, patience_s=30)
-    assert set(os.listdir("/proc/self/fd")) <= before
+    assert set(Path("/proc/self/fd").iterdir()) <= before
 
 
 def test_one_that_is_gone_already():
