@@ -5,14 +5,18 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 
 from virtfabric.shim.lab.death import kill_process
 
+READ = struct.pack("<HHIIIQII", 1, 9, 32, 0, 0, 0, 0, 4)
+"""A command of vfio-user."""
 SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
 
 
@@ -73,3 +77,28 @@ def test_one_that_is_gone_already():
     with subprocess.Popen(["true"]) as process:
         process.wait()
     kill_process(process.pid, patience_s=1)
+
+
+def test_a_client_s_connection_is_kept_with_what_nobody_read(tmp_path):
+    path = str(tmp_path / "function.sock")
+    server = (
+        "import socket, sys, time\n"
+        "door = socket.socket(socket.AF_UNIX); door.bind(sys.argv[1]); door.listen()\n"
+        "client, _ = door.accept(); print('up', flush=True); time.sleep(600)\n"
+    )
+    words = [sys.executable, "-c", server, path]
+    with (
+        subprocess.Popen(words, stdout=subprocess.PIPE) as process,
+        socket.socket(socket.AF_UNIX) as ours,
+    ):
+        until = time.monotonic() + 30
+        while ours.connect_ex(path):
+            assert time.monotonic() < until
+        process.stdout.readline()
+        ours.sendall(READ)
+        (kept,) = kill_process(process.pid, lambda bound: bound == path, patience_s=30)
+        assert process.wait(30) == -signal.SIGKILL
+        with kept:
+            assert kept.recv(99) == READ
+            kept.sendall(b"still there")
+            assert ours.recv(99) == b"still there"

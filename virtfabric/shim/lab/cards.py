@@ -19,6 +19,7 @@ from virtfabric.shim.lab.place import LabError, find_processes
 from virtfabric.shim.topology.seats import choose_seats
 
 if TYPE_CHECKING:
+    import socket
     from collections.abc import Sequence
     from pathlib import Path
 
@@ -91,6 +92,11 @@ class LabCard:
         return self.directory / f"{self.serial}.log"
 
     @property
+    def functions(self) -> Path:
+        """Where its functions' sockets are."""
+        return self.directory / f"{self.serial}.functions"
+
+    @property
     def flash(self) -> Path:
         """What it keeps."""
         return self.directory / f"{self.serial}.flash"
@@ -112,7 +118,7 @@ class LabCard:
             process = subprocess.Popen(
                 [
                     *(sys.executable, "-m", "virtfabric.cli.cardd", str(self.description)),
-                    *("--functions", str(self.directory / f"{self.serial}.functions")),
+                    *("--functions", str(self.functions)),
                     *("--qmp", str(self.place.card_monitor(self.serial)), *ports),
                 ],
                 stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True,
@@ -126,10 +132,16 @@ class LabCard:
             time.sleep(_LOOK_S)
 
     def kill(self) -> bool:
-        """Have it die without a word. Whether it ran."""
+        """Have it die without a word. Whether it ran.
+
+        For its functions in the lab's QEMU a process answers from then on, until they are out.
+        """
         found = self.find_processes()
         for pid in found:
-            kill_process(pid, patience_s=_END_S)
+            clients = kill_process(
+                pid, lambda path: path.startswith(f"{self.functions}/"), patience_s=_END_S
+            )
+            _leave_to_answer(clients)
         return bool(found)
 
 
@@ -222,3 +234,19 @@ def end_cards(place: Place) -> None:
     for description in place.cards.glob("*.toml"):
         for pid in find_processes(str(description)):
             kill_process(pid, patience_s=_END_S)
+
+
+def _leave_to_answer(clients: Sequence[socket.socket]) -> None:
+    """What was for a card that died is answered by a process of its own; it ends with QEMU's."""
+    if not clients:
+        return
+    subprocess.Popen(
+        [
+            *(sys.executable, "-m", "virtfabric.shim.vfiouser.dead"),
+            *(str(client.fileno()) for client in clients),
+        ],
+        stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        start_new_session=True, pass_fds=[client.fileno() for client in clients],
+    )  # fmt: skip
+    for client in clients:
+        client.close()

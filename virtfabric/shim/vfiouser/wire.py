@@ -97,6 +97,21 @@ def read_request(sock: socket.socket) -> Request | None:
     return request
 
 
+def is_at_message(sock: socket.socket) -> bool:
+    """Whether what can be read next is the beginning of a command, or nothing."""
+    try:
+        data = sock.recv(_HEADER.size, socket.MSG_PEEK | socket.MSG_DONTWAIT)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    if len(data) < _HEADER.size:
+        return not data
+    _, command, size, flags, error = _HEADER.unpack(data)
+    is_sized = _HEADER.size <= size <= _HEADER.size + _MAX_BODY
+    return command in set(Command) and is_sized and not flags & ~_NO_REPLY and not error
+
+
 def send_reply(sock: socket.socket, request: Request, body: bytes, fds: tuple[int, ...]) -> None:
     """Answer; the descriptors stay the caller's."""
     header = _HEADER.pack(request.id, request.command, _HEADER.size + len(body), _REPLY, 0)
