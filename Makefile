@@ -38,7 +38,7 @@ demo: setup  ## the main job on real guests, with a readable account of what hap
 demo-passthrough: setup-lab  ## PCIe functions of running guests, in a nested lab; some minutes
 	@$(VENV)/python demo/passthrough.py
 
-demo-card: setup-lab  ## offload cards and running guests, in a nested lab; in work
+demo-card: setup-lab  ## offload cards and running guests, in a nested lab; some minutes
 	@$(VENV)/python demo/cards.py
 
 demo-cxl: setup-lab  ## CXL memory of a running guest, in a nested lab; some minutes
