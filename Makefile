@@ -7,8 +7,9 @@ CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life card_in_qemu cxl_lab passth
 # of the examples of property tests, `make test` looks at all and `make check` at a part
 EXAMPLES ?= 1
 
-# where tests put their files: in memory, where a program may be started there (no noexec)
-FILES := $(shell findmnt -no OPTIONS -T /dev/shm -t tmpfs 2>/dev/null | grep -qv noexec && test -w /dev/shm && echo PYTEST_DEBUG_TEMPROOT=/dev/shm)
+# where tests put their files: in memory, where a program may be started there (no noexec) and 1 GiB is free
+FILES := $(shell findmnt -no OPTIONS -T /dev/shm -t tmpfs 2>/dev/null | grep -qv noexec && test -w /dev/shm && \
+	df --output=avail /dev/shm | awk 'END { exit $$1 < 1048576 }' && echo PYTEST_DEBUG_TEMPROOT=/dev/shm)
 
 # compiled once: the tests start a thousand interpreters
 unexport PYTHONDONTWRITEBYTECODE

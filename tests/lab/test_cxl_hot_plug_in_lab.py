@@ -12,8 +12,6 @@ import pytest
 from cxl_bed import SERIAL, WINDOW, CxlBed
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
-
     from running_lab import RunningLab
 
 MIB = 1 << 20
@@ -30,7 +28,7 @@ pytestmark = pytest.mark.timeout(0)
 
 
 @pytest.fixture(scope="module")
-def agent(cxl: RunningLab) -> Iterator[CxlBed]:
+def agent(cxl: RunningLab) -> CxlBed:
     """It serves, and restarts libvirtd where that is needed."""
     bed = CxlBed(cxl)
     bed.prepare()
@@ -40,8 +38,7 @@ def agent(cxl: RunningLab) -> Iterator[CxlBed]:
         f"chmod +x {RESTART}; cat > /etc/virtfabric/restart.toml <<'X'\n{CONFIG}X"
     )
     bed.start_agent()
-    yield bed
-    cxl.run("rm /etc/virtfabric/restart.toml")
+    return bed
 
 
 def plug(lab: RunningLab, device: str, serial: str) -> None:

@@ -102,3 +102,28 @@ def test_a_client_s_connection_is_kept_with_what_nobody_read(tmp_path):
             assert kept.recv(99) == READ
             kept.sendall(b"still there")
             assert ours.recv(99) == b"still there"
+
+
+def test_threads_that_end_meanwhile_keep_nobody_alive(tmp_path):
+    """Their /proc entries go while they are looked at."""
+    path = str(tmp_path / "function.sock")
+    server = (
+        "import socket, sys, threading, time\n"
+        "door = socket.socket(socket.AF_UNIX); door.bind(sys.argv[1]); door.listen()\n"
+        "client, _ = door.accept(); print('up', flush=True)\n"
+        "while True:\n"
+        "    [threading.Thread(target=int).start() for _ in range(8)]\n"
+    )
+    words = [sys.executable, "-c", server, path]
+    with (
+        subprocess.Popen(words, stdout=subprocess.PIPE) as process,
+        socket.socket(socket.AF_UNIX) as ours,
+    ):
+        until = time.monotonic() + 30
+        while ours.connect_ex(path):
+            assert time.monotonic() < until
+        process.stdout.readline()
+        ours.sendall(READ[16:])  # never a message's beginning: it is stopped many times
+        (kept,) = kill_process(process.pid, lambda bound: bound == path, patience_s=30)
+        kept.close()
+        assert process.wait(30) == -signal.SIGKILL

@@ -49,8 +49,9 @@ def kill_process(
     try:
         sockets = _copy_sockets(handle, pid)
         kept = [one for one in sockets if keeps(_path(one)) and _is_connected(one)]
-        with suppress(ProcessLookupError):
+        with suppress(OSError):  # it ends by itself just now
             _stop_between_messages(handle, pid, kept)
+        with suppress(ProcessLookupError):
             signal.pidfd_send_signal(handle, signal.SIGKILL)
             select.select([handle], [], [], patience_s)
         for one in sockets:
@@ -99,19 +100,22 @@ def _stop_between_messages(handle: int, pid: int, clients: list[socket.socket]) 
         if all(is_at_message(client) for client in clients):
             return
         signal.pidfd_send_signal(handle, signal.SIGCONT)
-        time.sleep(_LOOK_S)
+        time.sleep(_LOOK_S)  # it reads on
 
 
 def _await_stop(pid: int) -> None:
     """Until no thread of it runs; there is nothing that could be waited for but the look of it."""
     for _ in range(_STOPS):
-        states = [
-            task.joinpath("stat").read_text().rpartition(")")[2].split()[0]
-            for task in Path(f"/proc/{pid}/task").iterdir()
-        ]
-        if not set(states) - {"T", "Z", "X"}:
+        if all(_is_still(task) for task in Path(f"/proc/{pid}/task").iterdir()):
             return
         time.sleep(_LOOK_S)
+
+
+def _is_still(task: Path) -> bool:
+    try:
+        return task.joinpath("stat").read_text().rpartition(")")[2].split()[0] in "TZX"
+    except OSError:  # it ended meanwhile
+        return True
 
 
 def _close_empty(one: socket.socket) -> None:
