@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
+_POOL: Final = "pool"
+"""The key of errands that place what is left for all."""
 PLANS_S: Final = 30.0
 """Longest wait for other plans that work on a guest which is to be settled."""
 
@@ -378,7 +380,8 @@ class Lifecycle:
         if view.books.holdings[guest].pages:
             self.pages.sweep()
         self._notices.publish("guest.stopped", {"guest": guest, "name": name})
-        self._rearrange(f"pool after {name} left")
+        # not the guest's errand: this waits for whoever is busy, and the guest may be back before
+        self._errands.put(_POOL, partial(self._rearrange, f"pool after {name} left"))
 
     def _rearrange(self, title: str) -> None:
         """The dedicated set may have changed: the pool follows."""
