@@ -67,6 +67,8 @@ CMDLINE = (
 READY_LINE = "VFREADY"
 STAT_PREFIX = "VFSTAT "
 
+# It waits with `read`, as a `sleep` is a process: half of what an idle guest took (under TCG 24 ms of
+# the host's time a line, 13 without), and in an emulated host idle guests are most of the work.
 INIT = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin
@@ -95,6 +97,8 @@ for word in $words; do
 done
 read -r up rest < /proc/uptime
 echo VFREADY
+mkfifo /never
+exec 3<> /never
 while :; do
   read -r up rest < /proc/uptime
   read -r online < /sys/devices/system/cpu/online
@@ -106,7 +110,7 @@ while :; do
     esac
   done < /proc/meminfo
   echo "VFSTAT up=$up online=$online present=$present memtotal_kib=$total memavail_kib=$available"
-  sleep 1
+  read -rt 1 <&3
 done
 """
 UEVENT = """\
