@@ -134,6 +134,7 @@ class GuestState:
         vcpu_unplug: whether a vCPU may be taken away. False under TCG: with QEMU 7.2 any plug
             after an unplug corrupts QEMU's heap and kills the guest (measured, 5 of 5), so surplus
             vCPUs stay and share what the guest holds.
+        vcpus_boot: how many QEMU was started with; these cannot be unplugged.
         devices, config_devices: `<hostdev>` PCI functions of the live and of the persistent
             definition.
         free_ports: PCIe root ports (or switch ports) of the live machine with nothing behind them:
@@ -167,6 +168,7 @@ class GuestState:
     job: str | None = None
     persistent: bool = True
     vcpu_unplug: bool = True
+    vcpus_boot: int = 1
     policy: GuestPolicy | None = None
     policy_error: str = ""
     marked_pins: PinMark = NO_MARK
@@ -184,6 +186,11 @@ class GuestState:
     def managed(self) -> bool:
         """Whether the agent may touch it."""
         return self.policy is not None
+
+    @property
+    def vcpus_kept(self) -> int:
+        """vCPUs that stay plugged whoever asks."""
+        return min(self.vcpus_boot, self.vcpus_online) if self.vcpu_unplug else self.vcpus_online
 
     @property
     def on_huge_pages(self) -> bool:

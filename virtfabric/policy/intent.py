@@ -93,9 +93,8 @@ def intended_state(
     vcpus = min(state.vcpus_max, max(1, -(-cpu // WHOLE_CPU)))
     if order:
         vcpus = min(state.vcpus_max, len(order))
-    if not state.vcpu_unplug:
-        # surplus vCPUs stay; pins and cap hold them to what the guest holds
-        vcpus = max(vcpus, state.vcpus_online)
+    # surplus vCPUs that cannot leave stay; pins and cap hold them to what the guest holds
+    vcpus = max(vcpus, state.vcpus_kept)
     policy = state.policy
     fixed = state.mechanism is MemoryMechanism.FIXED
     return Intended(

@@ -224,7 +224,7 @@ class _Draft:
     def _vcpus(self, step: Stepper, intended: Intended) -> None:
         if intended.vcpus > step.state.vcpus_online:
             self.plugs.append(step.vcpus(intended.vcpus, optional=False))
-        elif intended.vcpus < step.state.vcpus_online and step.state.vcpu_unplug:
+        elif intended.vcpus < step.state.vcpus_online:
             self.unplugs.append(step.vcpus(intended.vcpus, optional=True))
 
     def _pins(self, step: Stepper, pins: Mapping[int, CpuSet], *, plugged: bool = False) -> None:

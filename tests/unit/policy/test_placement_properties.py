@@ -176,8 +176,9 @@ def with_surplus(draw, snapshot, layout):
         online = draw(st.integers(state.vcpus_online, state.vcpus_max))
         pins = intended_pins(state, layout.orders.get(guest, ()), layout.pool, online)
         guests[guest] = replace(
-            state, vcpus_online=online, vcpu_affinity=pins, vcpu_unplug=draw(st.booleans())
-        )
+            state, vcpus_online=online, vcpu_affinity=pins, vcpu_unplug=draw(st.booleans()),
+            vcpus_boot=draw(st.integers(1, online)),
+        )  # fmt: skip
     return replace(snapshot, guests=guests)
 
 

@@ -111,8 +111,9 @@ def test_giving_back_widens_the_pool_after_the_leaver():
     ]
 
 
-def test_a_guest_that_cannot_unplug_keeps_its_vcpus_stacked_and_that_is_no_drift():
-    guest = make_guest(1, dedicated=True, vcpu_unplug=False)
+@pytest.mark.parametrize("why", [{"vcpu_unplug": False}, {"vcpus_boot": 2}])
+def test_a_guest_that_cannot_unplug_keeps_its_vcpus_stacked_and_that_is_no_drift(why):
+    guest = make_guest(1, dedicated=True, **why)
     snapshot = placed("flat-8", [guest], {1: 2})
     decision = decide(snapshot, A, to={1: (-1, 0)})
     plan = plan_decision(snapshot, decision)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 # QEMU names them with `-name debug-threads=on`, which libvirt always gives.
 _VCPU: Final = re.compile(r"CPU (\d+)/")
+_SMP: Final = re.compile(r"(?:cpus=)?(\d+)")
 
 
 class QemuProcesses:
@@ -42,15 +43,27 @@ class QemuProcesses:
         return next((int(n) for n in numbers if self._runs(int(n), guest)), None)
 
     def _runs(self, pid: int, guest: GuestId) -> bool:
+        # libvirt's QEMU has `-uuid UUID`; a pid file may be stale and its number reused.
+        return (self._read_option(pid, "-uuid") or "").lower() == guest
+
+    def read_boot_vcpus(self, pid: int) -> int:
+        """vCPUs that QEMU was started with, which libvirt cannot unplug; 1 where that is not told.
+
+        `<vcpu hotpluggable='yes'>` of the definition are not among them: libvirt plugs those in
+        before the guest runs. The live XML does not tell them apart (libvirt 9.0, 11.3).
+        """
+        match = _SMP.match(self._read_option(pid, "-smp") or "")
+        return max(1, int(match[1])) if match else 1
+
+    def _read_option(self, pid: int, option: str) -> str | None:
+        """The value of an option on QEMU's command line; None when it, or the process, is gone."""
         try:
             arguments = (self._proc / str(pid) / "cmdline").read_bytes().split(b"\0")
         except OSError:
-            return False
-        # libvirt's QEMU has `-uuid UUID`; a pid file may be stale and its number reused.
-        return any(
-            flag == b"-uuid" and value.decode(errors="replace").lower() == guest
-            for flag, value in pairwise(arguments)
-        )
+            return None
+        values = (value for flag, value in pairwise(arguments) if flag == option.encode())
+        found = next(values, None)
+        return None if found is None else found.decode(errors="replace")
 
     def read_vcpu_threads(self, pid: int) -> dict[int, int]:
         """Kernel thread id by vCPU number; what is here is plugged, whatever libvirt believes.

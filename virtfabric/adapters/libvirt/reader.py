@@ -105,6 +105,7 @@ class LibvirtGuests:
             # After an unplug that QEMU finished late, libvirt may count the vCPU for ever (9.0
             # with QEMU 7.2 under TCG: no DEVICE_DELETED comes), so the threads are the measure.
             vcpus_online=len(threads) or state.vcpus_online,
+            vcpus_boot=1 if pid is None else self._processes.read_boot_vcpus(pid),
             vcpu_threads=threads,
             vcpu_affinity={n: state.vcpu_affinity.get(n, default) for n in threads}
             or state.vcpu_affinity,
