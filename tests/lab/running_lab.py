@@ -7,7 +7,7 @@ import os
 import subprocess
 import sys
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -76,20 +76,33 @@ class RunningLab:
         done = lab_command("qmp", self.name, command, json.dumps(arguments))
         assert done.returncode == 0, done.stderr
 
+    def find_faults(self) -> list[str]:
+        """What has hung or fallen over in it by no doing of what runs there."""
+        done = lab_command("status", self.name, "--probe", "--json", timeout_s=400)
+        if done.returncode:  # there is no lab to look into
+            return []
+        faults: list[str] = json.loads(done.stdout)["faults"]
+        return faults
 
-LABS: list[RunningLab] = []
-"""Those that `bring_up` holds up now."""
+
+class Emulated(Protocol):
+    """An emulated host that a test looks at, of whichever make."""
+
+    @property
+    def name(self) -> str: ...
+
+    def find_faults(self) -> list[str]: ...
+
+    def tell(self) -> str: ...
+
+
+LABS: list[Emulated] = []
+"""Those that are up now."""
 
 
 def find_faults() -> list[str]:
     """What has hung or fallen over in the labs that are up, by no doing of what runs there."""
-    found = []
-    for lab in LABS:
-        done = lab_command("status", lab.name, "--probe", "--json", timeout_s=400)
-        if done.returncode:  # there is no lab to look into
-            continue
-        found += [f"{lab.name}: {fault}" for fault in json.loads(done.stdout)["faults"]]
-    return found
+    return [f"{lab.name}: {fault}" for lab in LABS for fault in lab.find_faults()]
 
 
 def bring_up(topology: str) -> Iterator[RunningLab]:

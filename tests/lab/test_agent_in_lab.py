@@ -9,21 +9,22 @@ import pytest
 if TYPE_CHECKING:
     from running_lab import RunningLab
 
-FILES = {
-    "test_nodes_and_cores": 900,
-    "test_libvirt_adapter": 900,
-    "test_demo_judged": 1800,
-    "test_lifecycle": 1800,
-    "test_two_agents": 900,
-    "test_reactions": 1200,
-    "test_jobs": 900,
-    "test_marked_pins": 900,
-    "test_refusals": 1800,
-    "test_faults": 3600,
-    "test_migration": 1200,
-    "test_polkit": 900,
-}
-"""Seconds that each may take; docs/testing.md has what they took."""
+FILES = (
+    "test_nodes_and_cores",
+    "test_libvirt_adapter",
+    "test_demo_judged",
+    "test_lifecycle",
+    "test_two_agents",
+    "test_reactions",
+    "test_jobs",
+    "test_marked_pins",
+    "test_refusals",
+    "test_faults",
+    "test_migration",
+    "test_polkit",
+)
+LONGEST_S = 5400
+"""For a file that hangs; docs/testing.md has what they took."""
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +42,9 @@ def test_in_the_lab(prepared: RunningLab, name: str) -> None:
     where = "cd /opt/virtfabric/checkout"
     log = f"/var/log/{name}.log"
     said = prepared.run(
-        f"{where} && timeout {FILES[name]} virtfabric-python -m pytest {words} > {log} 2>&1; "
+        f"{where} && timeout {LONGEST_S} virtfabric-python -m pytest {words} > {log} 2>&1; "
         f"echo ended with $? >> {log}; tail -n 200 {log}",
-        timeout_s=FILES[name] + 60,
+        timeout_s=LONGEST_S + 60,
     )
     assert said.endswith("ended with 0"), said
     assert " passed" in said

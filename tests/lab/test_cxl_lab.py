@@ -36,11 +36,15 @@ def test_a_region_becomes_a_node_and_goes_again(cxl: RunningLab) -> None:
     cxl.wait("[ $(cat /sys/devices/system/node/online) = 0 ]")
 
 
-def test_poison_shows_in_the_media_errors(cxl: RunningLab) -> None:
+def test_poison_shows_in_the_media_errors_and_is_traced(cxl: RunningLab) -> None:
+    traces = "/sys/kernel/tracing"
+    cxl.run(f"mountpoint -q {traces} || mount -t tracefs none {traces}")
+    cxl.run(f"echo 1 > {traces}/events/cxl/cxl_poison/enable")
     said = cxl.fault("cxl-poison")
     name = memdev(cxl, "0x100")
     (device,) = cxl.json(f"cxl list -M --media-errors -m {name}")
     assert device["media_errors"] == [{"offset": 0, "length": 64, "source": "Internal"}], said
+    assert f"cxl_poison: memdev={name} " in cxl.run(f"cat {traces}/trace")
 
 
 def test_a_device_is_taken_out(cxl: RunningLab) -> None:

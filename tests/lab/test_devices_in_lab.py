@@ -220,6 +220,7 @@ def test_a_fatal_error_of_the_port(web: DeviceBed) -> None:
     (address,) = web.hostdevs("web")
     web.lab.fault("aer-fatal", "rp0")
     web.lab.wait("dmesg | grep -qiE 'AER.*(fatal|uncorrect)'")
+    web.lab.wait('[ "$(virsh -q domstate web)" = paused ]')
     web.stop("web")
     web.lab.wait('! virtfabric devices --json | grep -q \'"holder": *"web"\'', timeout_s=180)
     function = web.functions()[address]

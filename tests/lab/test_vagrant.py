@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shlex
 import subprocess
 import time
 from dataclasses import dataclass
@@ -16,10 +17,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from running_lab import LABS
 
 from virtfabric.shim.cache import cache_root
+from virtfabric.shim.lab import health
+from virtfabric.shim.lab.place import LabError
 from virtfabric.shim.sandbox import Sandbox
-from virtfabric.shim.sandbox_process import wait_until
+from virtfabric.shim.sandbox_process import SandboxError, wait_until
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -39,6 +43,7 @@ class Machine:
 
     box: Sandbox
     home: Path
+    name: str = "vagrant"
 
     def vagrant(
         self, *words: str, timeout_s: float = 120, check: bool = True
@@ -79,6 +84,31 @@ class Machine:
         """The guests that run in the machine."""
         return set(self.ssh("sudo virsh -q list --name --state-running").split())
 
+    def run(
+        self, command: str, *, timeout_s: float | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Root's shell in the machine."""
+        line = f"sudo bash -c {shlex.quote(command)}"
+        try:
+            return self.vagrant("ssh", "-c", line, timeout_s=timeout_s or 300, check=False)
+        except SandboxError as error:
+            raise LabError(str(error)) from error
+
+    def find_faults(self) -> list[str]:
+        """What has hung or fallen over in it by no doing of what runs there."""
+        return health.find_faults(self)
+
+    def tell(self) -> str:
+        """What the agent and the guests there say: to read beside a failure."""
+        looks = (
+            "journalctl -u virtfabricd -n 60 --no-pager", "virsh list --all",
+            "tail -n 5 /var/log/libvirt/qemu/*.log",
+        )  # fmt: skip
+        try:
+            return self.run("; ".join(f"echo '# {look}'; {look} 2>&1" for look in looks)).stdout
+        except LabError as error:
+            return str(error)
+
     def virsh(self, *words: str) -> list[str]:
         """What the sandbox's libvirt lists."""
         return self.box.run(["virsh", "-q", "-c", "qemu:///system", *words]).stdout.split()
@@ -95,7 +125,11 @@ def machine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Machine]:
         began = time.monotonic()
         machine.vagrant("up", timeout_s=UP_S)
         print(f"vagrant up took {time.monotonic() - began:.0f} s")
-        yield machine
+        LABS.append(machine)
+        try:
+            yield machine
+        finally:
+            LABS.remove(machine)
 
 
 def test_systemd_runs_the_shipped_unit(machine: Machine) -> None:
@@ -168,7 +202,7 @@ def test_restart_leaves_guests_and_their_policies(machine: Machine) -> None:
     qemus = machine.ssh("pgrep -f ^/usr/bin/qemu-system-x86_64.*guest=").split()
     assert len(qemus) == len(GUESTS)
     before = machine.unit("MainPID")
-    machine.ssh(f"sudo rm {EXTRA_CONFIG} && sudo systemctl restart virtfabricd")
+    machine.ssh(f"sudo rm -f {EXTRA_CONFIG} && sudo systemctl restart virtfabricd")
     after = machine.unit("MainPID", "ActiveState", "NRestarts")
     assert (after["ActiveState"], after["NRestarts"]) == ("active", "0")
     assert after["MainPID"] != before["MainPID"]

@@ -67,8 +67,8 @@ CMDLINE = (
 READY_LINE = "VFREADY"
 STAT_PREFIX = "VFSTAT "
 
-# It waits with `read`, as a `sleep` is a process: half of what an idle guest took (under TCG 24 ms of
-# the host's time a line, 13 without), and in an emulated host idle guests are most of the work.
+# It waits with `read`, as a `sleep` is a process: half of what an idle guest took (under TCG 24 ms
+# of the host's time a line, 13 without), and in an emulated host idle guests are most of the work.
 INIT = """\
 #!/bin/busybox sh
 /bin/busybox --install -s /bin

@@ -7,14 +7,13 @@ doing of what runs in the lab.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, Protocol
 
 from virtfabric.shim.lab.place import LabError
 
 if TYPE_CHECKING:
+    import subprocess
     from collections.abc import Iterable, Iterator
-
-    from virtfabric.shim.lab.remote import Remote
 
 _SAMPLES: Final = 4
 _CPU_S: Final = 60
@@ -49,7 +48,17 @@ done
 """
 
 
-def find_faults(remote: Remote) -> list[str]:
+class Shell(Protocol):
+    """Root's shell in a lab: `Remote`, or the ssh of another kind of machine."""
+
+    def run(
+        self, command: str, *, timeout_s: float | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a line of bash; LabError when it does not answer in time."""
+        ...
+
+
+def find_faults(remote: Shell) -> list[str]:
     """What of a running lab has hung or fallen over, in words; some seconds for each guest.
 
     A guest that ended by itself counts: libvirt tells a triple fault as a shutdown.
