@@ -12,13 +12,14 @@ import pytest
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from lab_host import LabHost
+from guest_health import find_faults
+from lab_host import HOSTS, LabHost
 
 from virtfabric.shim.guestimage import GuestImage, ensure_guest_image
 from virtfabric.shim.patience import allow
 
 if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+    from collections.abc import Callable, Generator, Iterator
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -27,6 +28,18 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         own = item.get_closest_marker("timeout")
         seconds = float(own.args[0] if own else config.getini("timeout"))
         item.add_marker(pytest.mark.timeout(allow(seconds)), append=False)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Look at the guests while they are there: at once after what failed."""
+    report = yield
+    if report.failed and call.when != "teardown":
+        found = [fault for host in HOSTS for fault in find_faults(host)]
+        report.sections += [("the emulator", "\n".join(found))] if found else []
+    return report
 
 
 @pytest.fixture(scope="session")

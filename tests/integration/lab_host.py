@@ -44,6 +44,10 @@ CAPACITY: dict[str, Any] = {
 }
 
 
+HOSTS: list[LabHost] = []
+"""Those that are up."""
+
+
 class LabHost(Host):
     """A private host for one test or one module; `root` stays for a look (pytest removes it)."""
 
@@ -54,7 +58,14 @@ class LabHost(Host):
     def start(self) -> None:
         """Brings it up, with the default configuration written and no agent."""
         super().start()
+        HOSTS.append(self)
         self.config()
+
+    def stop(self) -> None:
+        """Ends it and everything in it; safe to repeat."""
+        if self in HOSTS:
+            HOSTS.remove(self)
+        super().stop()
 
     def config(self, **overrides: dict[str, object]) -> str:
         """Writes the configuration: two pCPUs and 1088 MiB, with tables overridden by name."""

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
@@ -29,6 +29,8 @@ class RunningLab:
     """One lab, as its users see it."""
 
     name: str
+    faults: list[str] = field(default_factory=list, compare=False)
+    """What a test has found by itself of what `find_faults` tells."""
 
     def run(self, command: str, *, timeout_s: float = 180, code: int | None = 0) -> str:
         """What a shell command in the lab prints; asserts its exit code unless `code` is None."""
@@ -80,9 +82,8 @@ class RunningLab:
         """What has hung or fallen over in it by no doing of what runs there."""
         done = lab_command("status", self.name, "--probe", "--json", timeout_s=400)
         if done.returncode:  # there is no lab to look into
-            return []
-        faults: list[str] = json.loads(done.stdout)["faults"]
-        return faults
+            return self.faults
+        return [*self.faults, *json.loads(done.stdout)["faults"]]
 
 
 class Emulated(Protocol):
