@@ -59,10 +59,10 @@ test: setup-lab checks  ## checks, integration tests on real guests, the labs th
 	$(VENV)/pytest -q tests/integration
 	$(VENV)/pytest -q --timeout 1200 $(CI_LABS)
 
-lab: setup-vagrant  ## all lab tests but the next
+lab: setup-vagrant  ## all lab tests but those of the next
 	$(VENV)/pytest -q --timeout 7200 tests/lab --ignore tests/lab/test_agent_in_lab.py
 
-lab-agent: setup-lab  ## the agent's integration tests in the `small` lab; in work, hours under TCG
+lab-agent: setup-lab  ## the agent's integration tests in the `small` lab; hours under TCG
 	$(VENV)/pytest -q tests/lab/test_agent_in_lab.py
 
 vagrant-box: setup-vagrant  ## build the Vagrant box of this checkout into the cache
