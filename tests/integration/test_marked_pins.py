@@ -81,7 +81,7 @@ def expected_mark(pool: str) -> list[dict[str, str]]:
     return [
         {"vcpu": "1", "cpuset": pool},
         {"vcpu": "2", "cpuset": pool, "instead": "0-1"},
-        {"cpuset": pool},
+        {"cpuset": "0"},
     ]
 
 

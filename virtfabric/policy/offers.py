@@ -147,24 +147,24 @@ def _on_node(
     Siblings of what it has come first, then whole cores, then what is left of broken ones.
     """
     cores = terrain.cores_of[node]
+
+    def rank(cpu: int) -> tuple[bool, int]:
+        return cpu in terrain.housekeeping, cpu  # of a core's threads, those last
+
     if smt is Smt.ISOLATE:
         empty = (core for core in cores if core.isdisjoint(chosen))
-        return [
-            min(core & free, key=lambda c: (c in terrain.housekeeping, c))
-            for core in empty
-            if core & terrain.managed <= free
-        ]
+        return [min(core & free, key=rank) for core in empty if core & terrain.managed <= free]
     beside = {s for cpu in chosen if terrain.node(cpu) == node for s in terrain.siblings(cpu)}
-    found = sorted(beside & free - chosen)
+    found = sorted(beside & free - chosen, key=rank)
     single: list[int] = []
     for core in cores:
         if len(found) >= missing:
             break
         usable = core & free
         if len(usable) == len(core) and usable.isdisjoint(chosen):
-            found += sorted(usable)
+            found += sorted(usable, key=rank)
         elif usable.isdisjoint(beside):
-            single += sorted(usable)
+            single += sorted(usable, key=rank)
     # rather a core that is broken towards the pool than one of another dedicated guest
     single.sort(key=lambda cpu: not terrain.siblings(cpu) & terrain.managed <= free)
     return found + ([] if smt is Smt.REQUIRE else single)

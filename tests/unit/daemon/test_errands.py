@@ -108,7 +108,7 @@ def test_a_guest_that_starts_does_not_wait_for_a_busy_one(world: Any, left_befor
     back = world.live("database").vcpu_affinity
     if left_before:
         stop_web(world)
-        world._is_settled()
+        world.settle()
     hold, job = make_busy(world)
     if not left_before:
         stop_web(world)

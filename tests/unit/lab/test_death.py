@@ -9,11 +9,16 @@ import struct
 import subprocess
 import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
 from virtfabric.shim.lab.death import kill_process
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 READ = struct.pack("<HHIIIQII", 1, 9, 32, 0, 0, 0, 0, 4)
 """A command of vfio-user."""
@@ -79,22 +84,33 @@ def test_one_that_is_gone_already():
     kill_process(process.pid, patience_s=1)
 
 
-def test_a_client_s_connection_is_kept_with_what_nobody_read(tmp_path):
-    path = str(tmp_path / "function.sock")
+@contextmanager
+def served(path: str, then: str) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
+    """A connection to a process that accepts it and then does something else."""
     server = (
-        "import socket, sys, time\n"
+        "import socket, sys, threading, time\n"
         "door = socket.socket(socket.AF_UNIX); door.bind(sys.argv[1]); door.listen()\n"
-        "client, _ = door.accept(); print('up', flush=True); time.sleep(600)\n"
+        f"client, _ = door.accept(); print('up', flush=True)\n{then}\n"
     )
     words = [sys.executable, "-c", server, path]
     with (
         subprocess.Popen(words, stdout=subprocess.PIPE) as process,
         socket.socket(socket.AF_UNIX) as ours,
     ):
-        until = time.monotonic() + 30
-        while ours.connect_ex(path):
-            assert time.monotonic() < until
-        process.stdout.readline()
+        try:
+            until = time.monotonic() + 30
+            while ours.connect_ex(path):
+                assert time.monotonic() < until
+            assert process.stdout
+            process.stdout.readline()
+            yield ours, process
+        finally:
+            process.kill()
+
+
+def test_a_client_s_connection_is_kept_with_what_nobody_read(tmp_path):
+    path = str(tmp_path / "function.sock")
+    with served(path, "threading.Event().wait()") as (ours, process):
         ours.sendall(READ)
         (kept,) = kill_process(process.pid, lambda bound: bound == path, patience_s=30)
         assert process.wait(30) == -signal.SIGKILL
@@ -107,22 +123,8 @@ def test_a_client_s_connection_is_kept_with_what_nobody_read(tmp_path):
 def test_threads_that_end_meanwhile_keep_nobody_alive(tmp_path):
     """Their /proc entries go while they are looked at."""
     path = str(tmp_path / "function.sock")
-    server = (
-        "import socket, sys, threading, time\n"
-        "door = socket.socket(socket.AF_UNIX); door.bind(sys.argv[1]); door.listen()\n"
-        "client, _ = door.accept(); print('up', flush=True)\n"
-        "while True:\n"
-        "    [threading.Thread(target=int).start() for _ in range(8)]\n"
-    )
-    words = [sys.executable, "-c", server, path]
-    with (
-        subprocess.Popen(words, stdout=subprocess.PIPE) as process,
-        socket.socket(socket.AF_UNIX) as ours,
-    ):
-        until = time.monotonic() + 30
-        while ours.connect_ex(path):
-            assert time.monotonic() < until
-        process.stdout.readline()
+    busy = "while True: [threading.Thread(target=int).start() for _ in range(8)]"
+    with served(path, busy) as (ours, process):
         ours.sendall(READ[16:])  # never a message's beginning: it is stopped many times
         (kept,) = kill_process(process.pid, lambda bound: bound == path, patience_s=30)
         kept.close()

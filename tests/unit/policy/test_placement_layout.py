@@ -56,6 +56,15 @@ def test_a_dedicated_and_a_shared_guest_part_the_host(name):
 
 
 @pytest.mark.parametrize("name", HOSTS)
+def test_of_a_core_that_has_to_be_broken_the_thread_of_housekeeping_is_taken_last(name):
+    core = load_host(name).pcpus[0].siblings
+    found = layout_of(name, [make_guest(1, dedicated=True)], {1: 1}, cpus=str(core))
+    (taken,) = found.orders[A]
+    assert taken != 0 or core == {0}
+    assert found.housekeeping == CpuSet((0,))
+
+
+@pytest.mark.parametrize("name", HOSTS)
 def test_nothing_held_leaves_everything_to_the_pool(name):
     found = layout_of(name, [], {})
     assert found.pool == load_host(name).cpus
