@@ -1,8 +1,10 @@
 # virtfabric: `make demo` and `make test` do everything on a fresh Debian 12 machine, as root.
 SHELL := /bin/bash
 VENV := .venv/bin
-# what fits CI of the lab tests; `make lab` runs all
+# what fits CI of the lab tests; `make lab` runs all, the longest last
 CI_LABS := $(patsubst %,tests/lab/test_%.py,lab_life card_in_qemu cxl_lab passthrough_lab small_lab)
+AGENT_LAB := tests/lab/test_agent_in_lab.py
+ALL_LABS := $(filter-out $(AGENT_LAB),$(wildcard tests/lab/test_*.py)) $(AGENT_LAB)
 
 # of the examples of property tests, `make test` looks at all and `make check` at a part
 EXAMPLES ?= 1
@@ -59,11 +61,11 @@ test: setup-lab checks  ## checks, integration tests on real guests, the labs th
 	$(VENV)/pytest -q tests/integration
 	$(VENV)/pytest -q --timeout 1200 $(CI_LABS)
 
-lab: setup-vagrant  ## all lab tests but those of the next
-	$(VENV)/pytest -q --timeout 7200 tests/lab --ignore tests/lab/test_agent_in_lab.py
+lab: setup-vagrant  ## all lab tests: hours; goes on where an interrupted run of this checkout ended
+	VIRTFABRIC_RESUME=1 $(VENV)/pytest -v --timeout 7200 $(ALL_LABS)
 
-lab-agent: setup-lab  ## the agent's integration tests in the `small` lab; hours under TCG
-	$(VENV)/pytest -q tests/lab/test_agent_in_lab.py
+lab-agent: setup-lab  ## a part of them, half of the time: the agent's integration tests in `small`
+	$(VENV)/pytest -v $(AGENT_LAB)
 
 vagrant-box: setup-vagrant  ## build the Vagrant box of this checkout into the cache
 	@vagrant/build-box

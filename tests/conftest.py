@@ -11,6 +11,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import examples as _shares  # noqa: F401 (the profile of property tests)
 
+pytest_plugins = ["pytester"]
+
 # A shell starts what it puts into the background with SIGINT ignored, and children inherit that:
 # the tests that interrupt a command would wait for an interrupt that never comes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

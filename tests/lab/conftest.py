@@ -2,10 +2,13 @@
 
 A test that fails while the emulator under its lab has failed (`virtfabric lab status --probe`) is
 run again in a new lab, and the summary says so. One that fails in a lab that is sound has failed.
+
+`VIRTFABRIC_RESUME=1`, which `make lab` sets: see `resume.py`.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,6 +18,7 @@ from _pytest.runner import runtestprotocol
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
+from resume import Resume
 from running_lab import LABS, RunningLab, bring_up, find_faults
 
 if TYPE_CHECKING:
@@ -37,6 +41,11 @@ def cxl() -> Iterator[RunningLab]:
 @pytest.fixture(scope="module")
 def passthrough() -> Iterator[RunningLab]:
     yield from bring_up("passthrough")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if os.environ.get("VIRTFABRIC_RESUME") == "1":
+        config.pluginmanager.register(Resume(config))
 
 
 # -- emulators that fail ---------------------------------------------------------------------------
