@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import json
 import os
+import queue
+import signal
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
 
 COMMAND = (sys.executable, "-m", "virtfabric.cli.main", "lab")
 UP_S = 900  # with an empty cache; some 30 s with a full one
@@ -37,6 +40,37 @@ class RunningLab:
         done = lab_command("run", self.name, command, timeout_s=timeout_s)
         assert code is None or done.returncode == code, (done.returncode, done.stdout, done.stderr)
         return done.stdout.strip()
+
+    def follow(self, command: str, *, look_s: float = 600) -> Iterator[str]:
+        """Lines of a long command in the lab, as they come.
+
+        After each `look_s` of silence the lab is looked at: nobody waits for one that hangs.
+
+        Raises:
+            AssertionError: it does.
+        """
+        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+        with subprocess.Popen(
+            [*COMMAND, "run", self.name, command], text=True, errors="replace",
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            process_group=0,
+        ) as process:  # fmt: skip
+            reader = threading.Thread(target=_read_into, args=(process.stdout, lines), daemon=True)
+            reader.start()
+            try:
+                while (line := self._next_line(lines, look_s)) is not None:
+                    yield line
+            finally:
+                os.killpg(process.pid, signal.SIGKILL)  # and ssh
+                reader.join()
+
+    def _next_line(self, lines: queue.SimpleQueue[str | None], look_s: float) -> str | None:
+        while True:
+            try:
+                return lines.get(timeout=look_s)
+            except queue.Empty:
+                faults = self.find_faults()
+                assert not faults, faults
 
     def json(self, command: str, **options: Any) -> Any:
         """The JSON that a command in the lab prints."""
@@ -84,6 +118,12 @@ class RunningLab:
         if done.returncode:  # there is no lab to look into
             return self.faults
         return [*self.faults, *json.loads(done.stdout)["faults"]]
+
+
+def _read_into(output: Iterable[str] | None, lines: queue.SimpleQueue[str | None]) -> None:
+    for line in output or ():
+        lines.put(line.rstrip("\n"))
+    lines.put(None)
 
 
 class Emulated(Protocol):

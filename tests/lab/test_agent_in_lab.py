@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import shlex
+from collections import deque
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,7 +12,9 @@ import pytest
 if TYPE_CHECKING:
     from running_lab import RunningLab
 
+# the longest first
 FILES = (
+    "test_faults",
     "test_nodes_and_cores",
     "test_libvirt_adapter",
     "test_demo_judged",
@@ -20,12 +24,17 @@ FILES = (
     "test_jobs",
     "test_marked_pins",
     "test_refusals",
-    "test_faults",
     "test_migration",
     "test_polkit",
 )
 LONGEST_S = 5400
 """For a file that hangs; docs/testing.md has what they took."""
+
+RESULT = re.compile(r"(?P<node>tests/\S+::.+?) (?P<outcome>PASSED|FAILED|ERROR|SKIPPED)")
+"""A test's line of `pytest -v`."""
+
+PASSED: dict[str, list[str]] = {}
+"""By file, what passed before the lab's emulator failed: a new lab goes on after it."""
 
 
 @pytest.fixture(scope="module")
@@ -38,17 +47,25 @@ def prepared(small: RunningLab) -> RunningLab:
 
 @pytest.mark.timeout(0)
 @pytest.mark.parametrize("name", FILES)
-def test_in_the_lab(prepared: RunningLab, name: str) -> None:
-    words = f"-q -x --durations=5 -p no:cacheprovider tests/integration/{name}.py"
-    where = "cd /opt/virtfabric/checkout"
-    log = f"/var/log/{name}.log"
-    said = prepared.run(
-        f"{where} && timeout {LONGEST_S} virtfabric-python -m pytest {words} > {log} 2>&1; "
-        f"echo ended with $? >> {log}; tail -n 200 {log}",
-        timeout_s=LONGEST_S + 60,
-    )
-    # guests of private hosts, which nobody sees from outside
-    prepared.faults.extend(re.findall(r"^emulator: (.*)$", said, re.MULTILINE))
-    assert said.endswith("ended with 0"), said
-    assert " passed" in said
-    assert " skipped" not in said, said
+def test_in_the_lab(prepared: RunningLab, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    passed = PASSED.setdefault(name, [])
+    behind = " ".join(f"--deselect {shlex.quote(node)}" for node in passed)
+    words = f"-v -x --durations=5 -p no:cacheprovider {behind} tests/integration/{name}.py"
+    said: deque[str] = deque(maxlen=200)
+    for line in prepared.follow(
+        f"cd /opt/virtfabric/checkout && PYTHONUNBUFFERED=1 timeout {LONGEST_S} "
+        f"virtfabric-python -m pytest {words} 2>&1; echo ended with $?"
+    ):
+        said.append(line)
+        if result := RESULT.match(line):
+            with capfd.disabled():
+                print(f"\n{line}", end="", flush=True)
+            if result["outcome"] == "PASSED":
+                passed.append(result["node"])
+        # guests of private hosts, which nobody sees from outside
+        if fault := re.match("emulator: (.*)", line):
+            prepared.faults.append(fault[1])
+    text = "\n".join(said)
+    assert text.endswith("ended with 0"), text
+    assert " passed" in text
+    assert " skipped" not in text, text
