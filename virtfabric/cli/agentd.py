@@ -7,6 +7,8 @@ import asyncio
 import logging
 import signal
 import sys
+import tempfile
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,7 @@ from virtfabric.domxml.templates import load_templates
 from virtfabric.model.errors import VirtfabricError
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterator, Sequence
 
     from virtfabric.config import Config
 
@@ -35,12 +37,12 @@ def _parser() -> argparse.ArgumentParser:
         "SIGTERM stops it cleanly, SIGHUP reloads the configuration.",
     )
     parser.add_argument(
-        "--config", type=Path, default=CONFIG_DIR, metavar="PATH",
-        help="a TOML file, or a directory of them (default: %(default)s)",
+        "--config", type=Path, metavar="PATH",
+        help=f"a TOML file, or a directory of them (default: {CONFIG_DIR})",
     )  # fmt: skip
     parser.add_argument("--uri", help="libvirt connection (overrides agent.uri)")
     parser.add_argument("--state-dir", help="journal and audit log (overrides agent.state_dir)")
-    parser.add_argument("--run-dir", help="sockets and locks (overrides agent.run_dir)")
+    parser.add_argument("--run-dir", help="hook socket (overrides agent.run_dir)")
     parser.add_argument("--bus", metavar="ADDRESS", help="D-Bus address (default: the system bus)")
     parser.add_argument(
         "--log-level", choices=["debug", "info", "warning", "error"], help="default: info"
@@ -51,7 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--simulate",
         action="store_true",
-        help="a host in memory with three guests instead of libvirt, to try the commands on",
+        help="a host in memory with four guests instead of libvirt, to try the commands on; "
+        "without other options, its configuration is empty and its files are gone when it ends",
     )
     parser.add_argument("--version", action="version", version=f"virtfabricd {__version__}")
     return parser
@@ -69,7 +72,24 @@ def _load(args: argparse.Namespace) -> Config:
         )
         if value is not None
     }
-    return load_config(args.config, overrides)
+    if args.simulate:
+        # whatever its configuration says: no hooks of real guests, no heads of a chain that is none
+        overrides["agent.syslog"] = ""
+        overrides["agent.hook_socket"] = Path(args.run_dir, "hook.sock")
+        return load_config(args.config or (), overrides)
+    return load_config(args.config or CONFIG_DIR, overrides)
+
+
+@contextmanager
+def _own_directories(args: argparse.Namespace) -> Iterator[None]:
+    """A simulated agent in the state of a real one would settle what that one began."""
+    if not args.simulate:
+        yield
+        return
+    with tempfile.TemporaryDirectory(prefix="virtfabricd-simulated-") as scratch:
+        args.state_dir = args.state_dir or Path(scratch, "state")
+        args.run_dir = args.run_dir or Path(scratch, "run")
+        yield
 
 
 async def _serve(args: argparse.Namespace, config: Config) -> None:
@@ -137,9 +157,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the agent; returns the exit code (0 stopped cleanly, 1 failed, 2 usage)."""
     args = _parser().parse_args(argv)
     try:
-        config = _load(args)
+        with _own_directories(args):
+            return _run(args)
     except VirtfabricError as error:
         return _fail(error)
+
+
+def _run(args: argparse.Namespace) -> int:
+    config = _load(args)
     if args.check_config:
         print("the configuration is valid")
         return 0
@@ -148,10 +173,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         format="%(asctime)s %(levelname)-7s %(name)s: %(message)s",
         stream=sys.stderr,
     )
-    try:
-        asyncio.run(_serve(args, config))
-    except VirtfabricError as error:
-        return _fail(error)
+    asyncio.run(_serve(args, config))
     return 0
 
 

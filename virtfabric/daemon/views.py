@@ -24,6 +24,8 @@ from virtfabric.policy.standing import (
 from virtfabric.policy.tiers import part_of
 
 if TYPE_CHECKING:
+    from collections.abc import Mapping
+
     from virtfabric.model.decision import Decision
     from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId
@@ -42,14 +44,17 @@ def host_view(snapshot: HostSnapshot) -> Json:
     """pCPU map, memory by node, capacity and what is free of it."""
     layout = choose_layout(snapshot, {g: h.amounts for g, h in snapshot.books.holdings.items()})
     pool = housekeeping = snapshot.capacity.cpus
-    orders: dict[GuestId, tuple[int, ...]] = {}
+    orders: Mapping[GuestId, tuple[int, ...]] = {}
+    kept_empty: Mapping[int, GuestId] = {}
     if not isinstance(layout, Refusal):
         pool, housekeeping, orders = layout.pool, layout.housekeeping, layout.orders
+        kept_empty = layout.kept_empty
     owner = {cpu: (g, n) for g, order in orders.items() for n, cpu in enumerate(order)}
     cpus = []
     for number, pcpu in sorted(snapshot.topology.pcpus.items()):
         guest, vcpu = owner.get(number, (None, None))
-        if guest is not None:
+        isolated_by = kept_empty.get(number)
+        if guest is not None or isolated_by is not None:
             role = "dedicated"
         elif number in pool:
             role = "pool"
@@ -59,7 +64,8 @@ def host_view(snapshot: HostSnapshot) -> Json:
             {
                 "cpu": number, "node": pcpu.node, "socket": pcpu.socket, "core": pcpu.core,
                 "siblings": list(pcpu.siblings), "role": role, "vcpu": vcpu,
-                "guest": _name(snapshot, guest) if guest else None, "isolated_by": None,
+                "guest": _name(snapshot, guest) if guest else None,
+                "isolated_by": _name(snapshot, isolated_by) if isolated_by else None,
             }
         )  # fmt: skip
     left, total = free(snapshot), capacity_of(snapshot)

@@ -7,7 +7,7 @@ fits. It must not decide amounts (arbiter) or how to get there (placement).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.amounts import CPU_KEY, MEMORY_KEY
@@ -50,6 +50,7 @@ class Layout:
         housekeeping: for emulator and I/O threads of every managed guest.
         nodes: NUMA nodes of each movable guest's memory.
         offers: what was compared for guests that were placed anew, the chosen one first.
+        kept_empty: siblings that nobody may use, by the guest beside whom.
     """
 
     orders: dict[GuestId, tuple[int, ...]]
@@ -57,6 +58,7 @@ class Layout:
     housekeeping: CpuSet
     nodes: dict[GuestId, CpuSet]
     offers: tuple[Offer, ...] = ()
+    kept_empty: Mapping[int, GuestId] = field(default_factory=dict)
 
 
 def choose_layout(snapshot: HostSnapshot, amounts: Mapping[GuestId, Amounts]) -> Layout | Refusal:
@@ -93,6 +95,7 @@ def choose_layout(snapshot: HostSnapshot, amounts: Mapping[GuestId, Amounts]) ->
         choose_housekeeping(snapshot, board.taken(), pool),
         _choose_nodes(snapshot, board.terrain, orders),
         tuple(board.offers),
+        board.kept_empty(),
     )
 
 
@@ -166,6 +169,14 @@ class _Board:
                 if self.wanted[guest].smt is not Smt.PREFER:
                     taken |= self.terrain.kept_empty(order, self.wanted[guest].smt)
         return taken
+
+    def kept_empty(self) -> dict[int, GuestId]:
+        """Siblings that nobody may use, by the guest beside whom."""
+        return {
+            cpu: guest
+            for guest, order in self.orders.items()
+            for cpu in self.terrain.kept_empty(order, self.wanted[guest].smt)
+        }
 
     def take_seats(self) -> list[GuestId]:
         """Seat everyone where the books have him; returns who has to be placed, in what order.

@@ -65,15 +65,11 @@ def simulated(tmp_path_factory):
     if shutil.which("dbus-daemon") is None:
         pytest.skip("no dbus-daemon here")
     place = tmp_path_factory.mktemp("simulated")
-    (place / "conf").mkdir()
     with _load("conftest").private_bus() as bus:
         agent = subprocess.Popen(
-            [
-                sys.executable, "-m", "virtfabric.cli.agentd", "--simulate", "--bus", bus.address,
-                "--config", str(place / "conf"), "--state-dir", str(place / "state"),
-                "--run-dir", str(place / "run"),
-            ],
-            stderr=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)},
+            [sys.executable, "-m", "virtfabric.cli.agentd", "--simulate", "--bus", bus.address],
+            stderr=subprocess.PIPE, text=True,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "TMPDIR": str(place)},
         )  # fmt: skip
         try:
             log = []
@@ -81,7 +77,11 @@ def simulated(tmp_path_factory):
                 assert select.select([agent.stderr], [], [], 30)[0], log
                 log.append(agent.stderr.readline())
                 assert log[-1], log
+            # the state of a real agent is not for it
+            assert f"state in {place}/virtfabricd-simulated-" in log[-1]
+            assert [*place.glob("*/run/hook.sock")]
             yield bus.address
         finally:
             agent.terminate()
             agent.communicate(timeout=20)
+        assert not [*place.iterdir()]

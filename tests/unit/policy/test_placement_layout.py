@@ -111,6 +111,8 @@ def test_whole_cores_on_hosts_with_smt(name):
         assert len({topology.pcpus[c].node for c in found.orders[A]}) == 1
     found = layout_of(name, [make_guest(1, dedicated=True, smt=Smt.ISOLATE)], {1: 4})
     assert len({topology.pcpus[c].siblings for c in found.orders[A]}) == 4
+    threads = {s for c in found.orders[A] for s in topology.pcpus[c].siblings}
+    assert found.kept_empty == dict.fromkeys(threads - set(found.orders[A]), A)
 
 
 def test_isolation_that_cannot_be_had_is_refused():
