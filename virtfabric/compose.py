@@ -7,7 +7,7 @@ import hashlib
 import logging
 import pwd
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Self, cast
@@ -257,8 +257,17 @@ class Composition:
         Raises:
             ConfigError: nothing was changed.
         """
-        if config.agent != self.config.agent:
-            log.warning("[agent] takes effect at the next start; the rest is taken over now")
+        now = self.config.agent
+        but_for_intervals = replace(
+            config.agent,
+            sample_interval_s=now.sample_interval_s,
+            drift_interval_s=now.drift_interval_s,
+        )
+        if but_for_intervals != now:
+            log.warning(
+                "[agent], but for its intervals, takes effect at the next start; "
+                "the rest is taken over now"
+            )
         if config.cards != self.config.cards:
             log.warning("[cards] takes effect at the next start")
         topology = self._outside.host.read_topology()

@@ -104,7 +104,8 @@ class Agent(CardCalls):
         self._allocation = Allocation(
             observatory=self._observatory, ledger=self._ledger, conductor=self._conductor,
             jobs=self._jobs, notices=self._notices, authority=self._authority,
-            deadline_s=settings.deadline_s, cards=world.cards or NoCards(), clock=clock,
+            deadline_s=lambda: self._settings.deadline_s, clock=clock,
+            cards=world.cards or NoCards(),
             settle_cards_soon=lambda: self._cards.watch.settle_soon(),
             choose=self._arbitration.choose, idle_slices=lambda: self._cards.idle.takeable(),
         )  # fmt: skip
@@ -118,7 +119,7 @@ class Agent(CardCalls):
             jobs=self._jobs, audit=world.audit, watch=self._lifecycle.devices,
         )  # fmt: skip
         parts = wire_memory(
-            world, settings, observatory=self._observatory, ledger=self._ledger,
+            world, lambda: self._settings, observatory=self._observatory, ledger=self._ledger,
             conductor=self._conductor, jobs=self._jobs, notices=self._notices,
             reclaimer=reclaimer, look_soon=self._look_at_memory_soon,
             judge_soon=self._judge_memory_soon,

@@ -52,7 +52,7 @@ class Allocation:
         jobs: Jobs,
         notices: Notices,
         authority: Authority,
-        deadline_s: float,
+        deadline_s: Callable[[], float],
         cards: Cards,
         clock: Clock,
         settle_cards_soon: Callable[[], None],
@@ -96,7 +96,11 @@ class Allocation:
     def _request(self, caller: Caller, guest: str, wants: Mapping[str, str]) -> Request:
         state = self.find(guest)
         request = parse_request(
-            new_request(), state.uuid, caller.principal, wants, default_deadline_s=self._deadline_s
+            new_request(),
+            state.uuid,
+            caller.principal,
+            wants,
+            default_deadline_s=self._deadline_s(),
         )
         self._check_ceiling(caller, request)
         if request.devices:
@@ -234,7 +238,7 @@ class Allocation:
 
     def _release(self, grant: Grant, by: str) -> Undertaking:
         """All or nothing for a person; of a lease that is over, what comes is taken."""
-        request = new_request()
+        request, deadline_s = new_request(), self._deadline_s()
 
         def decide(snapshot: HostSnapshot, caps: Caps) -> Decision | Refusal:
             if grant.id not in snapshot.books.grants:
@@ -249,10 +253,10 @@ class Allocation:
         return Undertaking(
             request,
             f"release of {grant.id}",
-            self._conductor.place_decision(self._deadline_s),
+            self._conductor.place_decision(deadline_s),
             decide,
             ends=grant,
-            deadline_s=self._deadline_s * 2,
+            deadline_s=deadline_s * 2,
             yields=by == LEASE,
             body={"grant": grant.id, "guest": grant.guest, "by": by},
         )

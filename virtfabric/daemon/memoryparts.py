@@ -35,7 +35,7 @@ class MemoryParts(NamedTuple):
 
 def wire_memory(
     world: World,
-    settings: Settings,
+    settings: Callable[[], Settings],
     *,
     observatory: Observatory,
     ledger: Ledger,
@@ -62,7 +62,7 @@ def wire_memory(
     )  # fmt: skip
     host = HostWatch(
         host=world.host, observatory=observatory, ledger=ledger, notices=notices,
-        audit=world.audit, restarter=world.restarter, capacity_of=settings.capacity_of,
+        audit=world.audit, restarter=world.restarter, capacity_of=settings().capacity_of,
         quarantined=watch.withheld,
     )  # fmt: skip
     regions = RegionDesk(
@@ -71,6 +71,7 @@ def wire_memory(
     )  # fmt: skip
     reclaim = ReclaimDesk(
         observatory=observatory, conductor=conductor, jobs=jobs, hostwatch=host,
-        reclaimer=reclaimer, audit=world.audit, deadline_s=settings.deadline_s,
+        reclaimer=reclaimer, audit=world.audit,
+        deadline_s=lambda: settings().deadline_s,
     )  # fmt: skip
     return MemoryParts(desk, watch, host, regions, reclaim)

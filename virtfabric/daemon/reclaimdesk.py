@@ -31,7 +31,7 @@ from virtfabric.policy.homecall import plan_homecall, size_on, waiting_for
 from virtfabric.policy.standing import line_of
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Callable, Mapping
 
     from virtfabric.daemon.conductor import Conductor
     from virtfabric.daemon.executor import Progress
@@ -108,7 +108,7 @@ class ReclaimDesk:
         hostwatch: HostWatch,
         reclaimer: Reclaimer,
         audit: AuditLog,
-        deadline_s: float,
+        deadline_s: Callable[[], float],
     ) -> None:
         self._observatory = observatory
         self._conductor = conductor
@@ -155,7 +155,7 @@ class ReclaimDesk:
         return self._jobs.start(title, run, uid=uid)
 
     def _open(self, wants: Mapping[str, str]) -> _Call:
-        claim = parse_claim(wants, default_deadline_s=self._deadline_s)
+        claim = parse_claim(wants, default_deadline_s=self._deadline_s())
         node = claim.node
         assert node is not None
         topology = self._observatory.topology
