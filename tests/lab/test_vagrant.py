@@ -198,6 +198,41 @@ def test_reload_takes_a_new_configuration_over(machine: Machine) -> None:
     assert machine.unit("MainPID") == before
 
 
+def test_a_vf_comes_to_a_guest_by_the_shipped_unit(machine: Machine) -> None:
+    """What its sandbox leaves it is enough to make, set, bind and give a function."""
+    pf = machine.ssh("lspci -D -d 8086:10c9").split()[0]
+    text = rf"""
+[[device]]
+capability = "net.vf"
+match = {{ pf = "{pf}" }}
+vf_count = 1
+vf = {{ trust = true, spoofchk = false }}
+"""
+    machine.ssh(
+        f"printf '{text}' | sudo tee {EXTRA_CONFIG} > /dev/null && "
+        "sudo systemctl reload virtfabricd"
+    )
+
+    def members() -> list[Any]:
+        shown = machine.json("sudo virtfabric devices --json")
+        return [one for one in shown["functions"] if one["capability"] == "net.vf"]
+
+    wait_until(lambda: len(members()) == 1, "the VF is made", timeout_s=180)
+    answer = machine.json("sudo virtfabric allocate web --device net.vf --json")
+    (given,) = members()
+    assert given["holder"] == "web"
+    driver = machine.ssh(f"readlink /sys/bus/pci/devices/{given['address']}/driver")
+    assert driver.endswith("/vfio-pci")
+    assert "<hostdev" in machine.ssh("sudo virsh dumpxml web")
+    interface = machine.ssh(f"ls /sys/bus/pci/devices/{pf}/net")
+    (shown,) = machine.json(f"ip -j link show dev {interface}")
+    (vf,) = shown["vfinfo_list"]
+    assert (vf["trust"], vf["spoofchk"]) == (True, False)
+    machine.ssh(f"sudo virtfabric release {answer['result']['grant']}", timeout_s=300)
+    (home,) = members()
+    assert home["holder"] is None
+
+
 def test_restart_leaves_guests_and_their_policies(machine: Machine) -> None:
     qemus = machine.ssh("pgrep -f ^/usr/bin/qemu-system-x86_64.*guest=").split()
     assert len(qemus) == len(GUESTS)
