@@ -136,11 +136,13 @@ def _watch(args: argparse.Namespace) -> int:
 
 def add_parsers(subparsers: Any) -> None:
     """Register the commands."""
-    text = "tell the story of a request, grant, loan, job or guest from the audit log"
+    text = "tell the story of a request, grant, loan, transaction or guest from the audit log"
     parser = subparsers.add_parser(
         "explain", help=text, description=text, example="virtfabric explain g-1f2e3d4c"
     )
-    parser.add_argument("id", help="of a request, grant, loan, job or transaction; or a guest")
+    parser.add_argument(
+        "id", help="of a request, grant, loan, transaction, or a job that is kept; or a guest"
+    )
     parser.set_defaults(run=_explain)
 
     text = "list the audit log, or check that nothing in it was changed"

@@ -6,7 +6,6 @@ whether a host can hold what a policy asks for.
 
 from __future__ import annotations
 
-import re
 from enum import StrEnum
 from functools import cache
 from importlib import resources
@@ -16,6 +15,7 @@ from lxml import etree
 
 from virtfabric.domxml.parse import parse_xml
 from virtfabric.domxml.templates import render
+from virtfabric.model.capability import parse_capability
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.policy import (
     DEFAULT_SHARES,
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
 _E = TypeVar("_E", bound=StrEnum)
 
 POLICY_TAG: Final = f"{{{POLICY_NAMESPACE}}}policy"
-_CAPABILITY: Final = re.compile(r"[a-z][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)+")
 _ATTRIBUTES: Final[Mapping[str, frozenset[str]]] = {
     "policy": frozenset({"version", "priority", "admission", "drift"}),
     "cpu": frozenset({"reservation", "limit", "shares", "placement", "smt"}),
@@ -112,7 +111,7 @@ def _read(element: etree._Element) -> GuestPolicy:
         drift=_word(element, "policy", "drift", DriftAction.REPORT),
         cpu=_read_cpu(parts["cpu"][0]) if "cpu" in parts else CpuPolicy(),
         memory=_read_memory(parts["memory"][0]) if "memory" in parts else MemoryPolicy(),
-        devices=tuple(_read_device(device) for device in parts.get("device", ())),
+        devices=_read_devices(parts.get("device", ())),
     )
 
 
@@ -148,10 +147,17 @@ def _read_memory(element: etree._Element) -> MemoryPolicy:
     )
 
 
+def _read_devices(elements: Iterable[etree._Element]) -> tuple[DevicePolicy, ...]:
+    devices: dict[str, DevicePolicy] = {}
+    for device in map(_read_device, elements):
+        if device.capability in devices:
+            raise InvalidValueError("device.capability", device.capability, "is there twice")
+        devices[device.capability] = device
+    return tuple(devices.values())
+
+
 def _read_device(element: etree._Element) -> DevicePolicy:
-    capability = element.get("capability", "")
-    if _CAPABILITY.fullmatch(capability) is None:
-        raise InvalidValueError("device.capability", capability, "is not dotted like net.vf")
+    capability = parse_capability(element.get("capability", ""), field="device.capability")
     reclaimable = element.get("reclaimable", "no")
     if reclaimable not in ("yes", "no"):
         raise InvalidValueError("device.reclaimable", reclaimable, "is neither yes nor no")

@@ -8,7 +8,9 @@ from typing import Final
 from virtfabric.model.amounts import Key, ResourceClass
 from virtfabric.model.errors import InvalidValueError
 
-_CAPABILITY: Final = re.compile(r"[a-z][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)*")
+_CAPABILITY: Final = re.compile(r"[a-z][a-z0-9-]*(\.[a-z0-9][a-z0-9-]*)+")
+MAX_CAPABILITY: Final = 64
+"""Characters; the schema of policies has the same bounds."""
 _RESOURCE: Final = "device:"
 
 
@@ -19,7 +21,9 @@ def parse_capability(text: str, *, field: str = "capability") -> str:
         InvalidValueError: not in that form.
     """
     if not _CAPABILITY.fullmatch(text):
-        raise InvalidValueError(field, text, "is not a capability", advice="write it like net.vf")
+        raise InvalidValueError(field, text, "is not dotted like net.vf")
+    if len(text) > MAX_CAPABILITY:
+        raise InvalidValueError(field, text, f"has more than {MAX_CAPABILITY} characters")
     return text
 
 

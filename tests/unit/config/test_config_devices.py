@@ -79,7 +79,7 @@ FILE = ONE + 'profile = {{ value = "7", none = "0", file = "{}" }}'
         (NET, "device[1] = {...} has no match"),
         (NET + "match = 3", "device[1].match = 3 is not a table"),
         (NET + "match = {}", "device[1].match = {...} has no condition"),
-        ('capability = "Net"', "device[1].capability = 'Net' is not a capability"),
+        ('capability = "Net"', "device[1].capability = 'Net' is not dotted like net.vf"),
         (ONE + "vfcount = 2", "device[1].vfcount = 2 is not a known key; did you mean vf_count?"),
         (NET + 'match.pff = "3b:00.0"', "device[1].match.pff = '3b:00.0' is not a known key"),
         (NET + 'match.pf = "3b:00"', "device[1].match.pf = '3b:00' is not a PCI address"),

@@ -126,7 +126,7 @@ def test_to_and_by_and_no_more_than_there_are(world):
 @pytest.mark.parametrize(
     ("key", "want", "words"),
     [
-        ("device:Net", "1", "'Net' is not a capability"),
+        ("device:Net", "1", "'Net' is not dotted like net.vf"),
         ("device:net.vf", "1.5", "'1.5' must be a whole number"),
         ("device:net.vf", "257", "'257' must be a whole number from 0 to 256"),
         ("device:net.vf", "+0", "'+0' changes nothing"),
