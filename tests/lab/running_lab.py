@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 COMMAND = (sys.executable, "-m", "virtfabric.cli.main", "lab")
 UP_S = 900  # with an empty cache; some 30 s with a full one
+BOOT_S = 300  # a guest in a lab; 15 to 30 s on a quiet machine
+SILENT_S = 90  # as in tests/integration/guest_health.py
 
 
 def lab_command(*words: str, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
@@ -86,10 +88,24 @@ class RunningLab:
 
     def wait_for_guest(self, name: str) -> None:
         """Until a guest's userland is up, but no longer than the guest itself is."""
-        up = f"grep -aqs VFREADY /var/log/libvirt/qemu/{name}-console.log"
-        # no virsh: five of them a second would take a lab all that the boot needs
-        self.wait(f"{{ {up} || [ ! -e /run/libvirt/qemu/{name}.pid ]; }}", timeout_s=300)
+        console = f"/var/log/libvirt/qemu/{name}-console.log"
+        up = f"grep -aqs VFREADY {console}"
+        try:
+            # no virsh: five of them a second would take a lab all that the boot needs
+            self.wait(f"{{ {up} || [ ! -e /run/libvirt/qemu/{name}.pid ]; }}", timeout_s=BOOT_S)
+        except AssertionError:
+            self._judge_boot(name, console)
+            raise
         self.run(f"{up} || {{ echo guest {name} fell over in its boot; exit 7; }}")
+
+    def _judge_boot(self, name: str, console: str) -> None:
+        """A guest that boots says so; one that hangs may do it with no vCPU spinning."""
+        look = f"stat -c %Y {console}; date +%s; virsh domstate {name}; tail -n 20 {console}"
+        last, now, state, *text = self.run(look).splitlines()
+        print(*text, sep="\n")
+        silent_s = int(now) - int(last)
+        if state == "running" and silent_s > SILENT_S:
+            self.faults.append(f"guest {name} has said nothing for {silent_s} s of its boot")
 
     def tell(self) -> str:
         """What the agent there did and sees, where one runs: to read beside a failure."""

@@ -1,9 +1,11 @@
-"""`RunningLab.follow`: a long command's lines as they come, given up when its lab has hung."""
+"""`RunningLab`: a long command's lines as they come; what has hung is told from what is slow."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -50,3 +52,31 @@ def test_silence_in_a_sound_lab_is_waited_for_and_in_a_hung_one_not(
     with pytest.raises(AssertionError, match="processor 2"):
         next(followed)
     assert psutil.wait_procs([process], timeout=30)[0], "what ran for it ends with it"
+
+
+@pytest.mark.parametrize(
+    ("state", "silent_s", "hung"),
+    [("running", 200, True), ("running", 5, False), ("paused", 200, False)],
+)
+def test_a_guest_that_is_silent_in_its_boot_has_hung(
+    running_lab: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    state: str,
+    silent_s: int,
+    hung: bool,
+) -> None:
+    virsh = tmp_path / "virsh"
+    virsh.write_text(f"#!/bin/sh\necho {state}\n")
+    virsh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    console = tmp_path / "console.log"
+    console.write_text("Linux version 6.1\nBooting\n")
+    os.utime(console, (time.time() - silent_s,) * 2)
+    lab = running_lab.RunningLab("small")
+    lab._judge_boot("db", str(console))
+    assert [fault.startswith("guest db has said nothing for") for fault in lab.faults] == [
+        True
+    ] * hung
+    assert "Booting" in capsys.readouterr().out
