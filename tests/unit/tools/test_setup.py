@@ -15,6 +15,8 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from virtfabric.shim.sandbox_process import wait_until
+
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
@@ -38,6 +40,7 @@ APT_GET = """\
 case $1 in update | -s) exec {apt} "$@" ;; esac
 echo "$*" >> {root}/installs
 cp {root}/policy {root}/policy-then
+[ -z "$HOLD" ] || { : > "$HOLD.reached"; while [ ! -e "$HOLD.released" ]; do sleep 0.05; done; }
 """
 
 
@@ -71,6 +74,7 @@ class Machine:
                 "DPKG_ADMINDIR": f"{self.root}/dpkg",
                 "TMPDIR": f"{self.root}/tmp",
                 "SETUP_POLICY": str(self.policy),
+                "SETUP_LOCK": f"{self.root}/lock",
                 **environment,
             },
             stdout=subprocess.PIPE,
@@ -173,3 +177,51 @@ def test_nothing_else_is_upgraded_either(machine: Machine) -> None:
     code, said = machine.run("packages language-dev")
     assert (code, machine.installs) == (1, []), said
     assert "language (1, would be 2)" in said
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_an_interrupted_setup_lets_daemons_start_again(
+    machine: Machine, number: signal.Signals
+) -> None:
+    hold = machine.root / "hold"
+    process = machine.start("packages git", HOLD=str(hold))
+    wait_until(hold.with_suffix(".reached").exists, "it installs", timeout_s=60)
+    assert machine.policy.exists()
+    os.killpg(process.pid, number)
+    process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert not machine.policy.exists()
+
+
+def test_what_a_killed_setup_left_is_taken_away_by_the_next(machine: Machine) -> None:
+    hold = machine.root / "hold"
+    process = machine.start("packages git", HOLD=str(hold))
+    wait_until(hold.with_suffix(".reached").exists, "it installs", timeout_s=60)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert machine.policy.exists()
+    assert machine.run("packages git")[0] == 0
+    assert not machine.policy.exists()
+
+
+def test_a_policy_of_the_hosts_own_stays(machine: Machine) -> None:
+    machine.policy.write_text("#!/bin/sh\nexit 101\n")
+    assert machine.run("packages git")[0] == 0
+    assert machine.policy.read_text() == "#!/bin/sh\nexit 101\n"
+
+
+def test_of_two_setups_one_waits_and_says_so(machine: Machine) -> None:
+    first_hold, second_hold = machine.root / "first", machine.root / "second"
+    first = machine.start("take_lock; packages git", HOLD=str(first_hold))
+    wait_until(first_hold.with_suffix(".reached").exists, "the first installs", timeout_s=60)
+    second = machine.start("take_lock; packages git", HOLD=str(second_hold))
+    assert second.stdout is not None
+    assert "waiting for another tools/setup" in second.stdout.readline()
+    first_hold.with_suffix(".released").touch()
+    first.communicate(timeout=60)
+    wait_until(second_hold.with_suffix(".reached").exists, "the second installs", timeout_s=60)
+    assert machine.policy.exists(), "the first took away what the second needs"
+    second_hold.with_suffix(".released").touch()
+    second.communicate(timeout=60)
+    assert (first.returncode, second.returncode) == (0, 0)
+    assert not machine.policy.exists()
