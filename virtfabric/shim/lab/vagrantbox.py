@@ -26,7 +26,7 @@ from virtfabric.shim.lab.vagrantdisks import choose_state, read_qemu_user, write
 from virtfabric.shim.topology.kernel import kernel_arguments
 from virtfabric.shim.topology.needs import device_needs, needs_tcg
 from virtfabric.shim.topology.shipped import read_topology
-from virtfabric.shim.topology.vagrant import format_vagrant_settings
+from virtfabric.shim.topology.vagrant import check_for_vagrant, format_vagrant_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -80,9 +80,10 @@ def prepare(text: str, settings: Path | None, report: Callable[[str], None]) -> 
 
     Raises:
         BuildError: something cannot be built here.
-        InvalidValueError: there is no such topology, or it is wrong.
+        InvalidValueError: there is no such topology, or it is wrong, or nothing for Vagrant.
     """
     title, topology = read_topology(text)
+    check_for_vagrant(topology)
     # libvirt starts TCG with a thread for each vCPU, and offers no choice
     several = topology.cpu.max_vcpus > 1
     emulator = choose_outer(device_needs(topology), report, threads=several).ensure_emulator()
