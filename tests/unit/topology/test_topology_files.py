@@ -141,6 +141,13 @@ IMPOSSIBLE = {
     ),
     "no cores": ("cpu.cores", 0, "cpu.cores", "is below 1"),
     "a true for a number": ("cpu.cores", True, "cpu.cores", "is not an integer"),
+    "a fraction": ("cpu.cores", 2.5, "cpu.cores", "2.5 is not an integer"),
+    "whole sockets, but for a point": ("cpu.sockets", 2.0, "cpu.sockets", "2.0 is not an integer"),
+    "a bus with a point": ("bridges.0.bus", 40.0, "bridges[0].bus", "40.0 is not an integer"),
+    "a function with a point": (
+        "functions.edu.1.function", 1.0, "functions.edu[1].function", "1.0 is not an integer",
+    ),
+    "no number": ("distances.0.1", float("nan"), "distances[0][1]", "nan is not an integer"),
     "an odd granularity": (
         "cxl.windows.0.granularity", "3KiB", "cxl.windows[0].granularity", "is not [",
     ),
