@@ -205,6 +205,22 @@ def test_what_is_no_topology_is_refused(text: str, problem: str) -> None:
         parse_topology(text)
 
 
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ('{"version": 1, "version": 2}', "version"),
+        ('{"nodes": [{"id": 0}, {"id": 1, "memory": "1GiB", "id": 2}]}', "nodes[1].id"),
+        ('{"cxl": {"windows": [{"size": 1, "size": {"a": 1, "a": 1}}]}}', "cxl.windows[0].size"),
+        ("[" * 100 + '{"a": 1, "a": 2}' + "]" * 100, "[0]" * 100 + ".a"),
+    ],
+    ids=["top", "entry", "within", "deep"],
+)
+def test_a_key_that_is_there_twice_is_told_by_its_path(text: str, field: str) -> None:
+    with pytest.raises(InvalidValueError, match="there twice") as caught:
+        parse_topology(text)
+    assert caught.value.field == field
+
+
 @SOME
 @given(topologies())
 def test_a_topology_survives_its_file(topology: Topology) -> None:
