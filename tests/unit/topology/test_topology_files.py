@@ -26,6 +26,12 @@ IMPOSSIBLE = {
     # CPUs and nodes
     "more vCPUs than maximum": ("cpu.vcpus", 9, "cpu.vcpus", "more than sockets"),
     "more than the machine takes": ("cpu.cores", 64, "cpu", "256 CPUs, more than 255"),
+    "more APIC ids than there are": (
+        "cpu", {"sockets": 3, "cores": 65, "threads": 1}, "cpu", "APIC ids up to 320, more than",
+    ),
+    "threads that waste APIC ids": (
+        "cpu", {"sockets": 5, "cores": 17, "threads": 3}, "cpu", "'5 x 17 x 3' has APIC ids up to",
+    ),
     "a CPU in two nodes": ("nodes.1.cpus", "3-7", "nodes[1].cpus", "CPU 3, which is in node 0"),
     "a CPU in no node": ("nodes.1.cpus", "4-6", "nodes", "7 is a CPU that is in no node"),
     "a CPU that is not there": ("nodes.1.cpus", "4-8", "nodes[1].cpus", "the host has 8"),
@@ -171,6 +177,12 @@ def test_the_topology_that_the_refusals_change_is_possible() -> None:
     assert topology.spare_ports() == ("p6",)
     assert topology.spare_cxl_ports() == ("c2", "d1")
     assert topology.shared_memory
+
+
+@pytest.mark.parametrize("shape", [(255, 1, 1), (1, 255, 1), (2, 127, 1), (1, 127, 2), (8, 31, 1)])
+def test_this_many_cpus_are_possible(shape: tuple[int, int, int]) -> None:
+    cpu = dict(zip(("sockets", "cores", "threads"), shape, strict=True))
+    parse_topology(json.dumps({"version": 1, "cpu": cpu, "memory": "1GiB"}))
 
 
 def test_cxl_wants_a_numa_node() -> None:
