@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import os
 import stat
 import subprocess
 from pathlib import Path
@@ -12,7 +14,7 @@ from lxml import etree
 
 from virtfabric.domxml.policy import parse_policy
 from virtfabric.model.errors import InvalidValueError
-from virtfabric.model.units import MIB
+from virtfabric.model.units import MIB, Bytes
 from virtfabric.shim.guestimage import GuestImage
 from virtfabric.shim.lab import recipe
 from virtfabric.shim.lab.box import Box
@@ -20,6 +22,7 @@ from virtfabric.shim.lab.boxguests import GUESTS, format_box_guest
 from virtfabric.shim.lab.outer import OuterQemu
 from virtfabric.shim.lab.recipe import CMDLINE
 from virtfabric.shim.lab.vagrantbox import format_settings
+from virtfabric.shim.lab.vagrantdisks import choose_state, read_qemu_user, write_backing_files
 from virtfabric.shim.topology.shipped import (
     read_shipped_topology,
     read_topology,
@@ -91,6 +94,62 @@ def test_a_boxs_guest_has_a_valid_policy_that_it_meets(guest) -> None:  # type: 
 def test_the_boxs_scripts_are_shell(name: str) -> None:
     text = recipe.read_file(f"box/{name}")
     subprocess.run(["sh", "-n"], input=text, text=True, check=True)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root may become others")
+def test_a_machines_disks_are_libvirts_qemus_and_nobody_elses(tmp_path: Path) -> None:
+    def may(user: int, command: str) -> bool:
+        who = {"user": user, "group": user, "extra_groups": []}
+        done = subprocess.run(["sh", "-c", command], cwd=tmp_path, check=False, **who)  # type: ignore[call-overload]
+        return bool(done.returncode == 0)
+
+    topology = read_shipped_topology("passthrough")
+    disk = tmp_path / f"{topology.nvme[0].id}.disk"
+    tmp_path.chmod(0o755)
+    disk.touch()
+    os.truncate(disk, topology.nvme[0].size)
+    disk.chmod(0o666)  # what it had once
+    write_backing_files(topology, tmp_path, 4242)
+    assert may(4242, f"exec 3<> {disk.name}")
+    assert not may(4243, f"exec 3< {disk.name}")
+    assert not may(4243, f"exec 3> {disk.name}")
+    write_backing_files(topology, tmp_path, None)
+    assert not may(4242, f"exec 3< {disk.name}")
+
+
+def test_a_machines_disk_has_the_size_that_its_topology_says(tmp_path: Path) -> None:
+    topology = read_shipped_topology("passthrough")
+    nvme = topology.nvme[0]
+    disk = tmp_path / f"{nvme.id}.disk"
+    disk.write_text("kept")
+    os.truncate(disk, nvme.size)
+    write_backing_files(topology, tmp_path, None)
+    assert disk.open().read(4) == "kept"
+    larger = dataclasses.replace(nvme, size=Bytes(4 * nvme.size))
+    write_backing_files(dataclasses.replace(topology, nvme=(larger,)), tmp_path, None)
+    assert disk.stat().st_size == 4 * nvme.size
+
+
+def test_the_same_topology_of_two_checkouts_has_disks_of_its_own() -> None:
+    first, second = (Path(f"/c/{name}/.vagrant/lab/cxl.json") for name in ("one", "two"))
+    assert choose_state("cxl", first) == choose_state("cxl", first)
+    assert choose_state("cxl", first) != choose_state("cxl", second)
+
+
+@pytest.mark.parametrize(
+    ("text", "user"),
+    [
+        ('#user = "libvirt-qemu"\nuser = "root"\n', 0),
+        ("user = '+4242'", 4242),
+        ('user="4243"', 4243),
+        ('user = "no-such-user"', None),
+        ('swtpm_user = "4244"\nuser = "0"', 0),
+    ],
+)
+def test_libvirt_says_whom_its_qemu_runs_as(tmp_path: Path, text: str, user: int | None) -> None:
+    conf = tmp_path / "qemu.conf"
+    conf.write_text(text)
+    assert read_qemu_user(conf) == user
 
 
 def test_an_unpacked_qemu_becomes_one_program(

@@ -5,21 +5,21 @@ from __future__ import annotations
 import json
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import given
 from topologies import SOME, WHOLE, topologies
 
+from virtfabric.model.errors import InvalidValueError
+from virtfabric.model.units import Bytes, CpuSet
 from virtfabric.shim.topology.arguments import backing_files, qemu_arguments
+from virtfabric.shim.topology.checks import check_topology
 from virtfabric.shim.topology.kernel import kernel_arguments
+from virtfabric.shim.topology.model import Cpu, Node, Topology
 from virtfabric.shim.topology.needs import device_needs, needs_tcg
 from virtfabric.shim.topology.shipped import read_shipped_topology
 from virtfabric.shim.topology.text import parse_topology
 from virtfabric.shim.topology.vagrant import format_vagrant_settings, vagrant_qemuargs
-
-if TYPE_CHECKING:
-    from virtfabric.shim.topology.model import Topology
 
 STATE = Path("/state")
 PORTS = {"pcie-root-port", "cxl-rp", "cxl-downstream"}
@@ -170,6 +170,14 @@ def test_the_kernel_is_told_where_the_ports_without_acs_are(topology: Topology) 
 @SOME
 @given(topologies())
 def test_vagrant_and_libvirt_make_the_rest(topology: Topology) -> None:
+    runs = [list(node.cpus) for node in topology.nodes]
+    told = [run for run in runs if run]
+    gap = any(run != [*range(run[0], run[-1] + 1)] for run in told)
+    bare_first = runs[: len(told)] != told
+    if gap or bare_first or (told and told[-1][-1] + 1 != topology.cpu.max_vcpus):
+        with pytest.raises(InvalidValueError, match=r"^nodes\[[0-2]\]\.cpus: "):
+            format_vagrant_settings(topology, STATE)
+        return
     settings = json.loads(format_vagrant_settings(topology, STATE))
     assert settings["qemuargs"] == list(vagrant_qemuargs(topology, STATE))
     ours = options(qemu_arguments(topology, STATE), "-device")
@@ -177,12 +185,36 @@ def test_vagrant_and_libvirt_make_the_rest(topology: Topology) -> None:
     assert settings["kernel_arguments"] == list(kernel_arguments(topology))
     assert settings["cpus"] == topology.cpu.max_vcpus
     nodes = [one for one in options(tuple(settings["qemuargs"]), "-numa") if one["kind"] == "node"]
+    libvirts = range(len(settings["numa_nodes"]))  # it numbers them by their place
+    assert [*libvirts, *(int(node["nodeid"]) for node in nodes)] == [*range(len(topology.nodes))]
     by_vagrant = sum(int(node["memory"]) for node in settings["numa_nodes"])
     assert len(nodes) + len(settings["numa_nodes"]) == len(topology.nodes)
     if topology.nodes:
         assert by_vagrant == settings["memory"]
     total = options(tuple(settings["qemuargs"]), "-m")
     assert total == ([{"size": f"{topology.total_memory >> 20}M"}] if nodes else [])
+
+
+@pytest.mark.parametrize(
+    ("cpus", "field", "problem"),
+    [
+        (["", "0-3"], "nodes[0].cpus", "such nodes come last"),
+        (["0,3", "1-2"], "nodes[0].cpus", "several runs"),
+        (["2-3", "0-1"], "nodes[1].cpus", "without the last CPU"),
+    ],
+)
+def test_what_vagrant_cannot_make_is_refused_by_its_path(
+    cpus: list[str], field: str, problem: str
+) -> None:
+    nodes = tuple(
+        Node(id=number, memory=Bytes(256 << 20), cpus=CpuSet.parse(run))
+        for number, run in enumerate(cpus)
+    )
+    topology = Topology(cpu=Cpu(sockets=4, cores=1, threads=1), nodes=nodes)
+    check_topology(topology)
+    with pytest.raises(InvalidValueError, match=problem) as caught:
+        format_vagrant_settings(topology, STATE)
+    assert caught.value.field == field
 
 
 def _place(address: str) -> tuple[int, int]:

@@ -26,6 +26,12 @@ IMPOSSIBLE = {
     # CPUs and nodes
     "more vCPUs than maximum": ("cpu.vcpus", 9, "cpu.vcpus", "more than sockets"),
     "more than the machine takes": ("cpu.cores", 64, "cpu", "256 CPUs, more than 255"),
+    "more APIC ids than there are": (
+        "cpu", {"sockets": 3, "cores": 65, "threads": 1}, "cpu", "APIC ids up to 320, more than",
+    ),
+    "threads that waste APIC ids": (
+        "cpu", {"sockets": 5, "cores": 17, "threads": 3}, "cpu", "'5 x 17 x 3' has APIC ids up to",
+    ),
     "a CPU in two nodes": ("nodes.1.cpus", "3-7", "nodes[1].cpus", "CPU 3, which is in node 0"),
     "a CPU in no node": ("nodes.1.cpus", "4-6", "nodes", "7 is a CPU that is in no node"),
     "a CPU that is not there": ("nodes.1.cpus", "4-8", "nodes[1].cpus", "the host has 8"),
@@ -141,6 +147,13 @@ IMPOSSIBLE = {
     ),
     "no cores": ("cpu.cores", 0, "cpu.cores", "is below 1"),
     "a true for a number": ("cpu.cores", True, "cpu.cores", "is not an integer"),
+    "a fraction": ("cpu.cores", 2.5, "cpu.cores", "2.5 is not an integer"),
+    "whole sockets, but for a point": ("cpu.sockets", 2.0, "cpu.sockets", "2.0 is not an integer"),
+    "a bus with a point": ("bridges.0.bus", 40.0, "bridges[0].bus", "40.0 is not an integer"),
+    "a function with a point": (
+        "functions.edu.1.function", 1.0, "functions.edu[1].function", "1.0 is not an integer",
+    ),
+    "no number": ("distances.0.1", float("nan"), "distances[0][1]", "nan is not an integer"),
     "an odd granularity": (
         "cxl.windows.0.granularity", "3KiB", "cxl.windows[0].granularity", "is not [",
     ),
@@ -164,6 +177,12 @@ def test_the_topology_that_the_refusals_change_is_possible() -> None:
     assert topology.spare_ports() == ("p6",)
     assert topology.spare_cxl_ports() == ("c2", "d1")
     assert topology.shared_memory
+
+
+@pytest.mark.parametrize("shape", [(255, 1, 1), (1, 255, 1), (2, 127, 1), (1, 127, 2), (8, 31, 1)])
+def test_this_many_cpus_are_possible(shape: tuple[int, int, int]) -> None:
+    cpu = dict(zip(("sockets", "cores", "threads"), shape, strict=True))
+    parse_topology(json.dumps({"version": 1, "cpu": cpu, "memory": "1GiB"}))
 
 
 def test_cxl_wants_a_numa_node() -> None:
@@ -196,6 +215,22 @@ def test_cxl_wants_a_numa_node() -> None:
 def test_what_is_no_topology_is_refused(text: str, problem: str) -> None:
     with pytest.raises(InvalidValueError, match=problem):
         parse_topology(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "field"),
+    [
+        ('{"version": 1, "version": 2}', "version"),
+        ('{"nodes": [{"id": 0}, {"id": 1, "memory": "1GiB", "id": 2}]}', "nodes[1].id"),
+        ('{"cxl": {"windows": [{"size": 1, "size": {"a": 1, "a": 1}}]}}', "cxl.windows[0].size"),
+        ("[" * 100 + '{"a": 1, "a": 2}' + "]" * 100, "[0]" * 100 + ".a"),
+    ],
+    ids=["top", "entry", "within", "deep"],
+)
+def test_a_key_that_is_there_twice_is_told_by_its_path(text: str, field: str) -> None:
+    with pytest.raises(InvalidValueError, match="there twice") as caught:
+        parse_topology(text)
+    assert caught.value.field == field
 
 
 @SOME

@@ -1,7 +1,6 @@
 """What `vagrant/Vagrantfile` reads: the box, and the machine of one topology, as one JSON file.
 
-Owns bringing together what vagrant needs before it starts, and the files that the topology's
-devices keep their content in. `vagrant/build-box` runs it:
+Owns bringing together what vagrant needs before it starts. `vagrant/build-box` runs it:
 
     python -m virtfabric.shim.lab.vagrantbox [TOPOLOGY] [--settings FILE]
 """
@@ -17,17 +16,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from virtfabric.model.errors import VirtfabricError
-from virtfabric.shim.cache import BuildError, cache_root
+from virtfabric.shim.cache import BuildError
 from virtfabric.shim.guestimage import ensure_guest_image
 from virtfabric.shim.kvmprobe import choose_domain_type
 from virtfabric.shim.lab.box import ensure_box
 from virtfabric.shim.lab.outer import choose_outer
 from virtfabric.shim.lab.recipe import CMDLINE
-from virtfabric.shim.topology.arguments import backing_files
+from virtfabric.shim.lab.vagrantdisks import choose_state, read_qemu_user, write_backing_files
 from virtfabric.shim.topology.kernel import kernel_arguments
 from virtfabric.shim.topology.needs import device_needs, needs_tcg
 from virtfabric.shim.topology.shipped import read_topology
-from virtfabric.shim.topology.vagrant import format_vagrant_settings
+from virtfabric.shim.topology.vagrant import check_for_vagrant, format_vagrant_settings
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
@@ -81,16 +80,17 @@ def prepare(text: str, settings: Path | None, report: Callable[[str], None]) -> 
 
     Raises:
         BuildError: something cannot be built here.
-        InvalidValueError: there is no such topology, or it is wrong.
+        InvalidValueError: there is no such topology, or it is wrong, or nothing for Vagrant.
     """
     title, topology = read_topology(text)
+    check_for_vagrant(topology)
     # libvirt starts TCG with a thread for each vCPU, and offers no choice
     several = topology.cpu.max_vcpus > 1
     emulator = choose_outer(device_needs(topology), report, threads=several).ensure_emulator()
     box = ensure_box(report)
     if settings:
-        state = cache_root() / "lab" / "vagrant" / title
-        _write_backing_files(topology, state)
+        state = choose_state(title, settings)
+        write_backing_files(topology, state, read_qemu_user())
         driver = choose_domain_type(ensure_guest_image(report=report))
         written = format_settings(
             topology, box, default_driver=driver, emulator=emulator, state=state
@@ -98,15 +98,6 @@ def prepare(text: str, settings: Path | None, report: Callable[[str], None]) -> 
         settings.parent.mkdir(parents=True, exist_ok=True)
         settings.write_text(written)
     return box
-
-
-def _write_backing_files(topology: Topology, state: Path) -> None:
-    for file in backing_files(topology, state):
-        state.mkdir(parents=True, exist_ok=True)
-        if not file.path.exists():
-            with file.path.open("wb") as created:
-                created.truncate(file.size)
-            file.path.chmod(0o666)  # libvirt's QEMU runs as another user
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -19,7 +19,8 @@ if TYPE_CHECKING:
     from virtfabric.shim.topology.model import Cpu, Topology
 
 MAX_VCPUS: Final = 255
-"""Beyond, APIC ids need x2APIC and an interrupt remapper in EIM mode; no lab wants that many."""
+MAX_APIC_ID: Final = 254
+"""Beyond, x2APIC and an interrupt remapper in EIM mode are needed; no lab wants that many."""
 MEMORY_UNIT: Final = Bytes(2 * MIB)
 """A huge page of x86: the coarsest page that a memory backend may have to be cut into."""
 MAX_ADDRESS: Final = 1 << 40
@@ -89,15 +90,27 @@ def _ids(topology: Topology) -> Iterator[tuple[str, str]]:
 def check_cpus(topology: Topology) -> Iterator[InvalidValueError]:
     """No more vCPUs than there can be; each in exactly one node, beside its siblings."""
     cpu = topology.cpu
+    shape = f"{cpu.sockets} x {cpu.cores} x {cpu.threads}"
     if cpu.max_vcpus > MAX_VCPUS:
-        shape = f"{cpu.sockets} x {cpu.cores} x {cpu.threads}"
         yield InvalidValueError("cpu", shape, f"is {cpu.max_vcpus} CPUs, more than {MAX_VCPUS}")
+        return
+    if (last := _last_apic_id(cpu)) > MAX_APIC_ID:
+        problem = f"has APIC ids up to {last}, more than {MAX_APIC_ID}"
+        advice = "powers of two for cores and threads leave out none"
+        yield InvalidValueError("cpu", shape, problem, advice=advice)
         return
     if cpu.boot_vcpus > cpu.max_vcpus:
         problem = f"is more than sockets x cores x threads, {cpu.max_vcpus}"
         yield InvalidValueError("cpu.vcpus", cpu.vcpus, problem)
     if topology.nodes:
         yield from _check_node_cpus(topology)
+
+
+def _last_apic_id(cpu: Cpu) -> int:
+    """Socket, core and thread have whole bits of an id (QEMU's include/hw/i386/topology.h)."""
+    thread_bits, core_bits = (cpu.threads - 1).bit_length(), (cpu.cores - 1).bit_length()
+    socket_and_core = (cpu.sockets - 1 << core_bits) + cpu.cores - 1
+    return (socket_and_core << thread_bits) + cpu.threads - 1
 
 
 def _check_node_cpus(topology: Topology) -> Iterator[InvalidValueError]:

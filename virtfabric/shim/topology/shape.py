@@ -57,10 +57,18 @@ def _validator() -> Draft202012Validator:
             "the lab needs jsonschema", advice="pip install 'virtfabric[lab]'"
         ) from error
     extend: Any = validators.extend  # untyped
-    strict: Draft202012Validator = extend(Validator, {"pattern": _check_pattern})(
-        json.loads((topologies_dir() / SCHEMA).read_text())
+    strict = extend(
+        Validator,
+        {"pattern": _check_pattern},
+        type_checker=Validator.TYPE_CHECKER.redefine("integer", _is_integer),
     )
-    return strict
+    validator: Draft202012Validator = strict(json.loads((topologies_dir() / SCHEMA).read_text()))
+    return validator
+
+
+def _is_integer(_: object, instance: object) -> bool:
+    # 2.0 is an integer to JSON Schema, but nothing that `range` or QEMU takes
+    return isinstance(instance, int) and not isinstance(instance, bool)
 
 
 def _check_pattern(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections import Counter
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 from virtfabric.model.errors import InvalidValueError
@@ -27,14 +28,15 @@ from virtfabric.shim.topology.model import (
     Type3,
     Window,
 )
-from virtfabric.shim.topology.shape import check_shape
+from virtfabric.shim.topology.shape import check_shape, format_path
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Iterator
 
 _T = TypeVar("_T")
 
 Document = dict[str, Any]
+_Steps = tuple[str | int, ...]
 
 MAX_TEXT: Final = 1 << 20
 """Characters; the shipped ones have a few thousand."""
@@ -110,20 +112,42 @@ def _parse_json(text: str) -> object:
     if len(text) > MAX_TEXT:
         raise InvalidValueError("topology", len(text), f"characters are more than {MAX_TEXT}")
     try:
-        return json.loads(text, object_pairs_hook=_refuse_repeated_keys)
-    except InvalidValueError:
-        raise
+        document = json.loads(text, object_pairs_hook=_read_pairs)
+        repeated = next(_find_repeated(document, ()), None)
     except (ValueError, RecursionError) as error:
         raise InvalidValueError("topology", text[:40], f"is not JSON: {error}") from None
-
-
-def _refuse_repeated_keys(pairs: list[tuple[str, Any]]) -> Document:
-    document = dict(pairs)
-    if len(document) != len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise InvalidValueError(f"...{twice}", document[twice], "has a key that is there twice")
+    if repeated:
+        steps, value = repeated
+        raise InvalidValueError(format_path(steps), value, "is a key that is there twice")
     return document
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Repeated:
+    """Stands for an object with a key that is there twice."""
+
+    key: str
+    value: object
+
+
+def _read_pairs(pairs: list[tuple[str, Any]]) -> Document | _Repeated:
+    document = dict(pairs)
+    if len(document) == len(pairs):
+        return document
+    key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+    return _Repeated(key, document[key])
+
+
+def _find_repeated(value: Any, steps: _Steps) -> Iterator[tuple[_Steps, object]]:
+    match value:
+        case _Repeated():
+            yield (*steps, value.key), value.value
+        case dict():
+            for key, entry in value.items():
+                yield from _find_repeated(entry, (*steps, key))
+        case list():
+            for number, entry in enumerate(value):
+                yield from _find_repeated(entry, (*steps, number))
 
 
 def _read(document: Any) -> Topology:

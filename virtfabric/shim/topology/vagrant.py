@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from typing import TYPE_CHECKING
 
+from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.units import MIB
 from virtfabric.shim.topology.arguments import (
     device_arguments,
@@ -24,6 +25,26 @@ if TYPE_CHECKING:
 
     from virtfabric.model.units import CpuSet
     from virtfabric.shim.topology.model import Topology
+
+
+def check_for_vagrant(topology: Topology) -> None:
+    """Check that vagrant-libvirt can make a valid topology.
+
+    Raises:
+        InvalidValueError: it cannot.
+    """
+    # it numbers nodes by their place among those it is told of, all of which must have CPUs
+    last = max((node.id for node in topology.nodes if node.cpus), default=-1)
+    for number, node in enumerate(topology.nodes[: last + 1]):
+        field, cpus = f"nodes[{number}].cpus", str(node.cpus)
+        if not cpus:
+            problem = f"is missing, and node {last} has CPUs: under Vagrant such nodes come last"
+            raise InvalidValueError(field, None, problem)
+        if "," in cpus:
+            raise InvalidValueError(field, cpus, "is several runs of CPUs; Vagrant takes one")
+        if number == last and max(node.cpus) + 1 != topology.cpu.max_vcpus:
+            problem = "is without the last CPU, which under Vagrant the last node must have"
+            raise InvalidValueError(field, cpus, problem)
 
 
 def vagrant_qemuargs(topology: Topology, state: Path) -> tuple[str, ...]:
@@ -47,8 +68,13 @@ def format_vagrant_settings(topology: Topology, state: Path) -> str:
 
     `cpus`, `memory` (MiB), `cputopology` and `numa_nodes` are in vagrant-libvirt's own words.
     `memory_backing` is what to pass to `memorybacking`, in order; `qemuargs` is a list of values;
-    `kernel_arguments` belong on the kernel's command line.
+    `kernel_arguments` belong on the kernel's command line. All CPUs are there at start, whatever
+    `cpu.vcpus` says.
+
+    Raises:
+        InvalidValueError: see `check_for_vagrant`.
     """
+    check_for_vagrant(topology)
     cpu = topology.cpu
     with_cpus = [node for node in topology.nodes if node.cpus]
     total = sum(node.memory for node in with_cpus) or topology.total_memory
@@ -75,5 +101,5 @@ def format_vagrant_settings(topology: Topology, state: Path) -> str:
 
 
 def _format_run(cpus: CpuSet) -> str:
-    """vagrant-libvirt wants "0-0" for one CPU, and refuses a set with gaps by itself."""
+    """vagrant-libvirt wants "0-0" for one CPU."""
     return f"{cpus}-{cpus}" if len(cpus) == 1 else str(cpus)
