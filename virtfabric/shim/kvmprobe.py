@@ -66,6 +66,12 @@ def choose_domain_type(image: GuestImage) -> DomainType:
     return "kvm" if probe_kvm(image) else "qemu"
 
 
+def can_nest(modules: Path = Path("/sys/module")) -> bool:
+    """Whether a KVM guest here can have KVM guests of its own: KVM's parameter `nested`."""
+    found = (modules / name / "parameters" / "nested" for name in ("kvm_intel", "kvm_amd"))
+    return any(path.exists() and path.read_text().strip() in {"1", "Y"} for path in found)
+
+
 def _boots(image: GuestImage, first_s: float, timeout_s: float) -> bool:
     try:
         qemu = subprocess.Popen(

@@ -10,6 +10,7 @@ import pytest
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.shim.cache import BuildError, ensure_built, run_tool
 from virtfabric.shim.guestimage import GuestImage
+from virtfabric.shim.kvmprobe import can_nest
 from virtfabric.shim.lab import faults, recipe
 from virtfabric.shim.lab.boot import is_ready, read_told
 from virtfabric.shim.lab.image import LabImage
@@ -79,9 +80,45 @@ def test_vcpus_share_a_thread_where_several_hang(tmp_path: Path, version: str, a
     outer = fake_qemu(tmp_path, version)
     cxl = read_shipped_topology("cxl")
     guest = GuestImage(Path("/c/vmlinux"), Path("/c/initrd"))
-    assert choose_accel(cxl, guest, outer) == accel
+    assert choose_accel(cxl, guest, outer) == (accel, "")
     alone = replace(cxl, cpu=Cpu(sockets=1, cores=1, threads=1))
-    assert choose_accel(alone, guest, outer) == "tcg"
+    assert choose_accel(alone, guest, outer) == ("tcg", "")
+
+
+@pytest.mark.parametrize(
+    ("module", "nested", "accel"),
+    [
+        ("kvm_intel", "Y\n", "kvm"),
+        ("kvm_intel", "N\n", "tcg"),
+        ("kvm_amd", "1\n", "kvm"),
+        ("kvm_amd", "0\n", "tcg"),
+        ("other", "Y\n", "tcg"),
+    ],
+)
+def test_kvm_that_lets_no_guest_nest_carries_no_lab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, nested: str, accel: str
+) -> None:
+    monkeypatch.setenv("VIRTFABRIC_CACHE", str(tmp_path))
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    (tmp_path / "guest").mkdir()
+    (tmp_path / "guest" / f"kvm-{boot}").write_text("yes")
+    parameters = tmp_path / module / "parameters"
+    parameters.mkdir(parents=True)
+    (parameters / "nested").write_text(nested)
+    guest = GuestImage(Path("/c/vmlinux"), Path("/c/initrd"))
+
+    def choose(name: str) -> tuple[str, str]:
+        return choose_accel(
+            read_shipped_topology(name),
+            guest,
+            fake_qemu(tmp_path, "11.1.2"),
+            nests=lambda: can_nest(tmp_path),
+        )
+
+    chosen, why = choose("small")
+    assert chosen == accel
+    assert ("nested=0" in why) == (accel == "tcg")
+    assert choose("cxl") == ("tcg", ""), "TCG whatever KVM can do"
 
 
 def test_a_qemu_whose_threads_hang_is_passed_over_where_they_cannot_be_chosen(

@@ -95,6 +95,8 @@ def _initrd_members(init: str, busybox: bytes, modules: Mapping[str, bytes]) -> 
     yield from format_directories("bin", "dev", "proc", "sys", "modules", "new")
     yield "bin/busybox", PROGRAM, busybox
     yield "init", PROGRAM, init.encode()
+    for name in recipe.INITRD_FILES:
+        yield name, FILE, recipe.read_file(name).encode()
     yield "modules/order", FILE, "".join(f"{name}\n" for name in modules).encode()
     for name, content in modules.items():
         yield f"modules/{name}", FILE, content
