@@ -71,7 +71,7 @@ def _build(args: argparse.Namespace) -> int:
     built = image.ensure_lab_image(tell, again=args.again)
     guest.ensure_guest_image(report=tell)
     if args.topology:
-        outer.choose_outer(needs(_read_topology(args.topology)[1]), tell)
+        outer.choose_outer(needs(_read_topology(args.topology)[1]), tell, again=args.again)
     if args.json:
         print_json({"disk": str(built.disk), "kernel": str(built.kernel)})
     else:

@@ -8,10 +8,11 @@ from pathlib import Path
 import pytest
 
 from virtfabric.model.errors import InvalidValueError
+from virtfabric.shim import guestimage
 from virtfabric.shim.cache import BuildError, ensure_built, run_tool
 from virtfabric.shim.guestimage import GuestImage
 from virtfabric.shim.kvmprobe import can_nest
-from virtfabric.shim.lab import faults, recipe
+from virtfabric.shim.lab import box, debian, faults, recipe
 from virtfabric.shim.lab.boot import is_ready, read_told
 from virtfabric.shim.lab.image import LabImage
 from virtfabric.shim.lab.lab import State, choose_accel, read_status
@@ -183,11 +184,22 @@ def test_a_dead_lab_has_its_last_words(place: Place) -> None:
     assert read_status(place).last_words[-2:] == (status.last_words[-1], "Triple fault")
 
 
-def test_the_recipes_key_follows_what_goes_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = recipe.format_recipe_key()
-    assert before == recipe.format_recipe_key()
-    monkeypatch.setattr(recipe, "PACKAGES", (*recipe.PACKAGES, "cowsay"))
-    assert recipe.format_recipe_key() != before
+def test_the_recipes_keys_follow_what_goes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = (recipe.format_recipe_key, box._format_base_key)
+    before = [key() for key in keys]
+    assert before == [key() for key in keys]
+    for module, name, value in (
+        (recipe, "PACKAGES", (*recipe.PACKAGES, "cowsay")),
+        (recipe, "_VERSION", 0),
+        (debian, "MIRROR", "http://mirror.example/debian"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert all(key() != old for key, old in zip(keys, before, strict=True)), name
+    for module, key in ((box, box._format_base_key), (guestimage, guestimage.format_recipe_key)):
+        old = key()
+        monkeypatch.setattr(module, "_VERSION", 0)
+        assert key() != old
 
 
 def test_the_payload_carries_programs_and_configuration() -> None:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 NAME: Final = "virtfabric-lab"
+_VERSION: Final = 1
+"""Count it up when code that builds the box or its Debian changes: here."""
 _INITRD_INIT: Final = "box/initrd-init"
 _FILES: Final = (
     *("setup", "insecure.pub", "sshd.conf", "lab.network"),
@@ -81,7 +83,7 @@ def _cache() -> Path:
 
 
 def _format_base_key() -> str:
-    parts = (recipe.format_recipe_key(), recipe.read_file(_INITRD_INIT))
+    parts = (str(_VERSION), recipe.format_recipe_key(), recipe.read_file(_INITRD_INIT))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

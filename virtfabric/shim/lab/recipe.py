@@ -13,9 +13,12 @@ import hashlib
 from importlib.resources import files
 from typing import Final
 
+from virtfabric.shim.lab.debian import format_debian_argv
+
+_VERSION: Final = 1
+"""Count it up when code that builds the image changes: image.py, debian.py, kernel.py, cpio.py."""
 SUITE: Final = "trixie"
 """Debian 13: Linux 6.12, libvirt 11.3, QEMU 10.0, cxl-cli 81; the floor is tested outside."""
-MIRROR: Final = "http://deb.debian.org/debian"
 PACKAGES: Final = (
     *("systemd-sysv", "dbus", "udev", "kmod", "iproute2", "procps", "openssh-server", "sudo"),
     *("linux-image-amd64", "busybox-static", "ca-certificates", "xz-utils", "zstd"),
@@ -63,5 +66,6 @@ def read_file(name: str) -> str:
 def format_recipe_key() -> str:
     """Names the image: changes whenever what goes into it does."""
     texts = (read_file(name) for name in ("initrd-init", *INITRD_FILES))
-    parts = (SUITE, *PACKAGES, *EXCLUDED, *INITRD_MODULES, DISK_SIZE, *texts)
+    debian = format_debian_argv(SUITE, PACKAGES, excluded=EXCLUDED)
+    parts = (str(_VERSION), *debian, *INITRD_MODULES, DISK_SIZE, *texts)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
