@@ -33,7 +33,9 @@ def trees(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     # a tree's QEMU is asked through this; the stand-in answers by itself and mounts nothing
     unshare = programs / "unshare"
     unshare.write_text("#!/bin/sh\necho version 11.1.2\n")
-    for program in (mmdebstrap, unshare):
+    setpriv = programs / "setpriv"
+    setpriv.write_text('#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nshift\nexec "$@"\n')
+    for program in (mmdebstrap, unshare, setpriv):
         program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{programs}:/bin")
     monkeypatch.setenv("VIRTFABRIC_CACHE", str(tmp_path / "cache"))

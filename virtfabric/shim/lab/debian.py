@@ -13,6 +13,13 @@ if TYPE_CHECKING:
     from pathlib import Path
 
 MIRROR: Final = "http://deb.debian.org/debian"
+_TIED: Final = (
+    *("setpriv", "--pdeathsig", "KILL"),
+    *("unshare", "--mount", "--pid", "--fork", "--kill-child", "--"),
+)
+"""mmdebstrap does not end with its parent, nor do its children with it: a killed build would go on
+writing. With this all of them end, and their mounts with them.
+"""
 _STAGES = ("downloading", "extracting", "installing", "cleaning")
 
 
@@ -54,11 +61,15 @@ def unpack_debian(
     argv = format_debian_argv(suite, packages, str(target), variant=variant, excluded=excluded)
     lines: list[str] = []
     with subprocess.Popen(
-        argv, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        [*_TIED, *argv], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
     ) as run:
-        for line in run.stderr or ():
-            lines.append(line.rstrip())
-            if any(stage in line for stage in _STAGES):
-                report(f"{suite}: {line.strip().removeprefix('I: ').removesuffix('...')}")
+        try:
+            for line in run.stderr or ():
+                lines.append(line.rstrip())
+                if any(stage in line for stage in _STAGES):
+                    report(f"{suite}: {line.strip().removeprefix('I: ').removesuffix('...')}")
+        except BaseException:
+            run.kill()  # Ctrl-C does not wait for it
+            raise
     if run.returncode:
         raise BuildError(f"mmdebstrap failed for Debian {suite}", log=lines[-8:])
