@@ -68,12 +68,10 @@ def _build(args: argparse.Namespace) -> int:
     guest = import_module("virtfabric.shim.guestimage")
     outer = import_module("virtfabric.shim.lab.outer")
     needs = import_module("virtfabric.shim.topology.needs").device_needs
-    if args.again:
-        image.discard_lab_image()
-    built = image.ensure_lab_image(tell)
+    built = image.ensure_lab_image(tell, again=args.again)
     guest.ensure_guest_image(report=tell)
     if args.topology:
-        outer.choose_outer(needs(_read_topology(args.topology)[1]), tell)
+        outer.choose_outer(needs(_read_topology(args.topology)[1]), tell, again=args.again)
     if args.json:
         print_json({"disk": str(built.disk), "kernel": str(built.kernel)})
     else:

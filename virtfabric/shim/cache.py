@@ -12,8 +12,9 @@ import os
 import shutil
 import subprocess
 import tempfile
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from virtfabric.model.errors import VirtfabricError
 
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable, Iterator, Sequence
 
 _SCRATCH = "build-"
+_UNUSED_S: Final = 24 * 3600.0
 
 
 class BuildError(VirtfabricError):
@@ -41,27 +43,66 @@ def cache_root() -> Path:
     return Path(base) if base else Path.home() / ".cache" / "virtfabric"
 
 
-def ensure_built(final: Path, build: Callable[[Path], Path]) -> Path:
+def ensure_built(
+    final: Path,
+    build: Callable[[Path], Path],
+    *,
+    parts: Sequence[str] = (),
+    again: bool = False,
+    spares: Callable[[Path], bool] | None = None,
+) -> Path:
     """`final`, built first if it is not there. Safe to call from many processes at once.
 
     Args:
         final: the directory to end with; its name is the key of the recipe.
         build: is given an empty scratch directory beside `final` and returns the directory in it
             that becomes `final`.
+        parts: files that have to be in it; one that lacks any is built anew.
+        again: build it though it is there; the old one stays until there is a new one.
+        spares: what is beside `final` and was not used for a day goes when `final` is built, but
+            for what this says to keep; None keeps all.
 
     Raises:
-        BuildError: whatever `build` raises; nothing was published.
+        BuildError: whatever `build` raises; nothing was published, and nothing taken away.
     """
-    if final.is_dir():
-        return final
-    final.parent.mkdir(parents=True, exist_ok=True)
-    with _locked(final.parent / "lock"):
-        for stale in final.parent.glob(f"{_SCRATCH}*"):
-            shutil.rmtree(stale)
-        if not final.is_dir():
-            with tempfile.TemporaryDirectory(dir=final.parent, prefix=_SCRATCH) as scratch:
-                build(Path(scratch)).rename(final)
+    if again or not _is_built(final, parts):
+        with scratch_in(final.parent) as scratch:
+            if again or not _is_built(final, parts):
+                built = build(scratch)
+                if final.exists():
+                    final.rename(scratch / "replaced")
+                built.rename(final)
+                if spares:
+                    _discard_unused(final, scratch, spares)
+    with contextlib.suppress(OSError):  # somebody else's cache
+        os.utime(final)
     return final
+
+
+def _is_built(final: Path, parts: Sequence[str]) -> bool:
+    return final.is_dir() and all((final / part).is_file() for part in parts)
+
+
+@contextlib.contextmanager
+def scratch_in(directory: Path) -> Iterator[Path]:
+    """A scratch directory in `directory`, for one process at a time; those of dead ones go."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with _locked(directory / "lock"):
+        for stale in directory.glob(f"{_SCRATCH}*"):
+            shutil.rmtree(stale, ignore_errors=True)  # what is left goes the next time
+        with tempfile.TemporaryDirectory(
+            dir=directory, prefix=_SCRATCH, ignore_cleanup_errors=True
+        ) as scratch:
+            yield Path(scratch)
+
+
+def _discard_unused(final: Path, scratch: Path, spares: Callable[[Path], bool]) -> None:
+    """Others are renamed into `scratch`, so that none is ever half there."""
+    for other in final.parent.iterdir():
+        if other in (final, scratch) or not other.is_dir() or other.name.startswith(_SCRATCH):
+            continue
+        if time.time() - other.stat().st_mtime > _UNUSED_S and not spares(other):
+            other.rename(scratch / f"unused-{other.name}")
 
 
 def run_tool(argv: Sequence[str], cwd: Path) -> str:

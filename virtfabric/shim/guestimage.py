@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 
     from virtfabric.shim.cpio import Member
 
+_VERSION = 1
+"""Count it up when code that builds the image changes: here, kernel.py, cpio.py."""
 # Resolved with modules.dep; what the kernel has built in is skipped.
 MODULES = (
     "virtio_pci", "virtio_mem", "virtio_balloon", "virtio_console", "virtio_net",
@@ -162,7 +164,7 @@ def guest_cache() -> Path:
 
 def format_recipe_key() -> str:
     """Names the image: changes whenever what goes into it does."""
-    parts = ("vmlinux", PACKAGE, *MODULES, INIT, UEVENT)
+    parts = (str(_VERSION), "vmlinux", PACKAGE, *MODULES, INIT, UEVENT)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 

@@ -50,10 +50,15 @@ def find_kernel(tree: Path) -> tuple[str, Path]:
     Raises:
         BuildError: there is none.
     """
-    kernels = sorted((tree / "boot").glob("vmlinuz-*"))
+    kernels = sorted((tree / "boot").glob("vmlinuz-*"), key=_version)
     if not kernels:
         raise BuildError(f"no boot/vmlinuz-* in {tree}")
     return kernels[-1].name.removeprefix("vmlinuz-"), kernels[-1]
+
+
+def _version(kernel: Path) -> list[str | int]:
+    """Its name with numbers as such, for 6.12.9 comes before 6.12.38."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", kernel.name)]
 
 
 def unpack_kernel(kernel: bytes) -> bytes:

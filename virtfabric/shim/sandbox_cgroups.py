@@ -34,6 +34,7 @@ class Cgroup:
                 (self.directory / name).write_text((self.mountpoint / name).read_text())
 
     def _delegate_controllers(self) -> None:
+        """In the host's root group, for good: who else needs them by the end is not known."""
         offered = (self.mountpoint / "cgroup.controllers").read_text().split()
         control = self.mountpoint / "cgroup.subtree_control"
         for controller in _UNIFIED_CONTROLLERS:

@@ -8,9 +8,11 @@ from pathlib import Path
 import pytest
 
 from virtfabric.model.errors import InvalidValueError
+from virtfabric.shim import guestimage
 from virtfabric.shim.cache import BuildError, ensure_built, run_tool
 from virtfabric.shim.guestimage import GuestImage
-from virtfabric.shim.lab import faults, recipe
+from virtfabric.shim.kvmprobe import can_nest
+from virtfabric.shim.lab import box, debian, faults, recipe
 from virtfabric.shim.lab.boot import is_ready, read_told
 from virtfabric.shim.lab.image import LabImage
 from virtfabric.shim.lab.lab import State, choose_accel, read_status
@@ -79,9 +81,45 @@ def test_vcpus_share_a_thread_where_several_hang(tmp_path: Path, version: str, a
     outer = fake_qemu(tmp_path, version)
     cxl = read_shipped_topology("cxl")
     guest = GuestImage(Path("/c/vmlinux"), Path("/c/initrd"))
-    assert choose_accel(cxl, guest, outer) == accel
+    assert choose_accel(cxl, guest, outer) == (accel, "")
     alone = replace(cxl, cpu=Cpu(sockets=1, cores=1, threads=1))
-    assert choose_accel(alone, guest, outer) == "tcg"
+    assert choose_accel(alone, guest, outer) == ("tcg", "")
+
+
+@pytest.mark.parametrize(
+    ("module", "nested", "accel"),
+    [
+        ("kvm_intel", "Y\n", "kvm"),
+        ("kvm_intel", "N\n", "tcg"),
+        ("kvm_amd", "1\n", "kvm"),
+        ("kvm_amd", "0\n", "tcg"),
+        ("other", "Y\n", "tcg"),
+    ],
+)
+def test_kvm_that_lets_no_guest_nest_carries_no_lab(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, nested: str, accel: str
+) -> None:
+    monkeypatch.setenv("VIRTFABRIC_CACHE", str(tmp_path))
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    (tmp_path / "guest").mkdir()
+    (tmp_path / "guest" / f"kvm-{boot}").write_text("yes")
+    parameters = tmp_path / module / "parameters"
+    parameters.mkdir(parents=True)
+    (parameters / "nested").write_text(nested)
+    guest = GuestImage(Path("/c/vmlinux"), Path("/c/initrd"))
+
+    def choose(name: str) -> tuple[str, str]:
+        return choose_accel(
+            read_shipped_topology(name),
+            guest,
+            fake_qemu(tmp_path, "11.1.2"),
+            nests=lambda: can_nest(tmp_path),
+        )
+
+    chosen, why = choose("small")
+    assert chosen == accel
+    assert ("nested=0" in why) == (accel == "tcg")
+    assert choose("cxl") == ("tcg", ""), "TCG whatever KVM can do"
 
 
 def test_a_qemu_whose_threads_hang_is_passed_over_where_they_cannot_be_chosen(
@@ -146,11 +184,22 @@ def test_a_dead_lab_has_its_last_words(place: Place) -> None:
     assert read_status(place).last_words[-2:] == (status.last_words[-1], "Triple fault")
 
 
-def test_the_recipes_key_follows_what_goes_in(monkeypatch: pytest.MonkeyPatch) -> None:
-    before = recipe.format_recipe_key()
-    assert before == recipe.format_recipe_key()
-    monkeypatch.setattr(recipe, "PACKAGES", (*recipe.PACKAGES, "cowsay"))
-    assert recipe.format_recipe_key() != before
+def test_the_recipes_keys_follow_what_goes_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    keys = (recipe.format_recipe_key, box._format_base_key)
+    before = [key() for key in keys]
+    assert before == [key() for key in keys]
+    for module, name, value in (
+        (recipe, "PACKAGES", (*recipe.PACKAGES, "cowsay")),
+        (recipe, "_VERSION", 0),
+        (debian, "MIRROR", "http://mirror.example/debian"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, value)
+            assert all(key() != old for key, old in zip(keys, before, strict=True)), name
+    for module, key in ((box, box._format_base_key), (guestimage, guestimage.format_recipe_key)):
+        old = key()
+        monkeypatch.setattr(module, "_VERSION", 0)
+        assert key() != old
 
 
 def test_the_payload_carries_programs_and_configuration() -> None:

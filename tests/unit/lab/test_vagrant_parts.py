@@ -75,6 +75,9 @@ def test_a_topology_by_name_or_file(tmp_path: Path) -> None:
         read_topology(str(own))
     with pytest.raises(InvalidValueError, match="cannot be read"):
         read_topology(str(tmp_path / "missing.json"))
+    own.write_text('{"version": 1, "description": "für alle"}', encoding="latin-1")
+    with pytest.raises(InvalidValueError, match="is not UTF-8 from byte 32 on"):
+        read_topology(str(own))
 
 
 @pytest.mark.parametrize("guest", GUESTS, ids=lambda guest: guest.name)

@@ -9,13 +9,11 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import tempfile
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from virtfabric.shim.cache import cache_root, ensure_built, run_tool
+from virtfabric.shim.cache import cache_root, ensure_built, run_tool, scratch_in
 from virtfabric.shim.guestimage import ensure_guest_image
 from virtfabric.shim.lab import recipe
 from virtfabric.shim.lab.debian import unpack_debian
@@ -24,8 +22,11 @@ from virtfabric.shim.lab.payload import write_payload_tree
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Iterator
+    from pathlib import Path
 
 NAME: Final = "virtfabric-lab"
+_VERSION: Final = 1
+"""Count it up when code that builds the box or its Debian changes: here."""
 _INITRD_INIT: Final = "box/initrd-init"
 _FILES: Final = (
     *("setup", "insecure.pub", "sshd.conf", "lab.network"),
@@ -55,8 +56,8 @@ class Box:
 def ensure_box(report: Callable[[str], None]) -> Box:
     """The box of this checkout, built first if the cache does not hold it.
 
-    Boxes of other states of the checkout leave the cache; machines made from them go on, for
-    vagrant and libvirt have copies.
+    Boxes of other states of the checkout that were not used for a day leave the cache then;
+    machines made from them go on, for vagrant and libvirt have copies.
 
     Args:
         report: receives one line for each step of a build; nothing when the box is there.
@@ -69,10 +70,11 @@ def ensure_box(report: Callable[[str], None]) -> Box:
     )
     with _payload(report) as payload:
         key = _format_box_key(payload)
-        final = _cache() / "boxes" / key
-        if not final.is_dir():
-            ensure_built(final, lambda scratch: _build_box(scratch, base, payload, report))
-            _discard_others(final)
+        final = ensure_built(
+            _cache() / "boxes" / key,
+            lambda scratch: _build_box(scratch, base, payload, report),
+            spares=lambda _: False,
+        )
     return Box(f"{NAME}-{key}", final / f"{NAME}.box", base / "vmlinux", base / "initrd")
 
 
@@ -81,7 +83,7 @@ def _cache() -> Path:
 
 
 def _format_base_key() -> str:
-    parts = (recipe.format_recipe_key(), recipe.read_file(_INITRD_INIT))
+    parts = (str(_VERSION), recipe.format_recipe_key(), recipe.read_file(_INITRD_INIT))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]
 
 
@@ -98,8 +100,7 @@ def _format_box_key(payload: Path) -> str:
 @contextmanager
 def _payload(report: Callable[[str], None]) -> Iterator[Path]:
     """What the box has in /opt/virtfabric, in a directory."""
-    with tempfile.TemporaryDirectory(prefix="virtfabric-box-") as scratch:
-        tree = Path(scratch)
+    with scratch_in(_cache() / "payloads") as tree:
         write_payload_tree(tree, ensure_guest_image(report=report))
         (tree / "box").mkdir()
         for name in _FILES:
@@ -142,9 +143,3 @@ def _build_box(scratch: Path, base: Path, payload: Path, report: Callable[[str],
     for packed in ("metadata.json", "box.img"):
         (box / packed).unlink()
     return box
-
-
-def _discard_others(current: Path) -> None:
-    for other in current.parent.iterdir():
-        if other.is_dir() and other != current:
-            shutil.rmtree(other, ignore_errors=True)

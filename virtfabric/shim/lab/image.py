@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import shutil
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,35 +33,22 @@ class LabImage:
     disk: Path
 
 
-def find_lab_image() -> LabImage | None:
-    """The image, if the cache holds it."""
-    final = _final()
-    return _image(final) if final.is_dir() else None
-
-
-def ensure_lab_image(report: Callable[[str], None]) -> LabImage:
+def ensure_lab_image(report: Callable[[str], None], *, again: bool = False) -> LabImage:
     """The image, built first if the cache does not hold it: a minute or two, 600 MB.
 
     Args:
         report: receives one line for each step of a build; nothing when the image is there.
+        again: build it though it is there. Labs that run keep the files they have open.
 
     Raises:
-        BuildError: a tool is missing, or Debian's registry cannot be reached.
+        BuildError: a tool is missing, or Debian's registry cannot be reached; an image that was
+            there is there still.
     """
-    return _image(ensure_built(_final(), lambda scratch: _build(scratch, report)))
-
-
-def discard_lab_image() -> None:
-    """Forget the image; labs that run keep the files they have open."""
-    shutil.rmtree(_final(), ignore_errors=True)
-
-
-def _final() -> Path:
-    return cache_root() / "lab" / "images" / recipe.format_recipe_key()
-
-
-def _image(final: Path) -> LabImage:
-    return LabImage(final / "vmlinux", final / "initrd", final / "root.ext4")
+    final = cache_root() / "lab" / "images" / recipe.format_recipe_key()
+    image = LabImage(final / "vmlinux", final / "initrd", final / "root.ext4")
+    parts = [path.name for path in (image.kernel, image.initrd, image.disk)]
+    ensure_built(final, lambda scratch: _build(scratch, report), parts=parts, again=again)
+    return image
 
 
 def _build(scratch: Path, report: Callable[[str], None]) -> Path:
@@ -109,6 +95,8 @@ def _initrd_members(init: str, busybox: bytes, modules: Mapping[str, bytes]) -> 
     yield from format_directories("bin", "dev", "proc", "sys", "modules", "new")
     yield "bin/busybox", PROGRAM, busybox
     yield "init", PROGRAM, init.encode()
+    for name in recipe.INITRD_FILES:
+        yield name, FILE, recipe.read_file(name).encode()
     yield "modules/order", FILE, "".join(f"{name}\n" for name in modules).encode()
     for name, content in modules.items():
         yield f"modules/{name}", FILE, content

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Final, assert_never
 
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.shim.guestimage import ensure_guest_image
-from virtfabric.shim.kvmprobe import probe_kvm
+from virtfabric.shim.kvmprobe import can_nest, probe_kvm
 from virtfabric.shim.lab import health
 from virtfabric.shim.lab.boot import (
     end_qemu,
@@ -250,11 +250,12 @@ def _start(topology: Topology, place: Place, title: str, report: Callable[[str],
     outer = choose_outer(device_needs(topology), report)
     image = ensure_lab_image(report)
     guest = ensure_guest_image(report=report)
-    accel = choose_accel(topology, guest, outer)
+    accel, why = choose_accel(topology, guest, outer)
+    carrier = f"{accel} ({why})" if why else accel
     port = _choose_port()
     version = f"QEMU {outer.read_version()}, {outer.origin}"
-    report(f"starting {place.name} ({title}) on {version}, with {accel}")
-    place.write_record(Record(place.name, title, port, time.time(), version, accel))
+    report(f"starting {place.name} ({title}) on {version}, with {carrier}")
+    place.write_record(Record(place.name, title, port, time.time(), version, carrier))
     place.topology.write_text(format_topology(topology))
     provision_cards(cards_of(topology, place))
     write_payload(
@@ -301,12 +302,27 @@ def _start_cards(topology: Topology, place: Place, report: Callable[[str], None]
     report(", ".join(f"card {serial} is at {address}" for serial, address in ways.items()))
 
 
-def choose_accel(topology: Topology, guest: GuestImage, outer: OuterQemu) -> Accel:
-    """KVM where it really runs a guest and the topology allows it."""
+def choose_accel(
+    topology: Topology,
+    guest: GuestImage,
+    outer: OuterQemu,
+    *,
+    nests: Callable[[], bool] = can_nest,
+) -> tuple[Accel, str]:
+    """KVM where it really runs a guest and the topology allows it.
+
+    Not where KVM gives its guests none of their own: a lab's guests are KVM guests.
+
+    Returns:
+        Also why it is TCG where KVM would have run; empty where there is nothing to say.
+    """
+    why = ""
     if not needs_tcg(topology) and probe_kvm(guest):
-        return "kvm"
+        if nests():
+            return "kvm", ""
+        why = "KVM here has nested=0: the lab could run no KVM guests"
     alone = topology.cpu.max_vcpus == 1
-    return "tcg" if alone or outer.has_safe_threads() else "tcg with one thread"
+    return ("tcg" if alone or outer.has_safe_threads() else "tcg with one thread"), why
 
 
 def _choose_port() -> int:

@@ -12,6 +12,7 @@ import re
 import shlex
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from hashlib import sha256
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.shim.cache import BuildError, cache_root, ensure_built
-from virtfabric.shim.lab.debian import unpack_debian
+from virtfabric.shim.lab.debian import format_debian_argv, unpack_debian
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Collection, Iterable, Iterator
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from virtfabric.shim.topology.needs import DeviceNeed
 
 _NAME: Final = "qemu-system-x86_64"
+_PROGRAM: Final = f"usr/bin/{_NAME}"
+_EMULATOR: Final = "emulator-"
 _LIBRARIES: Final = Path("usr/lib/x86_64-linux-gnu")
 _FIRMWARE: Final = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
 # A QEMU looks in /usr for a module that its own tree lacks, and ends when the one that it finds is
@@ -36,6 +39,10 @@ _OWN_MODULES: Final = (
     '[ ! -d "$1" ] || mount --bind "$0" "$1" || exit; QEMU_MODULE_DIR=$0; export QEMU_MODULE_DIR; '
     'shift; exec "$@"'
 )
+_VERSION: Final = 1
+"""Count it up when code that unpacks a tree changes: here, debian.py."""
+_PACKAGES: Final = ("qemu-system-x86",)
+_VARIANT: Final = "essential"
 UNPACKED_SUITES: Final = ("forky", "trixie")
 """Asked in this order: 11.x has all, vfio-user too, and safe threads."""
 _SAFE_THREADS: Final = 11
@@ -91,9 +98,7 @@ class OuterQemu:
         unshare, *rest = self.argv
         argv = shlex.join([unshare, "--user", "--map-root-user", *rest])
         script = f'#!/bin/sh\nexec {argv} "$@"\n'
-        path = (
-            cache_root() / "lab" / "qemu" / f"emulator-{sha256(script.encode()).hexdigest()[:16]}"
-        )
+        path = _cache() / f"{_EMULATOR}{sha256(script.encode()).hexdigest()[:16]}"
         if not path.exists():
             fresh = path.with_suffix(f".{os.getpid()}")
             fresh.write_text(script)
@@ -103,7 +108,11 @@ class OuterQemu:
 
 
 def choose_outer(
-    needs: Collection[DeviceNeed], report: Callable[[str], None], *, threads: bool = False
+    needs: Collection[DeviceNeed],
+    report: Callable[[str], None],
+    *,
+    threads: bool = False,
+    again: bool = False,
 ) -> OuterQemu:
     """The first QEMU that has what the topology needs; a tree is unpacked if it takes one.
 
@@ -111,12 +120,13 @@ def choose_outer(
         needs: of the topology.
         report: receives a line for each step.
         threads: take only one with safe threads, where TCG cannot be told to use a single one.
+        again: unpack a tree though it is there, unless a process runs from it.
 
     Raises:
         BuildError: none has it; `log` names what is missing where.
     """
     tried: list[str] = []
-    for find in _finders(report):
+    for find in _finders(report, again=again):
         try:
             qemu = find()
         except BuildError as error:  # testing may be broken for a while; the next suite is not
@@ -131,21 +141,25 @@ def choose_outer(
     raise BuildError("no QEMU here can carry this topology", log=tried)
 
 
-def _finders(report: Callable[[str], None]) -> Iterator[Callable[[], OuterQemu]]:
+def _finders(report: Callable[[str], None], *, again: bool) -> Iterator[Callable[[], OuterQemu]]:
     if system := shutil.which(_NAME):
         yield partial(OuterQemu, (system,), "the system's")
     for suite in UNPACKED_SUITES:
-        yield partial(_unpacked, suite, report)
+        yield partial(_unpacked, suite, report, again=again)
 
 
-def _unpacked(suite: str, report: Callable[[str], None]) -> OuterQemu:
+def _unpacked(suite: str, report: Callable[[str], None], *, again: bool) -> OuterQemu:
     def build(scratch: Path) -> Path:
         report(f"unpacking QEMU from Debian {suite} into the cache")
         tree = scratch / suite
-        unpack_debian(suite, ["qemu-system-x86"], tree, report=report, variant="essential")
+        unpack_debian(suite, _PACKAGES, tree, report=report, variant=_VARIANT)
         return tree
 
-    tree = ensure_built(cache_root() / "lab" / "qemu" / suite, build)
+    tree = _cache() / _format_tree_key(suite)
+    if again and _runs_from(tree):
+        report(f"a lab or a machine runs QEMU from Debian {suite}: it is not unpacked again")
+        again = False
+    ensure_built(tree, build, parts=[_PROGRAM], again=again, spares=_is_needed)
     libraries = tree / _LIBRARIES
     firmware = (part for path in _FIRMWARE for part in ("-L", str(tree / path)))
     return OuterQemu(
@@ -153,7 +167,38 @@ def _unpacked(suite: str, report: Callable[[str], None]) -> OuterQemu:
             *("unshare", "--mount", "--", "sh", "-c", _OWN_MODULES),
             *(str(libraries / "qemu"), f"/{_LIBRARIES}/qemu"),
             *(str(libraries / "ld-linux-x86-64.so.2"), "--library-path", str(libraries)),
-            *(str(tree / "usr/bin" / _NAME), *firmware),
+            *(str(tree / _PROGRAM), *firmware),
         ),
         f"Debian {suite}'s",
     )
+
+
+def _cache() -> Path:
+    return cache_root() / "lab" / "qemu"
+
+
+def _format_tree_key(suite: str) -> str:
+    """Names a tree: changes whenever what goes into it does."""
+    parts = (str(_VERSION), *format_debian_argv(suite, _PACKAGES, variant=_VARIANT))
+    return f"{suite}-{sha256(chr(0).join(parts).encode()).hexdigest()[:16]}"
+
+
+def _is_needed(tree: Path) -> bool:
+    """By this recipe, by who runs from it, or by a machine with its emulator, running or not."""
+    if tree.name in map(_format_tree_key, UNPACKED_SUITES) or _runs_from(tree):
+        return True
+    for emulator in tree.parent.glob(f"{_EMULATOR}*"):
+        with suppress(FileNotFoundError):
+            if f"{tree}/" in emulator.read_text():
+                return True
+    return False
+
+
+def _runs_from(tree: Path) -> bool:
+    """QEMU loads modules and firmware of its tree as long as it runs."""
+    wanted = os.fsencode(f"{tree}/")
+    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
+        with suppress(OSError):  # it ended meanwhile
+            if wanted in cmdline.read_bytes():
+                return True
+    return False

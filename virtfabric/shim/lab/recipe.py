@@ -13,9 +13,12 @@ import hashlib
 from importlib.resources import files
 from typing import Final
 
+from virtfabric.shim.lab.debian import format_debian_argv
+
+_VERSION: Final = 1
+"""Count it up when code that builds the image changes: image.py, debian.py, kernel.py, cpio.py."""
 SUITE: Final = "trixie"
 """Debian 13: Linux 6.12, libvirt 11.3, QEMU 10.0, cxl-cli 81; the floor is tested outside."""
-MIRROR: Final = "http://deb.debian.org/debian"
 PACKAGES: Final = (
     *("systemd-sysv", "dbus", "udev", "kmod", "iproute2", "procps", "openssh-server", "sudo"),
     *("linux-image-amd64", "busybox-static", "ca-certificates", "xz-utils", "zstd"),
@@ -33,10 +36,15 @@ EXCLUDED: Final = (
 )
 INITRD_MODULES: Final = (
     *("virtio_pci", "virtio_blk", "crc32c_generic", "ext4"),
-    *("virtio_net", "virtio_rng", "kvm_amd", "vfio_pci", "igb", "nvme"),
+    *("virtio_net", "virtio_rng", "kvm_amd", "kvm_intel", "vfio_pci", "igb", "nvme"),
     *("cxl_acpi", "cxl_pci", "cxl_mem", "cxl_port", "cxl_pmem", "dax_cxl", "kmem", "device_dax"),
 )
-"""Loaded by the initrd, unpacked: under TCG modprobe spends its time in xz (10 s for three)."""
+"""Loaded by the initrd, unpacked: under TCG modprobe spends its time in xz (10 s for three).
+
+Of the kvm_* the one for the lab's processor (`load-modules`).
+"""
+INITRD_FILES: Final = ("load-modules",)
+"""In any initrd, beside its PID 1."""
 DISK_SIZE: Final = "4G"
 CMDLINE: Final = (
     "root=/dev/vda rw console=ttyS0 net.ifnames=0 quiet audit=0 mitigations=off no_timer_check "
@@ -57,5 +65,7 @@ def read_file(name: str) -> str:
 
 def format_recipe_key() -> str:
     """Names the image: changes whenever what goes into it does."""
-    parts = (SUITE, *PACKAGES, *EXCLUDED, *INITRD_MODULES, DISK_SIZE, read_file("initrd-init"))
+    texts = (read_file(name) for name in ("initrd-init", *INITRD_FILES))
+    debian = format_debian_argv(SUITE, PACKAGES, excluded=EXCLUDED)
+    parts = (str(_VERSION), *debian, *INITRD_MODULES, DISK_SIZE, *texts)
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:16]

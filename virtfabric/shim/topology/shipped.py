@@ -45,6 +45,9 @@ def read_topology(text: str) -> tuple[str, Topology]:
     if "/" not in text and not text.endswith(".json"):
         return text, read_shipped_topology(text)
     try:
-        return Path(text).stem, parse_topology(Path(text).read_text())
+        return Path(text).stem, parse_topology(Path(text).read_text(encoding="utf-8"))
     except OSError as error:
         raise InvalidValueError("topology", text, f"cannot be read: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        wrong = f"is not UTF-8 from byte {error.start} on"
+        raise InvalidValueError("topology", text, wrong) from error
