@@ -12,9 +12,10 @@ import json
 import os
 import re
 import shutil
+import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from virtfabric.model.errors import InvalidValueError, VirtfabricError
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
+_LOOK_S: Final = 0.02
+_PATIENCE_S: Final = 0.2
 
 
 class LabError(VirtfabricError):
@@ -148,26 +151,48 @@ class Place:
         """The same without the file: also one that has not come as far as writing it."""
         return find_processes(str(self.pid_file))
 
+    @property
+    def lock(self) -> Path:
+        """Locked by the command that is at work on the lab; it goes with the lab."""
+        return self.directory.parent / f".{self.name}.lock"
+
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """One command that starts or ends this lab at a time.
+    def locked(self, patience_s: float = _PATIENCE_S) -> Iterator[None]:
+        """One command that changes this lab at a time.
+
+        Args:
+            patience_s: how long to wait for another one.
 
         Raises:
             LabError: another one is at it.
         """
-        self.directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (self.directory.parent / f".{self.name}.lock").open("w") as lock:
+        self.lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        until = time.monotonic() + patience_s
+        while (lock := self._try_lock()) is None:
+            if time.monotonic() > until:
+                text = f"lab {self.name}: another command (up, down, card) is at work on it"
+                raise LabError(text)
+            time.sleep(_LOOK_S)
+        with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                text = f"lab {self.name}: another `lab up` or `lab down` is at work on it"
-                raise LabError(text) from error
-            yield
+                yield
+            finally:
+                if not self.directory.exists():
+                    self.lock.unlink(missing_ok=True)
+
+    def _try_lock(self) -> IO[str] | None:
+        """None when another has it, or had it and took the file away, so that this is no lock."""
+        lock = self.lock.open("w")
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), self.lock.stat()):
+                return lock
+        lock.close()
+        return None
 
     def remove(self) -> None:
-        """Take away all that is left of it."""
+        """Take away all that is left of it, but for the lock, which the caller holds."""
         shutil.rmtree(self.directory, ignore_errors=True)
-        (self.directory.parent / f".{self.name}.lock").unlink(missing_ok=True)
 
 
 def find_processes(word: str) -> list[int]:

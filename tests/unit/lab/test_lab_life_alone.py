@@ -1,0 +1,72 @@
+"""A lab's life without a QEMU: who may be at work on it, what is left, what is refused before."""
+
+from __future__ import annotations
+
+import fcntl
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from virtfabric.shim.lab import lab
+from virtfabric.shim.lab.place import LabError, Place, place_of
+from virtfabric.shim.topology.shipped import read_shipped_topology
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+TOPOLOGY = read_shipped_topology("small")
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+    """Of a lab that is not there yet."""
+    monkeypatch.setenv("VIRTFABRIC_LABS", str(tmp_path))
+    return place_of("one")
+
+
+def bring_up(place: Place) -> lab.Status:
+    return lab.up(TOPOLOGY, name=place.name, title="small", report=[].append)
+
+
+def left(place: Place) -> list[str]:
+    return sorted(path.name for path in place.directory.parent.iterdir())
+
+
+def test_while_a_lab_starts_no_other_command_is_at_work_on_it(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    started = []
+
+    def start(*_: Any) -> None:
+        started.append(place.directory.exists())
+        if len(started) == 1:
+            for command in (lambda: bring_up(place), lambda: lab.down(place.name)):
+                with pytest.raises(LabError, match="is at work on it"):
+                    command()
+        raise LabError("that is enough")
+
+    monkeypatch.setattr(lab, "_start", start)
+    with pytest.raises(LabError, match="that is enough"):
+        bring_up(place)
+    assert started == [True]
+    assert left(place) == []
+
+
+def test_a_lock_that_was_taken_away_meanwhile_is_none(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its file is opened; then who ended the lab takes that file away, and lets go of it."""
+    flock, opened = fcntl.flock, []
+
+    def late(file: Any, how: int) -> None:
+        if not opened:
+            (place.directory.parent / ".one.lock").unlink()
+        opened.append(file)
+        flock(file, how)
+
+    place.directory.mkdir()
+    monkeypatch.setattr(fcntl, "flock", late)
+    with place.locked(), pytest.raises(LabError, match="is at work on it"), place.locked():
+        pass
+    assert left(place) == [".one.lock", "one"]
+
