@@ -82,7 +82,9 @@ def stand_in(card):
     """A process that is found as the card's."""
     argv = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
     process = subprocess.Popen(
-        [*argv, str(card.description)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [*argv, "virtfabric.cli.cardd", str(card.description)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     process.stdout.readline()
     return process
@@ -96,6 +98,18 @@ def test_what_a_killed_up_left_ends_with_the_lab(cards, place, monkeypatch):
     assert lab.down(place.name)
     assert [process.wait(10) for process in left] == [-9, -9]
     assert not place.directory.exists()
+
+
+def test_who_only_reads_a_cards_description_is_no_card(cards, place):
+    reader = subprocess.Popen(["tail", "-f", cards[0].description], stdout=subprocess.DEVNULL)
+    try:
+        assert cards[0].find_processes() == []
+        assert not cards[0].kill()
+        lab_cards.end_cards(place)
+        assert reader.poll() is None
+    finally:
+        reader.kill()
+        reader.wait()
 
 
 def test_a_card_that_does_not_start_says_why(cards):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
+import subprocess
+import sys
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -12,6 +15,7 @@ from virtfabric.shim.lab.place import LabError, Place, place_of
 from virtfabric.shim.topology.shipped import read_shipped_topology
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 TOPOLOGY = read_shipped_topology("small")
@@ -70,3 +74,38 @@ def test_a_lock_that_was_taken_away_meanwhile_is_none(
         pass
     assert left(place) == [".one.lock", "one"]
 
+
+@contextlib.contextmanager
+def running(*argv: str) -> Iterator[subprocess.Popen[str]]:
+    with subprocess.Popen(argv, stdout=subprocess.PIPE, text=True) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+SLEEPER = "import time; print('up', flush=True); time.sleep(600)"
+
+
+def test_only_its_qemu_ends_with_a_lab(place: Place) -> None:
+    """It is known by `-pidfile`; who reads that file, or names it otherwise, is none."""
+    place.directory.mkdir()
+    place.pid_file.write_text("1\n")
+    pid_file = str(place.pid_file)
+    with (
+        running("tail", "-f", pid_file) as reader,
+        running(sys.executable, "-c", SLEEPER, "-pidfile", f"{pid_file}.other", pid_file) as other,
+        running(sys.executable, "-c", SLEEPER, "-pidfile", pid_file, "-no-reboot") as qemu,
+    ):
+        assert reader.stdout is not None
+        assert reader.stdout.readline() == "1\n"
+        for process in (other, qemu):
+            assert process.stdout is not None
+            assert process.stdout.readline() == "up\n"
+        place.pid_file.write_text(f"{reader.pid}\n")
+        assert place.read_pid() is None
+        place.pid_file.write_text(f"{qemu.pid}\n")
+        assert place.read_pid() == qemu.pid
+        assert lab.down(place.name)
+        assert qemu.wait(10) == -15
+        assert (reader.poll(), other.poll()) == (None, None)

@@ -12,7 +12,7 @@ import signal
 import time
 from typing import TYPE_CHECKING, Final
 
-from virtfabric.shim.lab.place import LabError, Place
+from virtfabric.shim.lab.place import LabError, Place, find_processes, has_words
 
 if TYPE_CHECKING:
     import subprocess
@@ -99,16 +99,18 @@ def wait_until_ready(place: Place, report: Callable[[str], None], timeout_s: flo
 
 def end_qemu(place: Place, timeout_s: float = 10.0) -> None:
     """End the lab's QEMU, as pulling the plug does; nothing happens when it is gone."""
-    for pid in place.find_qemus():
-        _end(pid, timeout_s)
+    for pid in find_processes(place.qemu_words):
+        _end(pid, place.qemu_words, timeout_s)
 
 
-def _end(pid: int, timeout_s: float) -> None:
+def _end(pid: int, words: tuple[str, str], timeout_s: float) -> None:
     try:
         handle = os.pidfd_open(pid)
     except ProcessLookupError:
         return
     try:
+        if not has_words(pid, words):
+            return  # it was gone, and its number is another's
         for signum in (signal.SIGTERM, signal.SIGKILL):
             signal.pidfd_send_signal(handle, signum)
             if select.select([handle], [], [], timeout_s)[0]:

@@ -14,6 +14,7 @@ import re
 import shutil
 import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Final
 
@@ -142,14 +143,14 @@ class Place:
         """The lab's QEMU; None when it does not run (a reused number is told by its arguments)."""
         try:
             pid = int(self.pid_file.read_text())
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
         except (OSError, ValueError):
             return None
-        return pid if str(self.pid_file).encode() in arguments.split(b"\0") else None
+        return pid if has_words(pid, self.qemu_words) else None
 
-    def find_qemus(self) -> list[int]:
-        """The same without the file: also one that has not come as far as writing it."""
-        return find_processes(str(self.pid_file))
+    @property
+    def qemu_words(self) -> tuple[str, str]:
+        """What the lab's QEMU is known by; found also before it has written its file."""
+        return "-pidfile", str(self.pid_file)
 
     @property
     def lock(self) -> Path:
@@ -195,15 +196,23 @@ class Place:
         shutil.rmtree(self.directory, ignore_errors=True)
 
 
-def find_processes(word: str) -> list[int]:
-    """Those that have this word among their arguments."""
-    wanted = word.encode()
-    found: list[int] = []
-    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if wanted in cmdline.read_bytes().split(b"\0"):
-                found.append(int(cmdline.parent.name))
-    return found
+def find_processes(words: tuple[str, str]) -> list[int]:
+    """Those that have these two side by side among their arguments.
+
+    One alone would be too little: an editor or `tail -f` has a path as well.
+    """
+    found = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return [pid for pid in found if has_words(pid, words)]
+
+
+def has_words(pid: int, words: tuple[str, str]) -> bool:
+    """Whether a process has these two side by side among its arguments; False where it is gone."""
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    first, second = (word.encode() for word in words)
+    return (first, second) in pairwise(arguments)
 
 
 def place_of(name: str) -> Place:
