@@ -109,3 +109,24 @@ def test_only_its_qemu_ends_with_a_lab(place: Place) -> None:
         assert lab.down(place.name)
         assert qemu.wait(10) == -15
         assert (reader.poll(), other.poll()) == (None, None)
+
+
+def test_a_lab_that_is_being_started_is_not_dead(
+    place: Place, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(*_: Any) -> None:
+        """As while an image is built."""
+        assert [(one.name, one.state) for one in lab.read_labs()] == [("one", "starting")]
+        with pytest.raises(LabError, match="lab one is starting"):
+            lab.connect("one")
+        raise LabError("that is enough")
+
+    monkeypatch.setattr(lab, "_start", start)
+    with pytest.raises(LabError, match="that is enough"):
+        bring_up(place)
+    place.directory.mkdir()
+    assert lab.read_status(place).state is lab.State.DEAD
+    with place.locked():
+        assert lab.read_status(place).state is lab.State.STARTING
+    place.lock.touch()
+    assert lab.read_status(place).state is lab.State.DEAD

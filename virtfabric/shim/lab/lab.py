@@ -60,7 +60,7 @@ BOOT_S: Final = 300.0
 
 
 class State(StrEnum):
-    """What a lab is doing."""
+    """What a lab is doing; while a command is at work on it, it is not dead."""
 
     READY = "ready"
     STARTING = "starting"
@@ -162,7 +162,11 @@ def _end(place: Place) -> None:
 def read_status(place: Place) -> Status:
     """What there is to say of one lab."""
     pid = place.read_pid()
-    state = State.DEAD if pid is None else State.READY if is_ready(place) else State.STARTING
+    if pid is None:
+        # an `up` builds an image for minutes before there is a QEMU
+        state = State.STARTING if place.is_locked() else State.DEAD
+    else:
+        state = State.READY if is_ready(place) else State.STARTING
     last_words = read_last_words(place) if state is State.DEAD else ()
     told = tuple(read_told(place))
     return Status(place.name, state, pid, place.read_record(), told, tuple(last_words))

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
 _LOOK_S: Final = 0.02
 _PATIENCE_S: Final = 0.2
+"""Much longer than `is_locked` has the lock."""
 
 
 class LabError(VirtfabricError):
@@ -190,6 +191,17 @@ class Place:
                 return lock
         lock.close()
         return None
+
+    def is_locked(self) -> bool:
+        """Whether a command is at work on it."""
+        try:
+            with self.lock.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # there is none, or it is another user's
+            return False
+        return False
 
     def remove(self) -> None:
         """Take away all that is left of it, but for the lock, which the caller holds."""
