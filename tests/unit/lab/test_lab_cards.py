@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 
@@ -117,3 +118,22 @@ def test_a_card_that_does_not_start_says_why(cards):
     with pytest.raises(LabError, match="card card0 did not start") as error:
         cards[0].start()
     assert "version: 2 is not" in "\n".join(error.value.log)
+
+
+def test_a_cards_power_is_not_switched_while_its_lab_ends(cards, place, monkeypatch):
+    monkeypatch.setenv("VIRTFABRIC_LABS", str(place.directory.parent))
+    switched = []
+
+    def read_scene(_):
+        switched.append(True)
+        raise LabError("there is no lab one")
+
+    monkeypatch.setattr(lab, "read_scene", read_scene)
+    with ThreadPoolExecutor() as pool:
+        with place.locked():
+            switching = pool.submit(lab.switch_card, place.name, "card0", lab.Power.ON)
+            assert wait([switching], timeout=1).not_done
+            assert not switched
+            place.remove()
+        with pytest.raises(LabError, match="there is no lab"):
+            switching.result(timeout=30)

@@ -58,6 +58,9 @@ if TYPE_CHECKING:
 BOOT_S: Final = 300.0
 """How long a lab may take to come up; it is some 20 s on a quiet machine without KVM."""
 
+_SWITCH_S: Final = 60.0
+"""How long a switch of a card's power waits for another one."""
+
 
 class State(StrEnum):
     """What a lab is doing; while a command is at work on it, it is not dead."""
@@ -227,7 +230,12 @@ def switch_card(name: str, serial: str, power: Power) -> str:
         LabError: there is no such lab, or the card is not as it would have to be.
         InvalidValueError: the lab has no such card.
     """
-    scene = read_scene(name)
+    # as `down` looks for cards' processes once: none may come after that
+    with place_of(name).locked(patience_s=_SWITCH_S):
+        return _switch_card(read_scene(name), serial, power)
+
+
+def _switch_card(scene: Scene, serial: str, power: Power) -> str:
     cards = {card.serial: card for card in cards_of(scene.topology, scene.place)}
     if serial not in cards:
         known = ", ".join(cards) or "none"
