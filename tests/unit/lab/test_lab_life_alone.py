@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import os
 import subprocess
 import sys
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -16,7 +18,6 @@ from virtfabric.shim.topology.shipped import read_shipped_topology
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
-    from pathlib import Path
 
 TOPOLOGY = read_shipped_topology("small")
 
@@ -130,3 +131,36 @@ def test_a_lab_that_is_being_started_is_not_dead(
         assert lab.read_status(place).state is lab.State.STARTING
     place.lock.touch()
     assert lab.read_status(place).state is lab.State.DEAD
+
+
+def test_a_killed_up_leaves_nothing_of_the_payload_outside_the_lab(
+    place: Place, tmp_path: Path
+) -> None:
+    place.directory.mkdir()
+    tools, parts, elsewhere = (tmp_path / name for name in ("tools", "parts", "elsewhere"))
+    for directory in (tools, parts, elsewhere):
+        directory.mkdir()
+    for name in ("vmlinux", "initrd", "host", "client.pub"):
+        (parts / name).write_text(name)
+    mke2fs = tools / "mke2fs"
+    mke2fs.write_text("#!/bin/sh\nkill -KILL $PPID\n")
+    mke2fs.chmod(0o755)
+    code = (
+        "import sys; from pathlib import Path; from virtfabric.shim.guestimage import GuestImage\n"
+        "from virtfabric.shim.lab.payload import write_payload\n"
+        "from virtfabric.shim.lab.remote import Keys\n"
+        "disk, parts = map(Path, sys.argv[1:])\n"
+        "write_payload(disk, GuestImage(parts / 'vmlinux', parts / 'initrd'), Keys(parts))\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, place.payload, parts],
+        check=False,
+        cwd=Path(__file__).parents[3],
+        env=os.environ | {"TMPDIR": str(elsewhere), "PATH": f"{tools}:{os.environ['PATH']}"},
+        timeout=60,
+    )
+    assert done.returncode == -9
+    assert not [*elsewhere.iterdir()]
+    assert [*place.directory.iterdir()], "it is cut off in the middle"
+    assert lab.down(place.name)
+    assert not place.directory.exists()
