@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 
 import pytest
 
@@ -137,3 +138,15 @@ def test_a_cards_power_is_not_switched_while_its_lab_ends(cards, place, monkeypa
             place.remove()
         with pytest.raises(LabError, match="there is no lab"):
             switching.result(timeout=30)
+
+
+def test_cards_may_be_called_like_what_belongs_to_all(place):
+    named = [
+        replace(card, id=name)
+        for card, name in zip(TOPOLOGY.cards, ("host", "authority"), strict=True)
+    ]
+    cards = lab_cards.cards_of(replace(TOPOLOGY, cards=tuple(named)), place)
+    lab_cards.provision_cards(cards)
+    for card in cards:
+        mine = read_credentials(read_description(card.description).credentials)
+        assert identity_of_pem(mine.certificate).uri == f"urn:virtfabric:card:{card.serial}"

@@ -57,7 +57,7 @@ site = "node:{node}"
 [card]
 socket = "{serial}.sock"
 state = "{serial}.flash"
-credentials = "{serial}"
+credentials = "{serial}.credentials"
 signers = ["signer.pub"]
 """
 
@@ -85,6 +85,11 @@ class LabCard:
     def description(self) -> Path:
         """What it is."""
         return self.directory / f"{self.serial}.toml"
+
+    @property
+    def credentials(self) -> Path:
+        """Its certificate and key. No id has a dot: none is like what belongs to all cards."""
+        return self.directory / f"{self.serial}.credentials"
 
     @property
     def log(self) -> Path:
@@ -180,7 +185,7 @@ def provision_cards(cards: Sequence[LabCard]) -> None:
     now = datetime.datetime.now(datetime.UTC)
     host = Identity.of(Role.HOST, HOST_ID)
     who = [(host, host_files(cards[0].place)), *(
-        (Identity.of(Role.CARD, card.serial), root / card.serial) for card in cards
+        (Identity.of(Role.CARD, card.serial), card.credentials) for card in cards
     )]  # fmt: skip
     for identity, directory in who:
         made = authority.issue("virtfabric lab", identity, now, days=_DAYS)
