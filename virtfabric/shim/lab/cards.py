@@ -102,6 +102,11 @@ class LabCard:
         return self.directory / f"{self.serial}.functions"
 
     @property
+    def sockets(self) -> tuple[Path, ...]:
+        """Its own, and the one of its functions that has the longest name."""
+        return self.directory / f"{self.serial}.sock", self.functions / "management.sock"
+
+    @property
     def flash(self) -> Path:
         """What it keeps."""
         return self.directory / f"{self.serial}.flash"

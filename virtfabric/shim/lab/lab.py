@@ -43,6 +43,7 @@ from virtfabric.shim.lab.outer import choose_outer
 from virtfabric.shim.lab.payload import write_payload
 from virtfabric.shim.lab.place import LabError, Place, Record, find_places, place_of
 from virtfabric.shim.lab.remote import Remote, ensure_keys
+from virtfabric.shim.lab.room import check_sockets
 from virtfabric.shim.topology.arguments import backing_files
 from virtfabric.shim.topology.needs import device_needs, needs_tcg
 from virtfabric.shim.topology.text import format_topology, parse_topology
@@ -119,6 +120,7 @@ def up(
         BuildError: image or QEMU cannot be had.
     """
     place = place_of(name)
+    check_sockets(topology, place)
     with place.locked():
         if place.read_pid() is not None:
             raise LabError(f"lab {name} is up already; `virtfabric lab down {name}` ends it")
