@@ -5,19 +5,20 @@ Owns the words "VFLAB <uptime> <what>" and what is shown when they do not come.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import select
 import signal
+import subprocess
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.shim.lab.place import LabError, Place, find_processes, has_words
 
 if TYPE_CHECKING:
-    import subprocess
-    from collections.abc import Callable
-    from pathlib import Path
+    from collections.abc import Callable, Sequence
 
 READY: Final = "ready"
 _TOLD: Final = re.compile(r"VFLAB (\d+\.\d+ )?(.*)")
@@ -25,6 +26,8 @@ _LAST_LINES: Final = 25
 _TRIPLE_FAULT: Final = "Triple fault"
 _LOOK_S: Final = 0.1
 _QEMU_S: Final = 30.0
+_FIRST_TO_GO: Final = "1000"
+"""For the OOM killer (proc(5)); libvirt leaves it at 0 for guests."""
 
 
 def read_told(place: Place) -> list[str]:
@@ -51,6 +54,17 @@ def is_ready(place: Place) -> bool:
     """Whether it has come up."""
     told = read_told(place)
     return bool(told) and told[-1].endswith(f": {READY}")
+
+
+def start_qemu(place: Place, argv: Sequence[str]) -> subprocess.Popen[bytes]:
+    """Start the lab's QEMU. Where memory runs out, a lab ends before anybody's guests."""
+    with place.qemu_log.open("wb") as log:
+        qemu = subprocess.Popen(
+            argv, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        )
+    with contextlib.suppress(OSError):  # it has ended at once: that is told by who waits for it
+        Path(f"/proc/{qemu.pid}/oom_score_adj").write_text(_FIRST_TO_GO)
+    return qemu
 
 
 def wait_for_qemu(place: Place, qemu: subprocess.Popen[bytes]) -> None:

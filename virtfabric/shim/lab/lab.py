@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 import socket
-import subprocess
 import time
 from dataclasses import dataclass
 from enum import StrEnum
@@ -24,6 +23,7 @@ from virtfabric.shim.lab.boot import (
     is_ready,
     read_last_words,
     read_told,
+    start_qemu,
     wait_for_qemu,
     wait_until_ready,
 )
@@ -43,7 +43,13 @@ from virtfabric.shim.lab.outer import choose_outer
 from virtfabric.shim.lab.payload import write_payload
 from virtfabric.shim.lab.place import LabError, Place, Record, find_places, place_of
 from virtfabric.shim.lab.remote import Remote, ensure_keys
-from virtfabric.shim.lab.room import check_sockets
+from virtfabric.shim.lab.room import (
+    check_disk,
+    check_memory,
+    check_sockets,
+    read_available,
+    read_free,
+)
 from virtfabric.shim.topology.arguments import backing_files
 from virtfabric.shim.topology.needs import device_needs, needs_tcg
 from virtfabric.shim.topology.text import format_topology, parse_topology
@@ -125,6 +131,8 @@ def up(
         if place.read_pid() is not None:
             raise LabError(f"lab {name} is up already; `virtfabric lab down {name}` ends it")
         _end(place)  # what a killed `up` left
+        check_memory(topology, name, read_available())
+        check_disk(place, read_free(place.directory.parent))
         place.directory.mkdir(parents=True, mode=0o700)
         came_up = False
         try:
@@ -280,15 +288,7 @@ def _start(topology: Topology, place: Place, title: str, report: Callable[[str],
     arguments = format_arguments(
         topology, image, place, accel=accel, port=port, epoch=int(time.time())
     )
-    with place.qemu_log.open("wb") as log:
-        qemu = subprocess.Popen(
-            [*outer.argv, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    wait_for_qemu(place, qemu)
+    wait_for_qemu(place, start_qemu(place, [*outer.argv, *arguments]))
 
 
 def _start_cards(topology: Topology, place: Place, report: Callable[[str], None]) -> None:
