@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,8 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from virtfabric.shim.guestimage import GuestImage
 from virtfabric.shim.lab import lab
+from virtfabric.shim.lab.image import LabImage
+from virtfabric.shim.lab.outer import OuterQemu
 from virtfabric.shim.lab.place import LabError, Place, place_of
+from virtfabric.shim.lab.remote import Keys
 from virtfabric.shim.topology.shipped import read_shipped_topology
 
 if TYPE_CHECKING:
@@ -164,3 +169,58 @@ def test_a_killed_up_leaves_nothing_of_the_payload_outside_the_lab(
     assert [*place.directory.iterdir()], "it is cut off in the middle"
     assert lab.down(place.name)
     assert not place.directory.exists()
+
+
+QEMU = """
+import os, re, socket, sys, time
+words = sys.argv
+port = re.search("hostfwd=tcp:127.0.0.1:([0-9]+)-", " ".join(words))[1]
+door = socket.socket(); door.bind(("127.0.0.1", int(port)))
+monitor = socket.socket(socket.AF_UNIX)
+monitor.bind(re.search("unix:([^,]*)", words[words.index("-qmp") + 1])[1])
+with open(words[words.index("-pidfile") + 1], "w") as file:
+    file.write(str(os.getpid()))
+time.sleep(600)
+"""
+"""As far as a lab's start looks at one."""
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """A lab without images, and with a program of our own for QEMU."""
+    program = tmp_path / "parts" / "qemu.py"
+    program.parent.mkdir()
+    program.write_text(QEMU)
+    image = LabImage(*(program.with_name(name) for name in ("vmlinux", "initrd", "root")))
+    for name, made in {
+        "choose_outer": OuterQemu((sys.executable, str(program)), "a test's"),
+        "ensure_lab_image": image,
+        "ensure_guest_image": GuestImage(image.kernel, image.initrd),
+        "choose_accel": "tcg",
+        "ensure_keys": Keys(tmp_path),
+        "write_payload": None,
+    }.items():
+        monkeypatch.setattr(lab, name, lambda *_, made=made, **__: made)
+    return monkeypatch
+
+
+def test_a_port_that_is_taken_while_the_payload_is_made_is_not_the_labs(
+    place: Place, stand_in: pytest.MonkeyPatch
+) -> None:
+    with socket.socket() as somebody:
+
+        def write_payload(*_: Any) -> None:
+            if record := place.read_record():
+                somebody.bind(("127.0.0.1", record.port))
+
+        stand_in.setattr(lab, "write_payload", write_payload)
+        place.directory.mkdir()
+        try:
+            lab._start(TOPOLOGY, place, "small", [].append)
+            assert place.read_pid() is not None
+            record = place.read_record()
+            assert record is not None
+            with pytest.raises(OSError, match="in use"):
+                somebody.bind(("127.0.0.1", record.port))
+        finally:
+            lab.down(place.name)

@@ -273,10 +273,8 @@ def _start(topology: Topology, place: Place, title: str, report: Callable[[str],
     image = ensure_lab_image(report)
     guest = ensure_guest_image(report=report)
     accel = choose_accel(topology, guest, outer)
-    port = _choose_port()
     version = f"QEMU {outer.read_version()}, {outer.origin}"
     report(f"starting {place.name} ({title}) on {version}, with {accel}")
-    place.write_record(Record(place.name, title, port, time.time(), version, accel))
     place.topology.write_text(format_topology(topology))
     provision_cards(cards_of(topology, place))
     write_payload(
@@ -285,6 +283,8 @@ def _start(topology: Topology, place: Place, title: str, report: Callable[[str],
     for file in backing_files(topology, place.directory):
         with file.path.open("wb") as disk:
             disk.truncate(file.size)
+    port = _choose_port()  # only now, or somebody else has it when QEMU binds it
+    place.write_record(Record(place.name, title, port, time.time(), version, accel))
     arguments = format_arguments(
         topology, image, place, accel=accel, port=port, epoch=int(time.time())
     )
