@@ -15,6 +15,7 @@ import pytest
 
 from virtfabric.shim.guestimage import GuestImage
 from virtfabric.shim.lab import lab
+from virtfabric.shim.lab.cards import cards_of
 from virtfabric.shim.lab.image import LabImage
 from virtfabric.shim.lab.outer import OuterQemu
 from virtfabric.shim.lab.place import LabError, Place, place_of
@@ -224,3 +225,31 @@ def test_a_port_that_is_taken_while_the_payload_is_made_is_not_the_labs(
                 somebody.bind(("127.0.0.1", record.port))
         finally:
             lab.down(place.name)
+
+
+def test_a_qemu_that_does_not_start_says_why_and_what_to_try(
+    place: Place, stand_in: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "parts" / "qemu.py").write_text("raise SystemExit('qemu: no such device')")
+    with pytest.raises(LabError, match="lab one did not come up: its QEMU did not start") as caught:
+        bring_up(place)
+    assert caught.value.log == ("last lines of its QEMU:", "  qemu: no such device")
+    assert "--keep" in caught.value.advice
+
+
+def test_a_card_that_does_not_start_shows_the_labs_console_too(
+    place: Place, stand_in: pytest.MonkeyPatch
+) -> None:
+    topology = read_shipped_topology("card")
+
+    def wait_until_ready(*_: Any) -> None:
+        place.console_log.write_text("VFLAB 1.0 ready\n")
+        for card in cards_of(topology, place):
+            card.description.write_text("version = 2\n")
+
+    stand_in.setattr(lab, "wait_until_ready", wait_until_ready)
+    with pytest.raises(LabError, match="lab one did not come up: card card0 did not start") as why:
+        lab.up(topology, name="one", title="card", report=[].append)
+    assert "  VFLAB 1.0 ready" in why.value.log
+    assert "version: 2 is not" in "\n".join(why.value.log)
+    assert "--keep" in why.value.advice

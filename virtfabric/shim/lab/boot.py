@@ -47,7 +47,7 @@ def read_last_words(place: Place) -> list[str]:
 
 
 def _lines(log: Path) -> list[str]:
-    return log.read_text(errors="replace").splitlines() if log.exists() else []
+    return log.read_text(errors="replace").strip().splitlines() if log.exists() else []
 
 
 def is_ready(place: Place) -> bool:
@@ -76,7 +76,7 @@ def wait_for_qemu(place: Place, qemu: subprocess.Popen[bytes]) -> None:
     deadline = time.monotonic() + _QEMU_S
     while place.read_pid() is None or not place.monitor_socket.exists():
         if qemu.poll() is not None or time.monotonic() > deadline:
-            raise LabError(f"QEMU did not start lab {place.name}", log=read_last_words(place))
+            raise failure(place, "its QEMU did not start")
         time.sleep(_LOOK_S)
 
 
@@ -89,7 +89,7 @@ def wait_until_ready(place: Place, report: Callable[[str], None], timeout_s: flo
     """
     pid = place.read_pid()
     if pid is None:
-        raise _failure(place, "its QEMU ended at once")
+        raise failure(place, "its QEMU ended at once")
     deadline = time.monotonic() + timeout_s
     shown = 0
     handle = os.pidfd_open(pid)
@@ -99,14 +99,14 @@ def wait_until_ready(place: Place, report: Callable[[str], None], timeout_s: flo
             for line in told[shown:]:
                 report(line)
                 if "failed" in line:
-                    raise _failure(place, line)
+                    raise failure(place, line)
             shown = len(told)
             if is_ready(place):
                 return
             if time.monotonic() > deadline:
-                raise _failure(place, f"it was not ready after {timeout_s:.0f} s")
+                raise failure(place, f"it was not ready after {timeout_s:.0f} s")
             if select.select([handle], [], [], _LOOK_S)[0]:
-                raise _failure(place, "its QEMU ended")
+                raise failure(place, "its QEMU ended")
     finally:
         os.close(handle)
 
@@ -135,12 +135,22 @@ def _end(pid: int, words: tuple[str, str], timeout_s: float) -> None:
         os.close(handle)
 
 
-def _failure(place: Place, why: str) -> LabError:
+def failure(place: Place, why: str, said: Sequence[str] = ()) -> LabError:
+    """What to raise for a lab that does not come up.
+
+    Args:
+        place: its.
+        why: in a few words.
+        said: last lines of what failed, where that is neither its console nor its QEMU.
+    """
     lines: list[str] = []
-    for log, title in ((place.console_log, "console"), (place.qemu_log, "QEMU")):
-        text = log.read_text(errors="replace").strip() if log.exists() else ""
-        last = text.splitlines()[-_LAST_LINES:]
-        lines += [f"last lines of its {title}:", *(f"  {line}" for line in last)] if last else []
+    for title, last in (
+        ("its console", _lines(place.console_log)),
+        ("its QEMU", _lines(place.qemu_log)),
+        ("what failed", said),
+    ):
+        last_lines = [f"  {line}" for line in last[-_LAST_LINES:]]
+        lines += [f"last lines of {title}:", *last_lines] if last_lines else []
     return LabError(
         f"lab {place.name} did not come up: {why}",
         log=lines,

@@ -20,6 +20,7 @@ from virtfabric.shim.kvmprobe import probe_kvm
 from virtfabric.shim.lab import health
 from virtfabric.shim.lab.boot import (
     end_qemu,
+    failure,
     is_ready,
     read_last_words,
     read_told,
@@ -28,6 +29,7 @@ from virtfabric.shim.lab.boot import (
     wait_until_ready,
 )
 from virtfabric.shim.lab.cards import (
+    APPEAR_S,
     CONFIG,
     cards_of,
     end_cards,
@@ -55,9 +57,10 @@ from virtfabric.shim.topology.needs import device_needs, needs_tcg
 from virtfabric.shim.topology.text import format_topology, parse_topology
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from virtfabric.shim.guestimage import GuestImage
+    from virtfabric.shim.lab.cards import LabCard
     from virtfabric.shim.lab.machine import Accel
     from virtfabric.shim.lab.outer import OuterQemu
     from virtfabric.shim.topology.model import Topology
@@ -65,6 +68,8 @@ if TYPE_CHECKING:
 BOOT_S: Final = 300.0
 """How long a lab may take to come up; it is some 20 s on a quiet machine without KVM."""
 
+_ANSWER_S: Final = APPEAR_S + 60.0
+"""How long a host may take to answer where its cards are."""
 _SWITCH_S: Final = 60.0
 """How long a switch of a card's power waits for another one."""
 
@@ -292,26 +297,40 @@ def _start(topology: Topology, place: Place, title: str, report: Callable[[str],
 
 
 def _start_cards(topology: Topology, place: Place, report: Callable[[str], None]) -> None:
-    """Cards come to a host that is up, by hot-plug; the host learns where their mailboxes are."""
+    """Cards come to a host that is up, by hot-plug; the host learns where their mailboxes are.
+
+    Raises:
+        LabError: one did not start or did not come, or the host does not answer.
+    """
     cards = cards_of(topology, place)
     record = place.read_record()
     if not cards or record is None:
         return
+    try:
+        _plug_cards(topology, cards, Remote(place, record, ensure_keys()), report)
+    except LabError as error:
+        raise failure(place, str(error), error.log) from error
+
+
+def _plug_cards(
+    topology: Topology, cards: Sequence[LabCard], remote: Remote, report: Callable[[str], None]
+) -> None:
     for card in cards:
         report(f"starting card {card.serial}")
         card.start()
-    remote = Remote(place, record, ensure_keys())
     ways: dict[str, str] = {}
     for card in cards:
-        done = remote.run(format_search(topology, card.ports[0]))
+        done = remote.run(format_search(topology, card.ports[0]), timeout_s=_ANSWER_S)
         if done.returncode:
             log = card.log.read_text(errors="replace").splitlines()[-10:]
             raise LabError(f"card {card.serial} did not come to the lab", log=log)
         ways[card.serial] = done.stdout.strip()
     config = shlex.quote(format_config(ways))
-    done = remote.run(f"mkdir -p {Path(CONFIG).parent} && printf %s {config} > {CONFIG}")
+    done = remote.run(
+        f"mkdir -p {Path(CONFIG).parent} && printf %s {config} > {CONFIG}", timeout_s=_ANSWER_S
+    )
     if done.returncode:
-        raise LabError(f"lab {place.name}: {CONFIG}: {done.stderr.strip()}")
+        raise LabError(f"{CONFIG}: {done.stderr.strip()}")
     report(", ".join(f"card {serial} is at {address}" for serial, address in ways.items()))
 
 
