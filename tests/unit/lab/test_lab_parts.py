@@ -230,6 +230,11 @@ def test_a_fault_is_refused_where_there_is_nothing_to_break(place: Place, tmp_pa
     scene = faults.Scene(place, read_shipped_topology("small"), remote)
     with pytest.raises(InvalidValueError, match="this topology has none"):
         faults.inject_fault(faults.find_fault("cxl-poison"), scene, None)
+    with pytest.raises(InvalidValueError, match="this topology has none"):
+        faults.inject_fault(faults.find_fault("cxl-poison"), scene, "nonsense")
+    for name in ("libvirtd-crash", "agent-kill"):
+        with pytest.raises(InvalidValueError, match=f"nonsense.*{name} takes none"):
+            faults.inject_fault(faults.find_fault(name), scene, "nonsense")
     with pytest.raises(InvalidValueError, match="is no NUMA node of this lab"):
         faults.inject_fault(faults.find_fault("memory-pressure"), scene, "7")
     with pytest.raises(InvalidValueError, match="is not a number of seconds"):
