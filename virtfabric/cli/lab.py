@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from virtfabric.shim.lab.faults import Fault
     from virtfabric.shim.lab.lab import Status
+    from virtfabric.shim.lab.place import Place
     from virtfabric.shim.topology.model import Topology
 
 _DEFAULT: Final = "small"
@@ -101,13 +102,34 @@ def _up(args: argparse.Namespace) -> int:
 
 def _down(args: argparse.Namespace) -> int:
     labs = _labs()
-    names = [lab.name for lab in labs.read_labs()] if args.all else [args.lab]
-    gone = [name for name in names if labs.down(name)]
+    if args.all:
+        return _down_all(labs, as_json=args.json)
+    gone = [args.lab] if labs.down(args.lab) else []
     if args.json:
         print_json({"down": gone})
     else:
         print_lines([f"lab {name} is down" for name in gone] or ["there was no such lab"])
     return DONE
+
+
+def _down_all(labs: Any, *, as_json: bool) -> int:
+    """One that cannot be ended keeps no other up."""
+    gone: list[str] = []
+    failed: dict[str, str] = {}
+    for name in [lab.name for lab in labs.read_labs()]:
+        try:
+            labs.down(name)
+        except (VirtfabricError, OSError) as error:
+            failed[name] = str(error)
+        else:
+            gone.append(name)
+    for why in failed.values():
+        note(f"virtfabric: {why}")
+    if as_json:
+        print_json({"down": gone, "failed": failed})
+    elif gone or not failed:
+        print_lines([f"lab {name} is down" for name in gone] or ["there was no lab"])
+    return FAILED if failed else DONE
 
 
 def _list(args: argparse.Namespace) -> int:
@@ -134,11 +156,21 @@ def _list(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _find_place(name: str) -> Place:
+    """The place of a lab that exists, if only what is left of it.
+
+    Raises:
+        InvalidValueError: there is none.
+    """
+    place: Place = import_module("virtfabric.shim.lab.place").place_of(name)
+    if not place.directory.exists():
+        raise InvalidValueError("lab", name, "does not exist", advice="virtfabric lab list")
+    return place
+
+
 def _status(args: argparse.Namespace) -> int:
     labs = _labs()
-    place = import_module("virtfabric.shim.lab.place").place_of(args.lab)
-    if not place.directory.exists():
-        raise InvalidValueError("lab", args.lab, "does not exist", advice="virtfabric lab list")
+    place = _find_place(args.lab)
     status = labs.read_status(place)
     faults = labs.find_faults(status) if args.probe else None
     if args.json:
@@ -200,7 +232,7 @@ def _copy(args: argparse.Namespace) -> int:
 def _qmp(args: argparse.Namespace) -> int:
     _labs()
     monitor = import_module("virtfabric.shim.lab.monitor")
-    place = import_module("virtfabric.shim.lab.place").place_of(args.lab)
+    place = _find_place(args.lab)
     if args.hmp:
         print(monitor.execute_human(place, args.command).rstrip().replace("\r", ""))
         return DONE
@@ -208,7 +240,11 @@ def _qmp(args: argparse.Namespace) -> int:
         arguments = json.loads(args.arguments)
     except ValueError as error:
         raise InvalidValueError("arguments", args.arguments, f"is not JSON: {error}") from error
-    print_json(monitor.execute(place, args.command, **arguments))
+    if not isinstance(arguments, dict):
+        raise InvalidValueError(
+            "arguments", args.arguments, "is no JSON object", advice='such as {"id": "mem1"}'
+        )
+    print_json(monitor.execute_all(place, [(args.command, arguments)])[0])
     return DONE
 
 
@@ -249,7 +285,7 @@ def _list_faults(faults: Iterable[Fault], *, as_json: bool) -> None:
 
 def _console(args: argparse.Namespace) -> int:
     _labs()
-    place = import_module("virtfabric.shim.lab.place").place_of(args.lab)
+    place = _find_place(args.lab)
     if args.log:
         text = place.console_log.read_text(errors="replace") if place.console_log.exists() else ""
         sys.stdout.write(text)
@@ -269,8 +305,25 @@ def _told(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namesp
             for line in getattr(error, "log", ()):
                 note(line)
             raise
+        except BrokenPipeError:
+            raise  # of standard output
+        except OSError as error:
+            raise _explain(error) from error
 
     return wrapped
+
+
+def _explain(error: OSError) -> VirtfabricError:
+    """What this machine does not let labs have, and what to do: most of it is files."""
+    place = import_module("virtfabric.shim.lab.place")
+    # a write does not tell of which file: nearly all that labs write is there
+    path = error.filename or place.labs_root()
+    failed: VirtfabricError = place.LabError(
+        f"{path}: {error.strerror or error}",
+        advice="labs need root, or directories that you may write to, with room: "
+        "$VIRTFABRIC_LABS (/run/virtfabric-labs) and $VIRTFABRIC_CACHE (~/.cache/virtfabric)",
+    )
+    return failed
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -327,9 +380,12 @@ def add_parsers(subparsers: Any) -> None:
 
     run = add_for_lab(
         "run", "run a shell command in a lab, with its exit code", _run,
-        "virtfabric lab run cxl 'cxl list -M -u'",
+        "virtfabric lab run --json cxl 'cxl list -M -u'",
     )  # fmt: skip
-    run.add_argument("command", nargs=words.REMAINDER, metavar="CMD")
+    run.add_argument(
+        "command", nargs=words.REMAINDER, metavar="CMD",
+        help="all that follows LAB, options too: --json of this command stands before LAB",
+    )  # fmt: skip
     copy = add_for_lab(
         "copy", "copy files into or out of a lab", _copy, "virtfabric lab copy cxl :/var/log/x ."
     )

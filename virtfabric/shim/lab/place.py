@@ -241,4 +241,8 @@ def place_of(name: str) -> Place:
 def find_places() -> list[Place]:
     """All labs there are, by name; also those whose QEMU has died."""
     root = labs_root()
-    return [Place(path) for path in sorted(root.glob("[a-z0-9]*")) if path.is_dir()]
+    return [
+        Place(path)
+        for path in sorted(root.glob("*"))
+        if _NAME.fullmatch(path.name) and path.is_dir()
+    ]
