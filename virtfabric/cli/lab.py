@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
+from virtfabric.cli.labsession import Teller, load_labs, told
 from virtfabric.cli.screen import Table, note, print_json, print_lines, print_tables
 from virtfabric.cli.session import DONE, FAILED
-from virtfabric.model.errors import InstallationError, InvalidValueError, VirtfabricError
+from virtfabric.model.errors import InvalidValueError, VirtfabricError
 
 if TYPE_CHECKING:
     import argparse
@@ -24,31 +23,6 @@ if TYPE_CHECKING:
     from virtfabric.shim.topology.model import Topology
 
 _DEFAULT: Final = "small"
-_NEEDED: Final = {"jsonschema": "jsonschema", "qemu.qmp": "qemu.qmp"}
-
-
-def _labs() -> Any:
-    """The module that owns labs; imported late, for other commands need none of it.
-
-    Raises:
-        InstallationError: the extra `lab` is not installed.
-    """
-    for module, package in _NEEDED.items():
-        if find_spec(module.partition(".")[0]) is None:
-            raise InstallationError(
-                f"labs need {package}", advice="pip install 'virtfabric[lab]'"
-            )  # fmt: skip
-    return import_module("virtfabric.shim.lab.lab")
-
-
-class _Teller:
-    """Tells each step with the seconds since the command began."""
-
-    def __init__(self) -> None:
-        self._since = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        note(f"{time.monotonic() - self._since:6.1f} s  {line}")
 
 
 def _read_topology(text: str) -> tuple[str, Topology]:
@@ -63,8 +37,8 @@ def _read_topology(text: str) -> tuple[str, Topology]:
 
 
 def _build(args: argparse.Namespace) -> int:
-    _labs()
-    tell = _Teller()
+    load_labs()
+    tell = Teller()
     image = import_module("virtfabric.shim.lab.image")
     guest = import_module("virtfabric.shim.guestimage")
     outer = import_module("virtfabric.shim.lab.outer")
@@ -83,13 +57,13 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _up(args: argparse.Namespace) -> int:
-    labs = _labs()
+    labs = load_labs()
     title, topology = _read_topology(args.topology)
     status = labs.up(
         topology,
         name=args.name or title,
         title=title,
-        report=_Teller(),
+        report=Teller(),
         boot_s=args.timeout,
         keep=args.keep,
     )
@@ -101,7 +75,7 @@ def _up(args: argparse.Namespace) -> int:
 
 
 def _down(args: argparse.Namespace) -> int:
-    labs = _labs()
+    labs = load_labs()
     if args.all:
         return _down_all(labs, as_json=args.json)
     gone = [args.lab] if labs.down(args.lab) else []
@@ -133,7 +107,7 @@ def _down_all(labs: Any, *, as_json: bool) -> int:
 
 
 def _list(args: argparse.Namespace) -> int:
-    found = _labs().read_labs()
+    found = load_labs().read_labs()
     shipped = import_module("virtfabric.shim.topology.shipped")
     topologies = {
         name: shipped.read_shipped_topology(name) for name in shipped.shipped_topologies()
@@ -169,7 +143,7 @@ def _find_place(name: str) -> Place:
 
 
 def _status(args: argparse.Namespace) -> int:
-    labs = _labs()
+    labs = load_labs()
     place = _find_place(args.lab)
     status = labs.read_status(place)
     faults = labs.find_faults(status) if args.probe else None
@@ -205,7 +179,7 @@ def _to_json(status: Status) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    remote = _labs().connect(args.lab)
+    remote = load_labs().connect(args.lab)
     if not args.json:
         argv = remote.format_argv(["/bin/bash", "-c", " ".join(args.command)])
         return subprocess.run(argv, check=False).returncode
@@ -216,7 +190,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _shell(args: argparse.Namespace) -> int:
     return subprocess.run(
-        _labs().connect(args.lab).format_argv([], terminal=True), check=False
+        load_labs().connect(args.lab).format_argv([], terminal=True), check=False
     ).returncode
 
 
@@ -225,12 +199,12 @@ def _copy(args: argparse.Namespace) -> int:
         raise InvalidValueError(
             "copy", f"{args.source} {args.target}", "needs one path in the lab (:/path)"
         )  # fmt: skip
-    argv = _labs().connect(args.lab).format_copy(args.source, args.target)
+    argv = load_labs().connect(args.lab).format_copy(args.source, args.target)
     return DONE if subprocess.run(argv, check=False).returncode == 0 else FAILED
 
 
 def _qmp(args: argparse.Namespace) -> int:
-    _labs()
+    load_labs()
     monitor = import_module("virtfabric.shim.lab.monitor")
     place = _find_place(args.lab)
     if args.hmp:
@@ -249,7 +223,7 @@ def _qmp(args: argparse.Namespace) -> int:
 
 
 def _card(args: argparse.Namespace) -> int:
-    labs = _labs()
+    labs = load_labs()
     done = labs.switch_card(args.lab, args.card, labs.Power(args.power))
     if args.json:
         print_json({"card": args.card, "power": args.power, "done": done})
@@ -259,7 +233,7 @@ def _card(args: argparse.Namespace) -> int:
 
 
 def _fault(args: argparse.Namespace) -> int:
-    labs = _labs()
+    labs = load_labs()
     faults = import_module("virtfabric.shim.lab.faults")
     if args.list:
         _list_faults(faults.FAULTS.values(), as_json=args.json)
@@ -284,7 +258,7 @@ def _list_faults(faults: Iterable[Fault], *, as_json: bool) -> None:
 
 
 def _console(args: argparse.Namespace) -> int:
-    _labs()
+    load_labs()
     place = _find_place(args.lab)
     if args.log:
         text = place.console_log.read_text(errors="replace") if place.console_log.exists() else ""
@@ -293,37 +267,6 @@ def _console(args: argparse.Namespace) -> int:
     note(f"console of lab {args.lab}; Ctrl-] leaves it")
     import_module("virtfabric.shim.lab.console").attach_console(place)
     return DONE
-
-
-def _told(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """What a failed tool or lab said comes before the error itself."""
-
-    def wrapped(args: argparse.Namespace) -> int:
-        try:
-            return run(args)
-        except VirtfabricError as error:
-            for line in getattr(error, "log", ()):
-                note(line)
-            raise
-        except BrokenPipeError:
-            raise  # of standard output
-        except OSError as error:
-            raise _explain(error) from error
-
-    return wrapped
-
-
-def _explain(error: OSError) -> VirtfabricError:
-    """What this machine does not let labs have, and what to do: most of it is files."""
-    place = import_module("virtfabric.shim.lab.place")
-    # a write does not tell of which file: nearly all that labs write is there
-    path = error.filename or place.labs_root()
-    failed: VirtfabricError = place.LabError(
-        f"{path}: {error.strerror or error}",
-        advice="labs need root, or directories that you may write to, with room: "
-        "$VIRTFABRIC_LABS (/run/virtfabric-labs) and $VIRTFABRIC_CACHE (~/.cache/virtfabric)",
-    )
-    return failed
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -339,7 +282,7 @@ def add_parsers(subparsers: Any) -> None:
         parser = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".", example=example
         )
-        parser.set_defaults(run=_told(run))
+        parser.set_defaults(run=told(run))
         return parser
 
     build = add(
