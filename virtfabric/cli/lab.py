@@ -5,14 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 from importlib import import_module
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, Final
 
+from virtfabric.cli.labsession import Teller, load_labs, told
 from virtfabric.cli.screen import Table, note, print_json, print_lines, print_tables
 from virtfabric.cli.session import DONE, FAILED
-from virtfabric.model.errors import InstallationError, InvalidValueError, VirtfabricError
+from virtfabric.model.errors import InvalidValueError, VirtfabricError
 
 if TYPE_CHECKING:
     import argparse
@@ -20,34 +19,10 @@ if TYPE_CHECKING:
 
     from virtfabric.shim.lab.faults import Fault
     from virtfabric.shim.lab.lab import Status
+    from virtfabric.shim.lab.place import Place
     from virtfabric.shim.topology.model import Topology
 
 _DEFAULT: Final = "small"
-_NEEDED: Final = {"jsonschema": "jsonschema", "qemu.qmp": "qemu.qmp"}
-
-
-def _labs() -> Any:
-    """The module that owns labs; imported late, for other commands need none of it.
-
-    Raises:
-        InstallationError: the extra `lab` is not installed.
-    """
-    for module, package in _NEEDED.items():
-        if find_spec(module.partition(".")[0]) is None:
-            raise InstallationError(
-                f"labs need {package}", advice="pip install 'virtfabric[lab]'"
-            )  # fmt: skip
-    return import_module("virtfabric.shim.lab.lab")
-
-
-class _Teller:
-    """Tells each step with the seconds since the command began."""
-
-    def __init__(self) -> None:
-        self._since = time.monotonic()
-
-    def __call__(self, line: str) -> None:
-        note(f"{time.monotonic() - self._since:6.1f} s  {line}")
 
 
 def _read_topology(text: str) -> tuple[str, Topology]:
@@ -62,8 +37,8 @@ def _read_topology(text: str) -> tuple[str, Topology]:
 
 
 def _build(args: argparse.Namespace) -> int:
-    _labs()
-    tell = _Teller()
+    load_labs()
+    tell = Teller()
     image = import_module("virtfabric.shim.lab.image")
     guest = import_module("virtfabric.shim.guestimage")
     outer = import_module("virtfabric.shim.lab.outer")
@@ -80,13 +55,13 @@ def _build(args: argparse.Namespace) -> int:
 
 
 def _up(args: argparse.Namespace) -> int:
-    labs = _labs()
+    labs = load_labs()
     title, topology = _read_topology(args.topology)
     status = labs.up(
         topology,
         name=args.name or title,
         title=title,
-        report=_Teller(),
+        report=Teller(),
         boot_s=args.timeout,
         keep=args.keep,
     )
@@ -98,9 +73,10 @@ def _up(args: argparse.Namespace) -> int:
 
 
 def _down(args: argparse.Namespace) -> int:
-    labs = _labs()
-    names = [lab.name for lab in labs.read_labs()] if args.all else [args.lab]
-    gone = [name for name in names if labs.down(name)]
+    labs = load_labs()
+    if args.all:
+        return _down_all(labs, as_json=args.json)
+    gone = [args.lab] if labs.down(args.lab) else []
     if args.json:
         print_json({"down": gone})
     else:
@@ -108,8 +84,28 @@ def _down(args: argparse.Namespace) -> int:
     return DONE
 
 
+def _down_all(labs: Any, *, as_json: bool) -> int:
+    """One that cannot be ended keeps no other up."""
+    gone: list[str] = []
+    failed: dict[str, str] = {}
+    for name in [lab.name for lab in labs.read_labs()]:
+        try:
+            labs.down(name)
+        except (VirtfabricError, OSError) as error:
+            failed[name] = str(error)
+        else:
+            gone.append(name)
+    for why in failed.values():
+        note(f"virtfabric: {why}")
+    if as_json:
+        print_json({"down": gone, "failed": failed})
+    elif gone or not failed:
+        print_lines([f"lab {name} is down" for name in gone] or ["there was no lab"])
+    return FAILED if failed else DONE
+
+
 def _list(args: argparse.Namespace) -> int:
-    found = _labs().read_labs()
+    found = load_labs().read_labs()
     shipped = import_module("virtfabric.shim.topology.shipped")
     topologies = {
         name: shipped.read_shipped_topology(name) for name in shipped.shipped_topologies()
@@ -132,11 +128,21 @@ def _list(args: argparse.Namespace) -> int:
     return DONE
 
 
-def _status(args: argparse.Namespace) -> int:
-    labs = _labs()
-    place = import_module("virtfabric.shim.lab.place").place_of(args.lab)
+def _find_place(name: str) -> Place:
+    """The place of a lab that exists, if only what is left of it.
+
+    Raises:
+        InvalidValueError: there is none.
+    """
+    place: Place = import_module("virtfabric.shim.lab.place").place_of(name)
     if not place.directory.exists():
-        raise InvalidValueError("lab", args.lab, "does not exist", advice="virtfabric lab list")
+        raise InvalidValueError("lab", name, "does not exist", advice="virtfabric lab list")
+    return place
+
+
+def _status(args: argparse.Namespace) -> int:
+    labs = load_labs()
+    place = _find_place(args.lab)
     status = labs.read_status(place)
     faults = labs.find_faults(status) if args.probe else None
     if args.json:
@@ -171,7 +177,7 @@ def _to_json(status: Status) -> dict[str, Any]:
 
 
 def _run(args: argparse.Namespace) -> int:
-    remote = _labs().connect(args.lab)
+    remote = load_labs().connect(args.lab)
     if not args.json:
         argv = remote.format_argv(["/bin/bash", "-c", " ".join(args.command)])
         return subprocess.run(argv, check=False).returncode
@@ -182,7 +188,7 @@ def _run(args: argparse.Namespace) -> int:
 
 def _shell(args: argparse.Namespace) -> int:
     return subprocess.run(
-        _labs().connect(args.lab).format_argv([], terminal=True), check=False
+        load_labs().connect(args.lab).format_argv([], terminal=True), check=False
     ).returncode
 
 
@@ -191,14 +197,14 @@ def _copy(args: argparse.Namespace) -> int:
         raise InvalidValueError(
             "copy", f"{args.source} {args.target}", "needs one path in the lab (:/path)"
         )  # fmt: skip
-    argv = _labs().connect(args.lab).format_copy(args.source, args.target)
+    argv = load_labs().connect(args.lab).format_copy(args.source, args.target)
     return DONE if subprocess.run(argv, check=False).returncode == 0 else FAILED
 
 
 def _qmp(args: argparse.Namespace) -> int:
-    _labs()
+    load_labs()
     monitor = import_module("virtfabric.shim.lab.monitor")
-    place = import_module("virtfabric.shim.lab.place").place_of(args.lab)
+    place = _find_place(args.lab)
     if args.hmp:
         print(monitor.execute_human(place, args.command).rstrip().replace("\r", ""))
         return DONE
@@ -206,12 +212,16 @@ def _qmp(args: argparse.Namespace) -> int:
         arguments = json.loads(args.arguments)
     except ValueError as error:
         raise InvalidValueError("arguments", args.arguments, f"is not JSON: {error}") from error
-    print_json(monitor.execute(place, args.command, **arguments))
+    if not isinstance(arguments, dict):
+        raise InvalidValueError(
+            "arguments", args.arguments, "is no JSON object", advice='such as {"id": "mem1"}'
+        )
+    print_json(monitor.execute_all(place, [(args.command, arguments)])[0])
     return DONE
 
 
 def _card(args: argparse.Namespace) -> int:
-    labs = _labs()
+    labs = load_labs()
     done = labs.switch_card(args.lab, args.card, labs.Power(args.power))
     if args.json:
         print_json({"card": args.card, "power": args.power, "done": done})
@@ -221,7 +231,7 @@ def _card(args: argparse.Namespace) -> int:
 
 
 def _fault(args: argparse.Namespace) -> int:
-    labs = _labs()
+    labs = load_labs()
     faults = import_module("virtfabric.shim.lab.faults")
     if args.list:
         _list_faults(faults.FAULTS.values(), as_json=args.json)
@@ -246,8 +256,8 @@ def _list_faults(faults: Iterable[Fault], *, as_json: bool) -> None:
 
 
 def _console(args: argparse.Namespace) -> int:
-    _labs()
-    place = import_module("virtfabric.shim.lab.place").place_of(args.lab)
+    load_labs()
+    place = _find_place(args.lab)
     if args.log:
         text = place.console_log.read_text(errors="replace") if place.console_log.exists() else ""
         sys.stdout.write(text)
@@ -255,20 +265,6 @@ def _console(args: argparse.Namespace) -> int:
     note(f"console of lab {args.lab}; Ctrl-] leaves it")
     import_module("virtfabric.shim.lab.console").attach_console(place)
     return DONE
-
-
-def _told(run: Callable[[argparse.Namespace], int]) -> Callable[[argparse.Namespace], int]:
-    """What a failed tool or lab said comes before the error itself."""
-
-    def wrapped(args: argparse.Namespace) -> int:
-        try:
-            return run(args)
-        except VirtfabricError as error:
-            for line in getattr(error, "log", ()):
-                note(line)
-            raise
-
-    return wrapped
 
 
 def add_parsers(subparsers: Any) -> None:
@@ -284,7 +280,7 @@ def add_parsers(subparsers: Any) -> None:
         parser = commands.add_parser(
             name, help=text, description=text[0].upper() + text[1:] + ".", example=example
         )
-        parser.set_defaults(run=_told(run))
+        parser.set_defaults(run=told(run))
         return parser
 
     build = add(
@@ -325,9 +321,12 @@ def add_parsers(subparsers: Any) -> None:
 
     run = add_for_lab(
         "run", "run a shell command in a lab, with its exit code", _run,
-        "virtfabric lab run cxl 'cxl list -M -u'",
+        "virtfabric lab run --json cxl 'cxl list -M -u'",
     )  # fmt: skip
-    run.add_argument("command", nargs=words.REMAINDER, metavar="CMD")
+    run.add_argument(
+        "command", nargs=words.REMAINDER, metavar="CMD",
+        help="all that follows LAB, options too: --json of this command stands before LAB",
+    )  # fmt: skip
     copy = add_for_lab(
         "copy", "copy files into or out of a lab", _copy, "virtfabric lab copy cxl :/var/log/x ."
     )

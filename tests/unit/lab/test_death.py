@@ -84,6 +84,14 @@ def test_one_that_is_gone_already():
     kill_process(process.pid, patience_s=1)
 
 
+def test_a_number_that_is_anothers_by_now(sleeper):
+    process, _ = sleeper
+    kill_process(process.pid, words=("virtfabric.cli.cardd", "/a/card.toml"), patience_s=30)
+    assert process.poll() is None
+    kill_process(process.pid, words=("-c", SLEEPER), patience_s=30)
+    assert process.wait(30) == -signal.SIGKILL
+
+
 @contextmanager
 def served(path: str, then: str) -> Iterator[tuple[socket.socket, subprocess.Popen[bytes]]]:
     """A connection to a process that accepts it and then does something else."""

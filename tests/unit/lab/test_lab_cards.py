@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor, wait
+from dataclasses import replace
 
 import pytest
 
@@ -82,7 +84,9 @@ def stand_in(card):
     """A process that is found as the card's."""
     argv = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()"]
     process = subprocess.Popen(
-        [*argv, str(card.description)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        [*argv, "virtfabric.cli.cardd", str(card.description)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
     )
     process.stdout.readline()
     return process
@@ -98,8 +102,51 @@ def test_what_a_killed_up_left_ends_with_the_lab(cards, place, monkeypatch):
     assert not place.directory.exists()
 
 
+def test_who_only_reads_a_cards_description_is_no_card(cards, place):
+    reader = subprocess.Popen(["tail", "-f", cards[0].description], stdout=subprocess.DEVNULL)
+    try:
+        assert cards[0].find_processes() == []
+        assert not cards[0].kill()
+        lab_cards.end_cards(place)
+        assert reader.poll() is None
+    finally:
+        reader.kill()
+        reader.wait()
+
+
 def test_a_card_that_does_not_start_says_why(cards):
     cards[0].description.write_text("version = 2\n")
     with pytest.raises(LabError, match="card card0 did not start") as error:
         cards[0].start()
     assert "version: 2 is not" in "\n".join(error.value.log)
+
+
+def test_a_cards_power_is_not_switched_while_its_lab_ends(cards, place, monkeypatch):
+    monkeypatch.setenv("VIRTFABRIC_LABS", str(place.directory.parent))
+    switched = []
+
+    def read_scene(_):
+        switched.append(True)
+        raise LabError("there is no lab one")
+
+    monkeypatch.setattr(lab, "read_scene", read_scene)
+    with ThreadPoolExecutor() as pool:
+        with place.locked():
+            switching = pool.submit(lab.switch_card, place.name, "card0", lab.Power.ON)
+            assert wait([switching], timeout=1).not_done
+            assert not switched
+            place.remove()
+        with pytest.raises(LabError, match="there is no lab"):
+            switching.result(timeout=30)
+
+
+def test_cards_may_be_called_like_what_belongs_to_all(place):
+    named = [
+        replace(card, id=name)
+        for card, name in zip(TOPOLOGY.cards, ("host", "authority"), strict=True)
+    ]
+    cards = lab_cards.cards_of(replace(TOPOLOGY, cards=tuple(named)), place)
+    lab_cards.provision_cards(cards)
+    for card in cards:
+        mine = read_credentials(read_description(card.description).credentials)
+        assert identity_of_pem(mine.certificate).uri == f"urn:virtfabric:card:{card.serial}"

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import re
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +16,7 @@ from virtfabric.shim.cache import BuildError, ensure_built, run_tool
 from virtfabric.shim.guestimage import GuestImage
 from virtfabric.shim.kvmprobe import can_nest
 from virtfabric.shim.lab import box, debian, faults, recipe
+from virtfabric.shim.lab import remote as remote_module
 from virtfabric.shim.lab.boot import is_ready, read_told
 from virtfabric.shim.lab.image import LabImage
 from virtfabric.shim.lab.lab import State, choose_accel, read_status
@@ -57,6 +61,23 @@ def test_kvm_needs_a_split_irqchip_for_the_iommu(place: Place) -> None:
     words = format_arguments(topology, IMAGE, place, accel="kvm", port=1, epoch=0)
     assert words[words.index("-accel") + 1] == "kvm,kernel-irqchip=split"
     assert words[words.index("-cpu") + 1].startswith("host,")
+
+
+def test_a_comma_in_a_path_is_no_end_of_it(tmp_path: Path) -> None:
+    place = Place(tmp_path / "a,b" / "one")
+    image = replace(IMAGE, disk=Path("/c,d/root.ext4"))
+    topology = read_shipped_topology("card")
+    words = format_arguments(topology, image, place, accel="tcg", port=2222, epoch=7)
+    escaped = str(place.directory).replace(",", ",,")
+    told = [word for word in words if escaped in word]
+    parts = [part.partition("=")[2] for word in told for part in re.split("(?<!,),(?!,)", word)]
+    assert {f"{escaped}/payload.ext4", f"{escaped}/console", f"{escaped}/console.log"} <= {*parts}
+    assert [word.partition(",server")[0] for word in told if word.startswith("unix:")] == [
+        f"unix:{escaped}/{name}" for name in ("qmp", "qmp.card0", "qmp.card1")
+    ]
+    (root,) = (word for word in words if word.startswith("file=/c,,d/root.ext4,"))
+    assert "snapshot=on" in root
+    assert words[words.index("-pidfile") + 1] == str(place.pid_file), "QEMU takes it as it is"
 
 
 def fake_qemu(directory: Path, version: str) -> OuterQemu:
@@ -218,6 +239,32 @@ def test_ssh_trusts_one_key_and_copies_either_way(place: Place, tmp_path: Path) 
     assert remote.format_copy("/b", ":/a")[-2:] == ["/b", "root@127.0.0.1:/a"]
 
 
+def test_ssh_finds_keys_and_socket_whatever_their_paths_are_like(tmp_path: Path) -> None:
+    odd = tmp_path / """a 'b' "c" %d \\e"""
+    remote = Remote(Place(odd / "one"), RECORD, Keys(odd))
+    ssh, *options = remote.format_argv([])
+    done = subprocess.run([ssh, "-G", *options], check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    found = dict(line.split(" ", 1) for line in done.stdout.splitlines())
+    assert found["userknownhostsfile"] == f"{odd}/known_hosts"
+    assert found["controlpath"] == f"{odd}/one/ssh"
+    assert found["identityfile"].replace("%%", "%") == f"{odd}/client", "shown before it is read"
+
+
+def test_a_lab_that_hangs_is_one_that_cannot_be_reached(
+    place: Place, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ssh = tmp_path / "ssh"
+    ssh.write_text(
+        '#!/bin/sh\nfor last; do :; done\n[ "$last" != true ] || exec sleep 60\nexit 255'
+    )
+    ssh.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(remote_module, "_ANSWER_S", 0.5)
+    with pytest.raises(LabError, match="lab one cannot be reached"):
+        Remote(place, RECORD, Keys(tmp_path)).run("uptime", timeout_s=30)
+
+
 def test_every_fault_says_what_it_does_and_has_targets_somewhere() -> None:
     topologies = [read_shipped_topology(name) for name in shipped_topologies()]
     for name, fault in faults.FAULTS.items():
@@ -232,6 +279,11 @@ def test_a_fault_is_refused_where_there_is_nothing_to_break(place: Place, tmp_pa
     scene = faults.Scene(place, read_shipped_topology("small"), remote)
     with pytest.raises(InvalidValueError, match="this topology has none"):
         faults.inject_fault(faults.find_fault("cxl-poison"), scene, None)
+    with pytest.raises(InvalidValueError, match="this topology has none"):
+        faults.inject_fault(faults.find_fault("cxl-poison"), scene, "nonsense")
+    for name in ("libvirtd-crash", "agent-kill"):
+        with pytest.raises(InvalidValueError, match=f"nonsense.*{name} takes none"):
+            faults.inject_fault(faults.find_fault(name), scene, "nonsense")
     with pytest.raises(InvalidValueError, match="is no NUMA node of this lab"):
         faults.inject_fault(faults.find_fault("memory-pressure"), scene, "7")
     with pytest.raises(InvalidValueError, match="is not a number of seconds"):

@@ -1,8 +1,8 @@
 """The offload cards of a lab: processes beside its QEMU, each with its ids, certificate and flash.
 
-Owns their directory in the lab's, and finding the processes: by that directory in their arguments,
-so that what a killed `lab up` left is found, too. What a host in the lab needs to reach them is
-made with them: its own credentials, and images that they take.
+Owns their directory in the lab's, and finding the processes: by program and description in their
+arguments, so that what a killed `lab up` left is found, too. What a host in the lab needs to reach
+them is made with them: its own credentials, and images that they take.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ site = "node:{node}"
 [card]
 socket = "{serial}.sock"
 state = "{serial}.flash"
-credentials = "{serial}"
+credentials = "{serial}.credentials"
 signers = ["signer.pub"]
 """
 
@@ -83,8 +83,13 @@ class LabCard:
 
     @property
     def description(self) -> Path:
-        """What it is; also what its process is known by."""
+        """What it is."""
         return self.directory / f"{self.serial}.toml"
+
+    @property
+    def credentials(self) -> Path:
+        """Its certificate and key. No id has a dot: none is like what belongs to all cards."""
+        return self.directory / f"{self.serial}.credentials"
 
     @property
     def log(self) -> Path:
@@ -97,13 +102,18 @@ class LabCard:
         return self.directory / f"{self.serial}.functions"
 
     @property
+    def sockets(self) -> tuple[Path, ...]:
+        """Its own, and the one of its functions that has the longest name."""
+        return self.directory / f"{self.serial}.sock", self.functions / "management.sock"
+
+    @property
     def flash(self) -> Path:
         """What it keeps."""
         return self.directory / f"{self.serial}.flash"
 
     def find_processes(self) -> list[int]:
         """Its process, if it runs."""
-        return find_processes(str(self.description))
+        return find_processes(_words(self.description))
 
     def start(self) -> None:
         """Power it on, and wait until it serves; its functions come to the lab by themselves.
@@ -117,7 +127,7 @@ class LabCard:
         with self.log.open("wb") as log:
             process = subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "virtfabric.cli.cardd", str(self.description)),
+                    *(sys.executable, "-m", *_words(self.description)),
                     *("--functions", str(self.functions)),
                     *("--qmp", str(self.place.card_monitor(self.serial)), *ports),
                 ],
@@ -139,7 +149,10 @@ class LabCard:
         found = self.find_processes()
         for pid in found:
             clients = kill_process(
-                pid, lambda path: path.startswith(f"{self.functions}/"), patience_s=_END_S
+                pid,
+                lambda path: path.startswith(f"{self.functions}/"),
+                words=_words(self.description),
+                patience_s=_END_S,
             )
             _leave_to_answer(clients)
         return bool(found)
@@ -177,7 +190,7 @@ def provision_cards(cards: Sequence[LabCard]) -> None:
     now = datetime.datetime.now(datetime.UTC)
     host = Identity.of(Role.HOST, HOST_ID)
     who = [(host, host_files(cards[0].place)), *(
-        (Identity.of(Role.CARD, card.serial), root / card.serial) for card in cards
+        (Identity.of(Role.CARD, card.serial), card.credentials) for card in cards
     )]  # fmt: skip
     for identity, directory in who:
         made = authority.issue("virtfabric lab", identity, now, days=_DAYS)
@@ -232,8 +245,13 @@ def end_cards(place: Place) -> None:
     Without a word: in order, a card would take its functions out of the lab's QEMU, which is gone.
     """
     for description in place.cards.glob("*.toml"):
-        for pid in find_processes(str(description)):
-            kill_process(pid, patience_s=_END_S)
+        for pid in find_processes(_words(description)):
+            kill_process(pid, words=_words(description), patience_s=_END_S)
+
+
+def _words(description: Path) -> tuple[str, str]:
+    """What a card's process is known by."""
+    return "virtfabric.cli.cardd", str(description)
 
 
 def _leave_to_answer(clients: Sequence[socket.socket]) -> None:

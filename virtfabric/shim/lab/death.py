@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from virtfabric.shim.lab.place import has_words
 from virtfabric.shim.vfiouser.wire import is_at_message
 
 if TYPE_CHECKING:
@@ -31,7 +32,11 @@ _LOOK_S: Final = 0.005
 
 
 def kill_process(
-    pid: int, keeps: Callable[[str], bool] = lambda _: False, *, patience_s: float
+    pid: int,
+    keeps: Callable[[str], bool] = lambda _: False,
+    *,
+    words: tuple[str, str] | None = None,
+    patience_s: float,
 ) -> list[socket.socket]:
     """SIGKILL, and wait for the end. Nothing, where it is gone.
 
@@ -39,6 +44,7 @@ def kill_process(
         pid: whose.
         keeps: of which path of a vfio-user socket the clients' connections are returned, all of
             which are between two messages if that can be had; the caller owns them.
+        words: that it has to have among its arguments; None for any.
         patience_s: seconds until it has to be gone.
     """
     try:
@@ -47,6 +53,8 @@ def kill_process(
         return []
     kept: list[socket.socket] = []
     try:
+        if words and not has_words(pid, words):
+            return []  # it was gone, and its number is another's
         sockets = _copy_sockets(handle, pid)
         kept = [one for one in sockets if keeps(_path(one)) and _is_connected(one)]
         with suppress(OSError):  # it ends by itself just now

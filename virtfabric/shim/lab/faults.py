@@ -90,22 +90,22 @@ def inject_fault(fault: Fault, scene: Scene, target: str | None) -> str:
         LabError: QEMU or the lab refused.
     """
     known = fault.choose(scene.topology)
+    if not known:
+        raise InvalidValueError(
+            "fault", fault.name, f"needs a {fault.target}, and this topology has none"
+        )  # fmt: skip
     if target is None:
-        if not known:
-            raise InvalidValueError(
-                "fault", fault.name, f"needs {fault.target}, and this topology has none"
-            )  # fmt: skip
         target = known[0]
-    elif known and target not in known and not _is_free(fault):
+    elif not fault.target:
+        raise InvalidValueError(
+            "--target", target, f"is too much: {fault.name} takes none", advice="leave it out"
+        )
+    elif target not in known and fault.name not in _FREE_TARGETS:
         advice = f"it has {', '.join(known)}"
         raise InvalidValueError(
             "--target", target, f"is no {fault.target} of this lab", advice=advice
         )
     return fault.inject(scene, target)
-
-
-def _is_free(fault: Fault) -> bool:
-    return fault.choose is _anywhere or fault.name in _FREE_TARGETS
 
 
 def _anywhere(_: Topology) -> tuple[str, ...]:

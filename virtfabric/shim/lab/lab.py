@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import shlex
 import socket
-import subprocess
 import time
 from dataclasses import dataclass
 from enum import StrEnum
@@ -21,13 +20,16 @@ from virtfabric.shim.kvmprobe import can_nest, probe_kvm
 from virtfabric.shim.lab import health
 from virtfabric.shim.lab.boot import (
     end_qemu,
+    failure,
     is_ready,
     read_last_words,
     read_told,
+    start_qemu,
     wait_for_qemu,
     wait_until_ready,
 )
 from virtfabric.shim.lab.cards import (
+    APPEAR_S,
     CONFIG,
     cards_of,
     end_cards,
@@ -43,14 +45,22 @@ from virtfabric.shim.lab.outer import choose_outer
 from virtfabric.shim.lab.payload import write_payload
 from virtfabric.shim.lab.place import LabError, Place, Record, find_places, place_of
 from virtfabric.shim.lab.remote import Remote, ensure_keys
+from virtfabric.shim.lab.room import (
+    check_disk,
+    check_memory,
+    check_sockets,
+    read_available,
+    read_free,
+)
 from virtfabric.shim.topology.arguments import backing_files
 from virtfabric.shim.topology.needs import device_needs, needs_tcg
 from virtfabric.shim.topology.text import format_topology, parse_topology
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from virtfabric.shim.guestimage import GuestImage
+    from virtfabric.shim.lab.cards import LabCard
     from virtfabric.shim.lab.machine import Accel
     from virtfabric.shim.lab.outer import OuterQemu
     from virtfabric.shim.topology.model import Topology
@@ -58,9 +68,14 @@ if TYPE_CHECKING:
 BOOT_S: Final = 300.0
 """How long a lab may take to come up; it is some 20 s on a quiet machine without KVM."""
 
+_ANSWER_S: Final = APPEAR_S + 60.0
+"""How long a host may take to answer where its cards are."""
+_SWITCH_S: Final = 60.0
+"""How long a switch of a card's power waits for another one."""
+
 
 class State(StrEnum):
-    """What a lab is doing."""
+    """What a lab is doing; while a command is at work on it, it is not dead."""
 
     READY = "ready"
     STARTING = "starting"
@@ -116,10 +131,13 @@ def up(
         BuildError: image or QEMU cannot be had.
     """
     place = place_of(name)
+    check_sockets(topology, place)
     with place.locked():
         if place.read_pid() is not None:
             raise LabError(f"lab {name} is up already; `virtfabric lab down {name}` ends it")
         _end(place)  # what a killed `up` left
+        check_memory(topology, name, read_available())
+        check_disk(place, read_free(place.directory.parent))
         place.directory.mkdir(parents=True, mode=0o700)
         came_up = False
         try:
@@ -162,7 +180,11 @@ def _end(place: Place) -> None:
 def read_status(place: Place) -> Status:
     """What there is to say of one lab."""
     pid = place.read_pid()
-    state = State.DEAD if pid is None else State.READY if is_ready(place) else State.STARTING
+    if pid is None:
+        # an `up` builds an image for minutes before there is a QEMU
+        state = State.STARTING if place.is_locked() else State.DEAD
+    else:
+        state = State.READY if is_ready(place) else State.STARTING
     last_words = read_last_words(place) if state is State.DEAD else ()
     told = tuple(read_told(place))
     return Status(place.name, state, pid, place.read_record(), told, tuple(last_words))
@@ -223,7 +245,12 @@ def switch_card(name: str, serial: str, power: Power) -> str:
         LabError: there is no such lab, or the card is not as it would have to be.
         InvalidValueError: the lab has no such card.
     """
-    scene = read_scene(name)
+    # as `down` looks for cards' processes once: none may come after that
+    with place_of(name).locked(patience_s=_SWITCH_S):
+        return _switch_card(read_scene(name), serial, power)
+
+
+def _switch_card(scene: Scene, serial: str, power: Power) -> str:
     cards = {card.serial: card for card in cards_of(scene.topology, scene.place)}
     if serial not in cards:
         known = ", ".join(cards) or "none"
@@ -252,10 +279,8 @@ def _start(topology: Topology, place: Place, title: str, report: Callable[[str],
     guest = ensure_guest_image(report=report)
     accel, why = choose_accel(topology, guest, outer)
     carrier = f"{accel} ({why})" if why else accel
-    port = _choose_port()
     version = f"QEMU {outer.read_version()}, {outer.origin}"
     report(f"starting {place.name} ({title}) on {version}, with {carrier}")
-    place.write_record(Record(place.name, title, port, time.time(), version, carrier))
     place.topology.write_text(format_topology(topology))
     provision_cards(cards_of(topology, place))
     write_payload(
@@ -264,41 +289,49 @@ def _start(topology: Topology, place: Place, title: str, report: Callable[[str],
     for file in backing_files(topology, place.directory):
         with file.path.open("wb") as disk:
             disk.truncate(file.size)
+    port = _choose_port()  # only now, or somebody else has it when QEMU binds it
+    place.write_record(Record(place.name, title, port, time.time(), version, carrier))
     arguments = format_arguments(
         topology, image, place, accel=accel, port=port, epoch=int(time.time())
     )
-    with place.qemu_log.open("wb") as log:
-        qemu = subprocess.Popen(
-            [*outer.argv, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            start_new_session=True,
-        )
-    wait_for_qemu(place, qemu)
+    wait_for_qemu(place, start_qemu(place, [*outer.argv, *arguments]))
 
 
 def _start_cards(topology: Topology, place: Place, report: Callable[[str], None]) -> None:
-    """Cards come to a host that is up, by hot-plug; the host learns where their mailboxes are."""
+    """Cards come to a host that is up, by hot-plug; the host learns where their mailboxes are.
+
+    Raises:
+        LabError: one did not start or did not come, or the host does not answer.
+    """
     cards = cards_of(topology, place)
     record = place.read_record()
     if not cards or record is None:
         return
+    try:
+        _plug_cards(topology, cards, Remote(place, record, ensure_keys()), report)
+    except LabError as error:
+        raise failure(place, str(error), error.log) from error
+
+
+def _plug_cards(
+    topology: Topology, cards: Sequence[LabCard], remote: Remote, report: Callable[[str], None]
+) -> None:
     for card in cards:
         report(f"starting card {card.serial}")
         card.start()
-    remote = Remote(place, record, ensure_keys())
     ways: dict[str, str] = {}
     for card in cards:
-        done = remote.run(format_search(topology, card.ports[0]))
+        done = remote.run(format_search(topology, card.ports[0]), timeout_s=_ANSWER_S)
         if done.returncode:
             log = card.log.read_text(errors="replace").splitlines()[-10:]
             raise LabError(f"card {card.serial} did not come to the lab", log=log)
         ways[card.serial] = done.stdout.strip()
     config = shlex.quote(format_config(ways))
-    done = remote.run(f"mkdir -p {Path(CONFIG).parent} && printf %s {config} > {CONFIG}")
+    done = remote.run(
+        f"mkdir -p {Path(CONFIG).parent} && printf %s {config} > {CONFIG}", timeout_s=_ANSWER_S
+    )
     if done.returncode:
-        raise LabError(f"lab {place.name}: {CONFIG}: {done.stderr.strip()}")
+        raise LabError(f"{CONFIG}: {done.stderr.strip()}")
     report(", ".join(f"card {serial} is at {address}" for serial, address in ways.items()))
 
 

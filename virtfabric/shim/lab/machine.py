@@ -46,8 +46,8 @@ def format_arguments(
         *("-kernel", str(image.kernel), "-initrd", str(image.initrd)),
         *("-append", " ".join((CMDLINE, *kernel_arguments(topology), *own))),
         *qemu_arguments(topology, place.directory),
-        *_format_disk("root", f"{image.disk},snapshot=on"),
-        *_format_disk("payload", f"{place.payload},snapshot=on"),
+        *_format_disk("root", image.disk),
+        *_format_disk("payload", place.payload),
         *("-netdev", f"user,id=way,restrict=on,hostfwd=tcp:127.0.0.1:{port}-:22"),
         *("-device", "virtio-net-pci,netdev=way,bus=pcie.0"),
         *("-device", "virtio-rng-pci,bus=pcie.0"),
@@ -58,16 +58,21 @@ def format_arguments(
 
 
 def _format_monitor(socket: Path) -> tuple[str, str]:
-    return ("-qmp", f"unix:{socket},server=on,wait=off")
+    return ("-qmp", f"unix:{_escape(socket)},server=on,wait=off")
 
 
-def _format_disk(name: str, file: str) -> tuple[str, ...]:
-    drive = f"file={file},if=none,id={name},format=raw,cache=unsafe"
+def _format_disk(name: str, file: Path) -> tuple[str, ...]:
+    drive = f"file={_escape(file)},snapshot=on,if=none,id={name},format=raw,cache=unsafe"
     return ("-drive", drive, "-device", f"virtio-blk-pci,drive={name},serial={name},bus=pcie.0")
 
 
 def _format_console(place: Place) -> str:
     return (
-        f"socket,id=console,path={place.console_socket},server=on,wait=off,"
-        f"logfile={place.console_log}"
+        f"socket,id=console,path={_escape(place.console_socket)},server=on,wait=off,"
+        f"logfile={_escape(place.console_log)}"
     )
+
+
+def _escape(path: Path) -> str:
+    """QEMU ends a value at a comma; two stand for one."""
+    return str(path).replace(",", ",,")

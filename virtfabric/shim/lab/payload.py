@@ -38,10 +38,12 @@ def write_payload(
 ) -> None:  # fmt: skip
     """Write the disk; `cards`: a directory that the lab finds as lab/cards.
 
+    What it is made from lies beside it meanwhile, and so goes with the lab if this is cut off.
+
     Raises:
         BuildError: mke2fs is missing or failed.
     """
-    with tempfile.TemporaryDirectory(prefix="virtfabric-payload-") as scratch:
+    with tempfile.TemporaryDirectory(dir=disk.parent, prefix="payload-") as scratch:
         tree = Path(scratch)
         write_payload_tree(tree, guest)
         shutil.copy(keys.host, tree / "lab" / "host_key")

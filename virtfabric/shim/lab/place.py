@@ -12,9 +12,11 @@ import json
 import os
 import re
 import shutil
+import time
 from dataclasses import asdict, dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import IO, TYPE_CHECKING, Final
 
 from virtfabric.model.errors import InvalidValueError, VirtfabricError
 
@@ -22,6 +24,9 @@ if TYPE_CHECKING:
     from collections.abc import Iterator, Sequence
 
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,30}")
+_LOOK_S: Final = 0.02
+_PATIENCE_S: Final = 0.2
+"""Much longer than `is_locked` has the lock."""
 
 
 class LabError(VirtfabricError):
@@ -139,46 +144,87 @@ class Place:
         """The lab's QEMU; None when it does not run (a reused number is told by its arguments)."""
         try:
             pid = int(self.pid_file.read_text())
-            arguments = Path(f"/proc/{pid}/cmdline").read_bytes()
         except (OSError, ValueError):
             return None
-        return pid if str(self.pid_file).encode() in arguments.split(b"\0") else None
+        return pid if has_words(pid, self.qemu_words) else None
 
-    def find_qemus(self) -> list[int]:
-        """The same without the file: also one that has not come as far as writing it."""
-        return find_processes(str(self.pid_file))
+    @property
+    def qemu_words(self) -> tuple[str, str]:
+        """What the lab's QEMU is known by; found also before it has written its file."""
+        return "-pidfile", str(self.pid_file)
+
+    @property
+    def lock(self) -> Path:
+        """Locked by the command that is at work on the lab; it goes with the lab."""
+        return self.directory.parent / f".{self.name}.lock"
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
-        """One command that starts or ends this lab at a time.
+    def locked(self, patience_s: float = _PATIENCE_S) -> Iterator[None]:
+        """One command that changes this lab at a time.
+
+        Args:
+            patience_s: how long to wait for another one.
 
         Raises:
             LabError: another one is at it.
         """
-        self.directory.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with (self.directory.parent / f".{self.name}.lock").open("w") as lock:
+        self.lock.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        until = time.monotonic() + patience_s
+        while (lock := self._try_lock()) is None:
+            if time.monotonic() > until:
+                text = f"lab {self.name}: another command (up, down, card) is at work on it"
+                raise LabError(text)
+            time.sleep(_LOOK_S)
+        with lock:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                text = f"lab {self.name}: another `lab up` or `lab down` is at work on it"
-                raise LabError(text) from error
-            yield
+                yield
+            finally:
+                if not self.directory.exists():
+                    self.lock.unlink(missing_ok=True)
+
+    def _try_lock(self) -> IO[str] | None:
+        """None when another has it, or had it and took the file away, so that this is no lock."""
+        lock = self.lock.open("w")
+        with contextlib.suppress(BlockingIOError, FileNotFoundError):
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(lock.fileno()), self.lock.stat()):
+                return lock
+        lock.close()
+        return None
+
+    def is_locked(self) -> bool:
+        """Whether a command is at work on it."""
+        try:
+            with self.lock.open() as lock:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:  # there is none, or it is another user's
+            return False
+        return False
 
     def remove(self) -> None:
-        """Take away all that is left of it."""
+        """Take away all that is left of it, but for the lock, which the caller holds."""
         shutil.rmtree(self.directory, ignore_errors=True)
-        (self.directory.parent / f".{self.name}.lock").unlink(missing_ok=True)
 
 
-def find_processes(word: str) -> list[int]:
-    """Those that have this word among their arguments."""
-    wanted = word.encode()
-    found: list[int] = []
-    for cmdline in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if wanted in cmdline.read_bytes().split(b"\0"):
-                found.append(int(cmdline.parent.name))
-    return found
+def find_processes(words: tuple[str, str]) -> list[int]:
+    """Those that have these two side by side among their arguments.
+
+    One alone would be too little: an editor or `tail -f` has a path as well.
+    """
+    found = (int(path.name) for path in Path("/proc").glob("[0-9]*"))
+    return [pid for pid in found if has_words(pid, words)]
+
+
+def has_words(pid: int, words: tuple[str, str]) -> bool:
+    """Whether a process has these two side by side among its arguments; False where it is gone."""
+    try:
+        arguments = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+    except OSError:
+        return False
+    first, second = (word.encode() for word in words)
+    return (first, second) in pairwise(arguments)
 
 
 def place_of(name: str) -> Place:
@@ -195,4 +241,8 @@ def place_of(name: str) -> Place:
 def find_places() -> list[Place]:
     """All labs there are, by name; also those whose QEMU has died."""
     root = labs_root()
-    return [Place(path) for path in sorted(root.glob("[a-z0-9]*")) if path.is_dir()]
+    return [
+        Place(path)
+        for path in sorted(root.glob("*"))
+        if _NAME.fullmatch(path.name) and path.is_dir()
+    ]

@@ -10,7 +10,7 @@ import shlex
 import subprocess
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
 from virtfabric.shim.cache import cache_root, ensure_built, run_tool
 from virtfabric.shim.lab.place import LabError, Place, Record
@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 _IN_LAB = ":"
 _UNREACHABLE = 255  # ssh(1): its own errors
+_ANSWER_S: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,19 +66,11 @@ class Remote:
     def __init__(self, place: Place, record: Record, keys: Keys) -> None:
         self._place = place
         self._options = (
-            *(
-                "-F",
-                "none",
-                "-i",
-                str(keys.client),
-                "-o",
-                "IdentitiesOnly=yes",
-                "-o",
-                "BatchMode=yes",
-            ),
-            *("-o", f"UserKnownHostsFile={keys.directory / 'known_hosts'}"),
+            *("-F", "none", "-o", f"IdentityFile={_quote(keys.client)}"),
+            *("-o", "IdentitiesOnly=yes", "-o", "BatchMode=yes"),
+            *("-o", f"UserKnownHostsFile={_quote(keys.directory / 'known_hosts')}"),
             *("-o", "HostKeyAlias=virtfabric-lab", "-o", "StrictHostKeyChecking=yes"),
-            *("-o", "ControlMaster=auto", "-o", f"ControlPath={place.ssh_control}"),
+            *("-o", "ControlMaster=auto", "-o", f"ControlPath={_quote(place.ssh_control)}"),
             *("-o", "ControlPersist=600", "-o", "ConnectTimeout=30", "-o", "LogLevel=ERROR"),
             *("-o", f"Port={record.port}"),
         )
@@ -113,7 +106,11 @@ class Remote:
 
     def _answers(self) -> bool:
         argv = self.format_argv(["true"])
-        return subprocess.run(argv, check=False, capture_output=True).returncode == 0
+        try:
+            done = subprocess.run(argv, check=False, capture_output=True, timeout=_ANSWER_S)
+        except subprocess.TimeoutExpired:
+            return False
+        return done.returncode == 0
 
     def format_copy(self, source: str, target: str) -> list[str]:
         """The scp command line; whichever of the two begins with ":" is in the lab."""
@@ -128,3 +125,9 @@ class Remote:
         if self._place.ssh_control.exists():
             argv = ["ssh", *self._options, "-O", "exit", "root@127.0.0.1"]
             subprocess.run(argv, check=False, capture_output=True)
+
+
+def _quote(path: Path) -> str:
+    """A path as the value of an option (ssh_config(5)): it may have blanks, and "%" is no token."""
+    escaped = str(path).replace("\\", "\\\\").replace('"', '\\"').replace("%", "%%")
+    return f'"{escaped}"'
