@@ -25,7 +25,10 @@ _NEGATIVE: Final = re.compile(r"-\.?[0-9].*")
 
 
 class CommandParser(argparse.ArgumentParser):
-    """A parser whose commands all know `--json` and `--bus`, wherever they stand."""
+    """A parser whose commands all know `--json` and `--bus`, wherever they stand.
+
+    But for `lab run`, to which all that follows LAB is the command.
+    """
 
     def __init__(self, *args: Any, example: str = "", **kwargs: Any) -> None:
         """As `ArgumentParser`; `example` ends the help text."""
