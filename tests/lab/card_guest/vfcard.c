@@ -238,7 +238,7 @@ static int shared_vfio(const char *group, const char *address) {
     return 0;
 }
 int main(int argc, char **argv) {
-    setvbuf(stdout, 0, _IONBF, 0);
+    setvbuf(stdout, 0, _IOLBF, 4096); /* a line at once: two of us may talk */
     if (argc == 3 && !strcmp(argv[1], "mailbox")) return mailbox(argv[2]);
     if (argc == 3 && !strcmp(argv[1], "shared")) shared(argv[2]);
     if (argc == 4 && !strcmp(argv[1], "shared-vfio")) return shared_vfio(argv[2], argv[3]);
