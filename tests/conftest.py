@@ -4,7 +4,14 @@ from __future__ import annotations
 
 import signal
 import sys
+import tempfile
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
 
 # importlib mode puts no test directory on the path
 sys.path.insert(0, str(Path(__file__).parent))
@@ -17,3 +24,10 @@ pytest_plugins = ["pytester"]
 # the tests that interrupt a command would wait for an interrupt that never comes.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture
+def short_path() -> Iterator[Path]:
+    """A directory for UNIX sockets, whose paths have 107 bytes at most."""
+    with tempfile.TemporaryDirectory(prefix="vf-", dir="/tmp") as directory:
+        yield Path(directory)

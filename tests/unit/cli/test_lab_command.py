@@ -22,8 +22,8 @@ Run = "Callable[..., subprocess.CompletedProcess[str]]"
 
 
 @pytest.fixture
-def root(tmp_path: Path) -> Path:
-    root = tmp_path / "labs"
+def root(short_path: Path) -> Path:
+    root = short_path / "labs"
     root.mkdir()
     return root
 

@@ -29,9 +29,9 @@ TOPOLOGY = read_shipped_topology("small")
 
 
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
+def place(short_path: Path, monkeypatch: pytest.MonkeyPatch) -> Place:
     """Of a lab that is not there yet."""
-    monkeypatch.setenv("VIRTFABRIC_LABS", str(tmp_path))
+    monkeypatch.setenv("VIRTFABRIC_LABS", str(short_path))
     return place_of("one")
 
 

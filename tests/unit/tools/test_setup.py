@@ -67,7 +67,8 @@ class Machine:
 
     def start(self, script: str, **environment: str) -> subprocess.Popen[str]:
         process = subprocess.Popen(
-            ["bash", "-c", f"source {SETUP}; {script}"],
+            # a shell cannot trap what it was started with as ignored, such as by nohup
+            ["env", "--default-signal", "bash", "-c", f"source {SETUP}; {script}"],
             env={
                 "PATH": f"{self.root}/bin:{os.environ['PATH']}",
                 "APT_CONFIG": f"{self.root}/apt.conf",
