@@ -215,7 +215,7 @@ vf = {{ trust = true, spoofchk = false }}
 
     def members() -> list[Any]:
         shown = machine.json("sudo virtfabric devices --json")
-        return [one for one in shown["functions"] if one["capability"] == "net.vf"]
+        return [one for one in shown if one["capability"] == "net.vf"]
 
     wait_until(lambda: len(members()) == 1, "the VF is made", timeout_s=180)
     answer = machine.json("sudo virtfabric allocate web --device net.vf --json")

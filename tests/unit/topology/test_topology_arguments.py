@@ -99,11 +99,13 @@ def test_memory_and_nodes_add_up(topology: Topology) -> None:
 
 def test_the_whole_machine() -> None:
     arguments = qemu_arguments(parse_topology(json.dumps(WHOLE)), STATE)
-    assert arguments[:6] == (
+    assert arguments[:8] == (
         "-machine",
         "q35,cxl=on,cxl-fmw.0.targets.0=cxl0,cxl-fmw.0.size=1024M,"
         "cxl-fmw.0.interleave-granularity=256,cxl-fmw.1.targets.0=cxl0,cxl-fmw.1.targets.1=cxl1,"
         "cxl-fmw.1.size=1024M,cxl-fmw.1.interleave-granularity=4096",
+        "-global",
+        "ICH9-LPC.noreboot=on",
         "-smp",
         "cpus=8,maxcpus=8,sockets=2,cores=2,threads=2",
         "-m",

@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 NVME_OWN_QUEUES: Final = 2
 """Queues (admin and one for data) that an NVMe PF keeps when its VFs have all others."""
+NO_WATCHDOG: Final = ("-global", "ICH9-LPC.noreboot=on")
+"""q35's own watchdog (iTCO) does nothing when it runs out. Under TCG it has, in a host whose Linux
+had it as inactive: QEMU 11.1 resets the machine then, and libvirt 9.0, told of it and knowing
+of no such watchdog, ends by SIGSEGV (`qemuProcessHandleWatchdog`, 2026-11-22).
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +47,7 @@ def qemu_arguments(topology: Topology, state: Path) -> tuple[str, ...]:
     cpu = topology.cpu
     shape = f"sockets={cpu.sockets},cores={cpu.cores},threads={cpu.threads}"
     arguments = ["-machine", ",".join(("q35", *machine_options(topology), *_ram_option(topology)))]
+    arguments += NO_WATCHDOG
     arguments += ["-smp", f"cpus={cpu.boot_vcpus},maxcpus={cpu.max_vcpus},{shape}"]
     arguments += ["-m", f"size={_size(topology.total_memory)}"]
     arguments += _memory_arguments(topology)

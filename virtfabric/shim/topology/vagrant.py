@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from virtfabric.model.errors import InvalidValueError
 from virtfabric.model.units import MIB
 from virtfabric.shim.topology.arguments import (
+    NO_WATCHDOG,
     device_arguments,
     distance_arguments,
     machine_options,
@@ -52,7 +53,7 @@ def vagrant_qemuargs(topology: Topology, state: Path) -> tuple[str, ...]:
 
     `state` is the directory of the topology's `backing_files`, readable by libvirt's QEMU.
     """
-    arguments: list[str] = []
+    arguments = [*NO_WATCHDOG]
     if options := machine_options(topology):
         arguments += ["-machine", ",".join(options)]
     if bare := {node.id for node in topology.nodes if not node.cpus}:
