@@ -33,6 +33,7 @@ class Bench:
         self.machine = machine
         machine.add(NIC, group=5, driver="igb")
         machine.add_driver("vfio-pci")
+        (machine.files.root / "module" / "vfio_iommu_type1").mkdir(parents=True)
         machine.matches[NIC] = "igb"
         self.uses: tuple[str, ...] = ()
         self.loaded: list[str] = []
@@ -107,6 +108,14 @@ def test_a_driver_that_is_not_there_is_loaded_first(machine, bench, context):
     with pytest.raises(DeviceError, match="did not take"):
         bench.handler.apply(TAKE, context)
     assert bench.loaded == ["vfio-pci"]
+
+
+def test_what_qemu_needs_beside_vfio_pci_is_loaded_for_guests_only(machine, bench, context):
+    (machine.files.root / "module" / "vfio_iommu_type1").rmdir()
+    bench.handler.apply(TAKE, context)
+    assert bench.loaded == ["vfio_iommu_type1"]
+    bench.handler.undo(TAKE)
+    assert bench.loaded == ["vfio_iommu_type1"]
 
 
 def test_verify_names_what_is_wrong(bench, context):

@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     """How the host itself uses a function now, for people; empty when it does not."""
 
 _NO_OVERRIDE: Final = "\n"
+_CONTAINER: Final = "vfio_iommu_type1"
+"""QEMU maps a guest's memory through it. vfio-pci loads without it (Linux 6.12), and QEMU then says
+"No available IOMMU models". It has parameters: its directory is there when it is built in, too."""
 _CLOSED_S: Final = 10.0
 """QEMU closes a function within milliseconds; a guest with much memory takes seconds to unpin."""
 
@@ -78,6 +81,8 @@ class DriverBinder:
         Raises:
             DeviceGoneError, DeviceError, StepCancelledError
         """
+        if driver == VFIO_PCI and not (self._files.root / "module" / _CONTAINER).is_dir():
+            self._load(_CONTAINER)
         if self._files.driver(address) != driver:
             self._release(address, cancelled)
             if driver:
