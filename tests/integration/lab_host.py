@@ -88,6 +88,25 @@ class LabHost(Host):
         if ready:
             self.wait_ready(*(guest.name for guest in guests))
 
+    def start_again(self, name: str, *, timeout_s: float = 30) -> None:
+        """Starts a guest that has just ended or was defined, as soon as it may.
+
+        Raises:
+            HostError: no start was taken in time; with what virsh said to the last.
+        """
+        refused = ""
+
+        def started() -> bool:
+            nonlocal refused
+            done = self.start_guest(name)
+            refused = done.stderr.strip()
+            return done.returncode == 0
+
+        try:
+            self.wait(started, f"{name} starts", timeout_s=timeout_s)
+        except HostError as error:
+            raise HostError(f"virsh start {name}: {refused}\n{error}") from error
+
     def settle(self, *names: str, timeout_s: float = 30) -> None:
         """Waits until these guests (all when none is named) hold something and no plan runs."""
 

@@ -229,7 +229,7 @@ def restart_guest(host: LabHost, name: str) -> None:
     """A fresh start, with the vCPUs of its definition."""
     host.virsh("destroy", name)
     host.console(name).write_text("")
-    host.wait(lambda: host.start_guest(name).returncode == 0, f"{name} starts", timeout_s=60)
+    host.start_again(name, timeout_s=60)
     host.wait_ready(name)
     host.settle(name)
 
@@ -283,7 +283,7 @@ def test_guest_destroyed_in_mid_plan(host: LabHost) -> None:
     host.wait(lambda: count_open(host) == 0, "the transaction is closed")
     start_normal(host)  # the other one would stand still again when it places batch
     host.console("batch").write_text("")
-    host.wait(lambda: host.start_guest("batch").returncode == 0, "batch starts again")
+    host.start_again("batch")
     host.wait_ready("batch")
     host.settle()
 

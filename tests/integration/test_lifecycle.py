@@ -205,7 +205,7 @@ def test_rename_of_a_shut_off_guest(host: LabHost) -> None:
     host.wait(lambda: any(g["name"] == "shop" for g in host.cli_json("guests")), "the new name")
     try:
         assert find(host, "shop")["uuid"] == uuid
-        host.wait(lambda: host.start_guest("shop").returncode == 0, "it starts under its new name")
+        host.start_again("shop")
         host.wait(lambda: find(host, "shop")["cpu"]["grant"] == 300, "it is placed")
         host.wait(
             lambda: checker.observe(host.place, "shop", host.console("web")).quota == 300, "capped"

@@ -105,10 +105,15 @@ class Admission:
 
     def admit(self, xml: str, wait_s: float) -> str:
         """Answer `prepare`: "" to let the guest start, else the line that virsh shows."""
+        answer = self._answer_prepare(xml, wait_s)
+        if answer:
+            log.info("hook: prepare refused: %s", answer.removeprefix("virtfabric: "))
+        return answer
+
+    def _answer_prepare(self, xml: str, wait_s: float) -> str:
         try:
             guest = _starting(parse_domain(xml, None))
         except InvalidValueError as error:
-            log.warning("prepare hook: %s", error)
             return f"virtfabric: {error}"
         if guest.policy is None:
             return self._admit_unmanaged(guest, xml)

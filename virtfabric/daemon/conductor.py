@@ -95,6 +95,10 @@ class Conductor:
         self._settlement.tell_moves(moved)
         self.unfinished.tell_moves(moved)
 
+    def review_residues(self, guests: Collection[GuestId] | None) -> None:
+        """Strike off what guests have given back since, where no plan had to ask for it."""
+        self._settlement.review_residues(guests)
+
     def tell_ends(self, told: Callable[[RequestId, Course, str], None]) -> None:
         """Whom to tell how each undertaking ended, in the thread that conducted it."""
         self._told = told

@@ -16,6 +16,7 @@ from virtfabric.daemon.custody import (
     after_undo,
     condemned,
     slices_after,
+    still_left,
     with_residues,
 )
 from virtfabric.daemon.undertaking import Outcome
@@ -168,6 +169,37 @@ class Settlement:
             GrantId(f"grant-{uuid.uuid4().hex[:10]}"), decision.guest, gain, work.request, now,
             now + work.lease_s if work.lease_s else None,
         )  # fmt: skip
+
+    def review_residues(self, guests: Collection[GuestId] | None) -> None:
+        """Strike off what guests have given back late, with no plan to end it; None for all guests.
+
+        What is still there keeps its beginning. Guests that a plan works on are left to its end,
+        and so are functions, which are followed by themselves (`devicewatch`).
+        """
+        view = self._ledger.view()
+        indebted = {r.guest for r in view.books.residues if r.what != DEVICE} - view.busy
+        indebted &= view.books.holdings.keys()
+        if guests is not None:
+            indebted &= set(guests)
+        if not indebted:
+            return
+        try:
+            self._observatory.refresh(indebted)
+        except VirtfabricError as error:
+            log.warning("residues are looked at later: %s", error)
+            return
+        found = self._residues(view.books, indebted, self._clock.now())
+        left = still_left(view.books.residues, indebted, found)
+        if left == view.books.residues:
+            return
+
+        def change(books: Books) -> Books:
+            # what was read belongs to the books of before: the next look sees to the rest
+            unchanged = self._ledger.view().generation == view.generation
+            return replace(books, residues=left) if unchanged else books
+
+        self._ledger.commit(None, change, self._journal.store_books)
+        log.info("guests gave back late what an undo or a plan had left with them")
 
     def _residues(self, books: Books, guests: Collection[GuestId], now: float) -> list[Residue]:
         """What a guest still has beyond its holding: memory within tolerance, vCPUs, functions.

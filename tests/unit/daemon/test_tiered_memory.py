@@ -145,6 +145,30 @@ def test_memory_that_sticks_to_an_undo_is_a_residue_of_its_tier(world):
     assert world.agent.host(aw.ROOT)["free"]["cxl"] == 256 * MIB
 
 
+@pytest.mark.parametrize("away", [False, True])
+def test_memory_that_comes_back_late_is_no_residue_any_more(world, away):
+    guest, before = aw.uuid_of(50), world.agent.host(aw.ROOT)["free"]["memory"]
+    world.host.faults.add(Fault(Effect.FAIL, kind="resize-virtio-mem", phase=Phase.VERIFY))
+    world.host.faults.gives[guest] = 0
+    job = world.allocate("plain", memory="+128M")
+    assert job["state"] == "failed"
+    world.agent._lifecycle.converge([guest], "retry of a residue").ended.wait()
+    assert [r["amount"] for r in world.guest("plain")["residues"]] == [128 * MIB], "still there"
+    world.host.faults.clear()
+    (device,) = world.live("plain").virtio_mem
+    back = ResizeVirtioMem(
+        guest=guest, alias=device.alias, before=device.current, after=device.current - 128 * MIB
+    )
+    if away:
+        world.kill_agent()
+    world.host.change_beside(back)
+    if away:
+        world.restart_agent()
+    world.settle()
+    assert world.guest("plain")["residues"] == []
+    assert world.agent.host(aw.ROOT)["free"]["memory"] == before
+
+
 @pytest.mark.parametrize("phase", [Phase.APPLY, Phase.APPLIED, Phase.VERIFY])
 def test_crash_in_the_middle_of_an_attach_is_undone(world, phase):
     crash = world.host.faults.add(Fault(Effect.CRASH, kind="attach-memory", phase=phase))
