@@ -198,8 +198,19 @@ class Settlement:
             unchanged = self._ledger.view().generation == view.generation
             return replace(books, residues=left) if unchanged else books
 
-        self._ledger.commit(None, change, self._journal.store_books)
-        log.info("guests gave back late what an undo or a plan had left with them")
+        books = self._ledger.commit(None, change, self._journal.store_books)
+        for before in set(view.books.residues) - set(books.residues):
+            self._tell_return(before, books)
+
+    def _tell_return(self, before: Residue, books: Books) -> None:
+        same = (r for r in books.residues if (r.guest, r.what) == (before.guest, before.what))
+        now = next(same, replace(before, amount=0))
+        state = self._observatory.guest(before.guest)
+        body = {
+            "name": state.name if state else before.guest,
+            "was": before.to_json(), "now": now.to_json(),
+        }  # fmt: skip
+        self._audit.append("residue.returned", [before.guest], body)
 
     def _residues(self, books: Books, guests: Collection[GuestId], now: float) -> list[Residue]:
         """What a guest still has beyond its holding: memory within tolerance, vCPUs, functions.

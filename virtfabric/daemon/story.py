@@ -92,11 +92,14 @@ def _committed(body: Mapping[str, Any]) -> Iterable[str]:
     for text in body.get("skipped", []):
         yield f"  left undone: {text}"
     for residue in body.get("residues", []):
-        what = Key.parse(residue["what"]).words
-        yield f"  residue: {what} {_residue(residue)} ({residue['detail']})"
+        yield f"  residue: {_what(residue)} {_residue(residue)} ({residue['detail']})"
     for name, parts in body.get("memory", {}).items():
         for part in parts:
             yield f"  {name} has {part}"
+
+
+def _what(residue: Mapping[str, Any]) -> str:
+    return Key.parse(residue["what"]).words
 
 
 def _residue(residue: Mapping[str, Any]) -> str:
@@ -170,6 +173,11 @@ def _halted(body: Mapping[str, Any]) -> Iterable[str]:
     yield f"{body['name']} was stopped by an error while it had {body['functions']}"
 
 
+def _returned(body: Mapping[str, Any]) -> Iterable[str]:
+    was, now = body["was"], body["now"]
+    yield f"{body['name']} let go late: {_what(was)} {_residue(was)} -> {_residue(now)}"
+
+
 _TELLERS = {
     "plan.begun": _begun,
     "plan.replanned": _replanned,
@@ -179,6 +187,7 @@ _TELLERS = {
     "decision.rejected": _rejected,
     "plan.undone": _undone,
     "plan.recovered": _undone,
+    "residue.returned": _returned,
     "device.lost": _lost,
     "device.quarantined": _quarantined,
     "device.freed": _freed,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -57,11 +58,15 @@ def world() -> Iterator[StartingWorld]:
     world.close()
 
 
-def test_a_start_is_refused_until_the_guests_that_run_are_counted(world: StartingWorld) -> None:
+def test_a_start_is_refused_until_the_guests_that_run_are_counted(
+    world: StartingWorld, caplog: pytest.LogCaptureFixture
+) -> None:
     assert world.virsh_start("starts", wait_s=0.05) == STARTING
     world.listed.set()
-    answer = world.virsh_start("starts")
+    with caplog.at_level(logging.INFO):
+        answer = world.virsh_start("starts")
     assert "starts cannot start" in answer, answer
+    assert f"hook: prepare refused: {answer.removeprefix('virtfabric: ')}" in caplog.messages
 
 
 def test_a_start_waits_for_the_count(world: StartingWorld) -> None:

@@ -166,6 +166,8 @@ def test_memory_that_comes_back_late_is_no_residue_any_more(world, away):
         world.restart_agent()
     world.settle()
     assert world.guest("plain")["residues"] == []
+    (told,) = (t for t in world.agent.explain(aw.ROOT, guest)["lines"] if "late" in t)
+    assert told.endswith("plain let go late: memory 128MiB -> 0B")
     assert world.agent.host(aw.ROOT)["free"]["memory"] == before
 
 
