@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from virtfabric.daemon.executor import Execution, Progress, Shortfall, Stopwatch
+from virtfabric.daemon.residues import Residues
 from virtfabric.daemon.settlement import Settlement, refusal_body, subjects_of
 from virtfabric.daemon.shortfalls import Shortfalls
 from virtfabric.daemon.unfinished import Unfinished
@@ -85,19 +86,18 @@ class Conductor:
         self.unfinished = Unfinished(
             ledger=ledger, journal=journal, audit=audit, handlers=handlers, clock=clock
         )
+        self.residues = Residues(
+            ledger=ledger, observatory=observatory, journal=journal, audit=audit, clock=clock
+        )
         self._settlement = Settlement(
             ledger=ledger, observatory=observatory, journal=journal, audit=audit, clock=clock,
-            unfinished=self.unfinished,
+            unfinished=self.unfinished, residues=self.residues,
         )  # fmt: skip
 
     def tell_moves(self, moved: Callable[[], None]) -> None:
         """Whom to tell when functions may have become free; it must not block."""
         self._settlement.tell_moves(moved)
         self.unfinished.tell_moves(moved)
-
-    def review_residues(self, guests: Collection[GuestId] | None) -> None:
-        """Strike off what guests have given back since, where no plan had to ask for it."""
-        self._settlement.review_residues(guests)
 
     def tell_ends(self, told: Callable[[RequestId, Course, str], None]) -> None:
         """Whom to tell how each undertaking ended, in the thread that conducted it."""

@@ -99,20 +99,6 @@ def with_residues(books: Books, guests: Collection[GuestId], residues: Iterable[
     return replace(books, residues=(*kept, *residues))
 
 
-def still_left(
-    residues: Iterable[Residue], guests: Collection[GuestId], found: Iterable[Residue]
-) -> tuple[Residue, ...]:
-    """These residues; those of these guests with the amounts found, but for functions."""
-    amounts = {(r.guest, r.what): r.amount for r in found}
-    left = []
-    for residue in residues:
-        if residue.guest not in guests or residue.what == DEVICE:
-            left.append(residue)
-        elif amount := amounts.pop((residue.guest, residue.what), 0):
-            left.append(replace(residue, amount=amount))
-    return tuple(left)
-
-
 def with_functions(books: Books, functions: Mapping[GuestId, tuple[HeldFunction, ...]]) -> Books:
     """These functions in the holdings; a guest without a holding (any more) has none."""
     changed = {

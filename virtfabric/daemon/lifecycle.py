@@ -187,7 +187,7 @@ class Lifecycle:
             self.settle_in(guest)
         else:
             self._drift.check([guest])
-            self._conductor.review_residues([guest])
+            self._conductor.residues.review([guest])
 
     def retry_detained(self) -> None:
         """Place the guests that a job has kept from it: libvirt does not tell of every end."""
@@ -326,7 +326,7 @@ class Lifecycle:
             answer = self._conductor.consider(work)
             if not isinstance(answer, Refusal) and not answer[2].steps and not answer[2].orders:
                 self._await_detained()
-                self._conductor.review_residues(guests)
+                self._conductor.residues.review(guests)
                 return {"request": request, "steps": [], "residues": []}
             outcome = self._conductor.conduct(work, progress)
             self._await_detained()

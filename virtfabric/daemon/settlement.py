@@ -11,25 +11,21 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from virtfabric.daemon.custody import (
-    DEVICE,
     after_plan,
     after_undo,
     condemned,
     slices_after,
-    still_left,
     with_residues,
 )
 from virtfabric.daemon.undertaking import Outcome
-from virtfabric.model.amounts import CXL_KEY, MEMORY_KEYS
+from virtfabric.model.amounts import MEMORY_KEYS
 from virtfabric.model.devicesteps import AttachFunction
 from virtfabric.model.errors import JournalError, Refusal, RefusedError, VirtfabricError
-from virtfabric.model.guest import MemoryMechanism
 from virtfabric.model.ids import GrantId, LoanId
-from virtfabric.model.ledger import Books, Grant, Residue
+from virtfabric.model.ledger import Books, Grant
 from virtfabric.policy.loans import settle
 from virtfabric.policy.reclaim import sum_up
 from virtfabric.policy.returnability import held_memory
-from virtfabric.policy.tiers import part_of
 from virtfabric.ports import TransactionState
 
 if TYPE_CHECKING:
@@ -38,12 +34,11 @@ if TYPE_CHECKING:
     from virtfabric.daemon.executor import Execution
     from virtfabric.daemon.ledger import Ledger
     from virtfabric.daemon.observatory import Observatory
+    from virtfabric.daemon.residues import Residues
     from virtfabric.daemon.undertaking import Undertaking
     from virtfabric.daemon.unfinished import Unfinished
     from virtfabric.model.decision import Decision
-    from virtfabric.model.guest import GuestState
     from virtfabric.model.ids import GuestId, TransactionId
-    from virtfabric.model.ledger import Holding
     from virtfabric.model.plan import Plan
     from virtfabric.model.reclaim import Yield
     from virtfabric.policy.reclaim import Stopped
@@ -64,6 +59,7 @@ class Settlement:
         audit: AuditLog,
         clock: Clock,
         unfinished: Unfinished,
+        residues: Residues,
     ) -> None:
         self._ledger = ledger
         self._observatory = observatory
@@ -71,6 +67,7 @@ class Settlement:
         self._audit = audit
         self._clock = clock
         self._unfinished = unfinished
+        self._residues = residues
         self._moved: Callable[[], None] = lambda: None
 
     def tell_moves(self, moved: Callable[[], None]) -> None:
@@ -121,7 +118,7 @@ class Settlement:
                 books = work.settle_books(books)
             books = after_plan(books, before, plan, execution.skipped, now)
             books = _with_slices(books, work, execution)
-            residues = (*execution.residues, *self._residues(books, touched, now))
+            residues = (*execution.residues, *self._residues.find(books, touched, now))
             return with_residues(books, plan.guests, residues)
 
         def store(books: Books) -> None:
@@ -169,81 +166,6 @@ class Settlement:
             GrantId(f"grant-{uuid.uuid4().hex[:10]}"), decision.guest, gain, work.request, now,
             now + work.lease_s if work.lease_s else None,
         )  # fmt: skip
-
-    def review_residues(self, guests: Collection[GuestId] | None) -> None:
-        """Strike off what guests have given back late, with no plan to end it; None for all guests.
-
-        What is still there keeps its beginning. Guests that a plan works on are left to its end,
-        and so are functions, which are followed by themselves (`devicewatch`).
-        """
-        view = self._ledger.view()
-        indebted = {r.guest for r in view.books.residues if r.what != DEVICE} - view.busy
-        indebted &= view.books.holdings.keys()
-        if guests is not None:
-            indebted &= set(guests)
-        if not indebted:
-            return
-        try:
-            self._observatory.refresh(indebted)
-        except VirtfabricError as error:
-            log.warning("residues are looked at later: %s", error)
-            return
-        found = self._residues(view.books, indebted, self._clock.now())
-        left = still_left(view.books.residues, indebted, found)
-        if left == view.books.residues:
-            return
-
-        def change(books: Books) -> Books:
-            # what was read belongs to the books of before: the next look sees to the rest
-            unchanged = self._ledger.view().generation == view.generation
-            return replace(books, residues=left) if unchanged else books
-
-        books = self._ledger.commit(None, change, self._journal.store_books)
-        for before in set(view.books.residues) - set(books.residues):
-            self._tell_return(before, books)
-
-    def _tell_return(self, before: Residue, books: Books) -> None:
-        same = (r for r in books.residues if (r.guest, r.what) == (before.guest, before.what))
-        now = next(same, replace(before, amount=0))
-        state = self._observatory.guest(before.guest)
-        body = {
-            "name": state.name if state else before.guest,
-            "was": before.to_json(), "now": now.to_json(),
-        }  # fmt: skip
-        self._audit.append("residue.returned", [before.guest], body)
-
-    def _residues(self, books: Books, guests: Collection[GuestId], now: float) -> list[Residue]:
-        """What a guest still has beyond its holding: memory within tolerance, vCPUs, functions.
-
-        Surplus vCPUs take nothing from anybody: quota and pins hold them.
-        """
-        found = []
-        for guest in guests:
-            state, holding = self._observatory.guest(guest), books.holdings.get(guest)
-            if state is None or holding is None:
-                continue
-            surplus = state.vcpus_online - max(1, holding.amounts.cpu.whole)
-            if surplus > 0:
-                why = "plugged beyond what it holds; its cap and pins hold them"
-                found.append(Residue(guest, "vcpu", surplus * 1000, now, why))
-            found += self._memory_residues(state, holding, now)
-            own = {function.address for function in holding.functions}
-            kept = sorted(d.address for d in state.devices if d.ours and d.address not in own)
-            if kept:
-                why = f"{', '.join(kept)}: the guest has not let go yet"
-                found.append(Residue(guest, DEVICE, len(kept), now, why))
-        return found
-
-    def _memory_residues(self, state: GuestState, holding: Holding, now: float) -> list[Residue]:
-        found = []
-        fixed = state.mechanism is MemoryMechanism.FIXED
-        for key in (CXL_KEY,) if fixed else MEMORY_KEYS.values():
-            part = part_of(state, key, self._observatory.topology.cxl_nodes)
-            excess = part.current - holding.amounts[key]
-            if excess > 0:
-                why = "the guest has not let go yet"
-                found.append(Residue(state.uuid, str(key), excess, now, why))
-        return found
 
     def _audit_commit(self, work: Undertaking, outcome: Outcome, loans: list[LoanId]) -> None:
         decision = outcome.decision
