@@ -357,7 +357,7 @@ def test_cancelling_while_a_guest_is_waited_for(lab: Lab) -> None:
     finally:
         timer.join()
         lab.box.run(["virsh", "resume", "vmem"])
-    lab.undo_in_time(step, kept=4 * MIB)
+    lab.undo_in_time(step)
 
 
 def test_a_size_between_blocks_is_refused(lab: Lab) -> None:

@@ -111,13 +111,17 @@ class Residues:
         if left == view.books.residues:
             return
 
+        struck: set[Residue] = set()
+
         def change(books: Books) -> Books:
-            # what was read belongs to the books of before: the next look sees to the rest
-            unchanged = self._ledger.view().generation == view.generation
-            return replace(books, residues=left) if unchanged else books
+            if self._ledger.view().generation != view.generation:
+                # what was read belongs to the books of before: the next look sees to the rest
+                return books
+            struck.update(set(books.residues) - set(left))
+            return replace(books, residues=left)
 
         books = self._ledger.commit(None, change, self._journal.store_books)
-        for before in set(view.books.residues) - set(books.residues):
+        for before in struck:
             self._tell(before, books)
 
     def _tell(self, before: Residue, books: Books) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import agent_world as aw
 import pytest
 
@@ -87,3 +89,22 @@ def test_what_cannot_be_read_or_written_is_left_to_the_next_look(
         assert [r.amount for r in world.agent._ledger.view().books.residues] == [128 * MIB]
     residues.review(None)
     assert world.guest("plain")["residues"] == []
+
+
+def test_what_a_plan_settles_meanwhile_is_not_told_as_late(world, monkeypatch):
+    ledger, residues = world.agent._ledger, world.agent._lifecycle._conductor.residues
+    now = residues._clock.now()
+
+    def settle_beside():
+        ledger.commit(None, lambda books: replace(books, residues=()), lambda _: None)
+        return now
+
+    with monkeypatch.context() as unseen:  # no event's own review strikes it off
+        unseen.setattr(residues, "_review", lambda _: None)
+        _give_back(world)
+        world.settle()
+    monkeypatch.setattr(residues._clock, "now", settle_beside)
+    residues.review(None)
+    monkeypatch.undo()
+    assert ledger.view().books.residues == ()
+    assert not [t for t in world.agent.explain(aw.ROOT, aw.uuid_of(50))["lines"] if "late" in t]
