@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from demo import checker
-from virtfabric.shim.guestimage import ensure_guest_image
+from virtfabric.shim.guestimage import CMDLINE, ensure_guest_image
 from virtfabric.shim.guestxml import GuestSpec, format_guest_xml
 from virtfabric.shim.kvmprobe import choose_domain_type
 from virtfabric.shim.sandbox import Sandbox
@@ -51,6 +51,7 @@ class Guest:
         cpu, reserve: the policy's CPU and memory, `RESERVATION:LIMIT` and a size; no policy
             element at all when `priority` is None.
         nodes: NUMA nodes of its memory, which the agent may move within them; None: anywhere.
+        kernel_words: more of its kernel's command line.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Guest:
     drift: str = "report"
     shares: int = 100
     nodes: str | None = None
+    kernel_words: str = ""
 
     @property
     def policy_xml(self) -> str:
@@ -289,6 +291,7 @@ class Host:
             domain_type=choose_domain_type(image),
             kernel=image.kernel,
             initrd=image.initrd,
+            cmdline=f"{CMDLINE} {guest.kernel_words}".rstrip(),
             vcpus=guest.vcpus,
             max_vcpus=guest.max_vcpus,
             memory_mib=guest.memory,
