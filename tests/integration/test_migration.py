@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 
 # Balloon guests: QEMU under TCG may abort when a guest with a plugged virtio-mem device migrates.
 BATCH = Guest(name="batch", priority=10, cpu="200m:1500m", vcpus=2, virtio_mem=None)
-# Free memory of zeros costs a migration nothing: at 1 MiB/s, in a lab, it was over after 76 s,
-# before the test was through with what must not happen meanwhile. Filled, it takes 150 s.
+# Free memory of zeros costs a migration nothing: at 1 MiB/s it was over after 76 s, in a lab before
+# the test was through with what must not happen meanwhile. Filled, it takes 150 s.
 FILLED = "page_poison=1"
 DATABASE = Guest(
     name="database", priority=90, cpu="300m:700m", virtio_mem=None, kernel_words=FILLED
