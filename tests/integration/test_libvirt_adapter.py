@@ -138,10 +138,11 @@ class Lab:
         return (group / (v2 if unified else v1)).read_text().strip()
 
     def stat(self, name: str) -> dict[str, str]:
-        """The last VFSTAT line of the guest's console."""
+        """The last VFSTAT line of the guest's console that has come whole."""
         text = self.box.path(f"/var/log/libvirt/{name}.log").read_text()
+        whole = text[: text.rfind("\n") + 1]
         lines = [
-            line for line in text.splitlines() if line.startswith("VFSTAT") and "avail" in line
+            line for line in whole.splitlines() if line.startswith("VFSTAT") and "avail" in line
         ]
         return dict(pair.split("=") for pair in lines[-1].split()[1:])
 
