@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from demo import checker
 from virtfabric.adapters.libvirt import LibvirtAdapters, open_libvirt
 from virtfabric.domxml.policy import bare_policy, format_bare_policy
 from virtfabric.model.errors import (
@@ -137,17 +138,14 @@ class Lab:
         group = next((top / f"virtfabric-{self.box.name}").rglob(f"*-{name}.libvirt-qemu"))
         return (group / (v2 if unified else v1)).read_text().strip()
 
-    def stat(self, name: str) -> dict[str, str]:
-        """The last VFSTAT line of the guest's console that has come whole."""
-        text = self.box.path(f"/var/log/libvirt/{name}.log").read_text()
-        whole = text[: text.rfind("\n") + 1]
-        lines = [
-            line for line in whole.splitlines() if line.startswith("VFSTAT") and "avail" in line
-        ]
-        return dict(pair.split("=") for pair in lines[-1].split()[1:])
+    def report(self, name: str) -> checker.GuestReport:
+        """What the guest told about itself last."""
+        report = checker.read_report(self.box.path(f"/var/log/libvirt/{name}.log"))
+        assert report is not None, f"{name} has told nothing"
+        return report
 
-    def wait_stat(self, name: str, key: str, wanted: str) -> None:
-        wait_until(lambda: self.stat(name).get(key) == wanted, f"{name}: {key} is {wanted}")
+    def wait_online(self, name: str, wanted: set[int]) -> None:
+        wait_until(lambda: self.report(name).online == wanted, f"{name}: online are {wanted}")
 
     def wait_event(self, kind: EventKind, name: str = "", detail: str | None = None) -> Event:
         deadline = time.monotonic() + allow(20)
@@ -307,12 +305,12 @@ def test_nodes_of_a_restrictive_guest_only(lab: Lab) -> None:
 
 
 def test_virtio_mem_grows_shrinks_and_goes_back(lab: Lab) -> None:
-    small = int(lab.stat("vmem")["memtotal_kib"])
+    small = lab.report("vmem").memory
     grow = ResizeVirtioMem(guest=VMEM, name="vmem", alias=ALIAS, before=0, after=128 * MIB)
     context = Context()
     lab.go(grow, context)
     assert context.told[-1][0] == 1.0
-    wait_until(lambda: int(lab.stat("vmem")["memtotal_kib"]) > small, "the guest has more")
+    wait_until(lambda: lab.report("vmem").memory > small, "the guest has more")
     guest = lab.adapters.guests.read_guest(VMEM)
     assert guest is not None
     assert guest.memory_current == (160 + 128) * MIB
@@ -323,7 +321,7 @@ def test_virtio_mem_grows_shrinks_and_goes_back(lab: Lab) -> None:
     assert any("64MiB of 64MiB returned" in text for _, text in context.told)
 
     lab.undo_in_time(replace(grow, after=64 * MIB), kept=4 * MIB)
-    wait_until(lambda: int(lab.stat("vmem")["memtotal_kib"]) <= small + 4096, "it has less")
+    wait_until(lambda: lab.report("vmem").memory <= small + 4 * MIB, "it has less")
 
 
 def test_virtio_mem_that_stops_short_asks_for_nothing_more(lab: Lab) -> None:
@@ -383,24 +381,24 @@ def test_a_balloon_leaves_the_guest_what_it_needs(lab: Lab) -> None:
     with pytest.raises(ShortfallError, match="needs the rest"):
         lab.go(step)
     assert lab.undo(step) == 0
-    up = float(lab.stat("balloon")["up"])
-    wait_until(lambda: float(lab.stat("balloon")["up"]) > up, "the guest lives on")
+    up = lab.report("balloon").uptime_s
+    wait_until(lambda: lab.report("balloon").uptime_s > up, "the guest lives on")
 
 
 def test_vcpus_are_plugged_and_leave_only_with_kvm(lab: Lab) -> None:
     plug = SetVcpuCount(guest=BALLOON, name="balloon", before=1, after=3)
     lab.go(plug)
-    lab.wait_stat("balloon", "online", "0-2")
+    lab.wait_online("balloon", {0, 1, 2})
     assert {"CPU 0", "CPU 1", "CPU 2"} <= set(lab.threads("balloon"))
     lab.go(PinVcpu(guest=BALLOON, name="balloon", vcpu=2, before=CpuSet(), after=CpuSet([0])))
     assert lab.threads("balloon")["CPU 2"] == "0"
     unplug = SetVcpuCount(guest=BALLOON, name="balloon", before=3, after=2)
     if choose_domain_type(ensure_guest_image()) == "kvm":
         lab.go(unplug)
-        lab.wait_stat("balloon", "online", "0-1")
+        lab.wait_online("balloon", {0, 1})
         assert "CPU 2" not in lab.threads("balloon")
         lab.undo_in_time(plug)
-        lab.wait_stat("balloon", "online", "0")
+        lab.wait_online("balloon", {0})
         return
     # An unplug would make the next plug kill QEMU under TCG, so it falls short and is a residue.
     with pytest.raises(ShortfallError) as error:

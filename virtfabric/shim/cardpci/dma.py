@@ -48,8 +48,12 @@ class Dma:
 
     @property
     def counts(self) -> DmaCounts:
-        """What moved so far."""
-        return self._counts
+        """What moved so far: who sees a byte in the guest's memory finds it counted.
+
+        So this waits for a copy under way, of 1 MiB at most.
+        """
+        with self.lock:
+            return self._counts
 
     def attach(self, bus: Bus | None) -> None:
         """A client came; None: it went, and no copy is under way any more."""
