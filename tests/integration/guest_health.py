@@ -6,6 +6,7 @@ a line each that begins with `PREFIX`; `tests/lab/test_agent_in_lab.py` then tak
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING, Final
 
@@ -13,12 +14,14 @@ from virtfabric.shim.sandbox_process import SandboxError
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
+    from pathlib import Path
 
     from lab_host import LabHost
 
 PREFIX: Final = "emulator: "
 _SILENT_S: Final = 90
 """A guest that runs says something every second; one with a small cap in a busy lab every three."""
+_WHY: Final = re.compile(r"panic|BUG|Oops|RIP:")
 _FELL: Final = "shutting down, reason=shutdown"
 
 
@@ -27,12 +30,20 @@ def find_faults(host: LabHost) -> Iterator[str]:
     for name in host.guests:
         log = host.box.path(f"/var/log/libvirt/qemu/{name}.log")
         if log.exists() and _FELL in log.read_text(errors="replace"):
-            yield f"{PREFIX}guest {name} ended by itself (libvirt: {_FELL})"
+            words = " | ".join(_read_last_words(host.console(name)))
+            yield f"{PREFIX}guest {name} ended by itself (libvirt: {_FELL}); it said: {words}"
             continue
         console = host.console(name)
         silent_s = time.time() - console.stat().st_mtime if console.exists() else 0.0
         if silent_s > _SILENT_S and _runs(host, name):
             yield f"{PREFIX}guest {name} runs and has said nothing for {silent_s:.0f} s"
+
+
+def _read_last_words(console: Path) -> list[str]:
+    """Why its kernel fell, as far as it says so; else what it said last beside its reports."""
+    text = console.read_text(errors="replace") if console.exists() else ""
+    lines = [line.strip() for line in text.splitlines() if "VFSTAT" not in line and line.strip()]
+    return ([line for line in lines if _WHY.search(line)] or lines)[-4:]
 
 
 def _runs(host: LabHost, name: str) -> bool:

@@ -169,7 +169,9 @@ def started(root: Path, name: str, guests: dict[GuestId, GuestSpec]) -> Iterator
         try:
             for spec in guests.values():
                 log = box.path(spec.console_log)
-                wait_until(lambda log=log: "VFSTAT" in log.read_text(), "boot", timeout_s=90)
+                wait_until(
+                    lambda log=log: checker.read_report(log) is not None, "boot", timeout_s=90
+                )
             yield Lab(box, adapters, events)
         finally:
             adapters.close()

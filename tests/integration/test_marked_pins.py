@@ -35,6 +35,7 @@ def host(needs_root: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         assert lab.start_guest("shop").returncode == 0
         lab.wait_ready("shop")
         lab.settle()
+        wait_placed(lab)
         yield lab
 
 
@@ -85,10 +86,14 @@ def expected_mark(pool: str) -> list[dict[str, str]]:
     ]
 
 
+def wait_placed(lab: LabHost) -> None:
+    pool = find_pool(lab)
+    lab.wait(lambda: read_pins(lab, "shop") == dict.fromkeys("012", pool), "it is pinned")
+    lab.wait(lambda: read_mark(read_domain(lab, "shop")) == expected_mark(pool), "it is marked")
+
+
 def test_the_mark_tells_the_agents_pins_from_the_operators(host: LabHost) -> None:
     pool = find_pool(host)
-    host.wait(lambda: read_pins(host, "shop") == dict.fromkeys("012", pool), "it is pinned")
-    host.wait(lambda: read_mark(read_domain(host, "shop")) == expected_mark(pool), "it is marked")
     config = read_domain(host, "shop", "--inactive")
     assert not read_mark(config), "the definition is the operator's alone"
     assert read_pins(host, "shop", "--inactive") == {"0": pool, "2": "0-1"}
@@ -110,8 +115,7 @@ def test_restored_without_the_agent_only_the_operators_pins_are_left(host: LabHo
     finally:
         host.start_agent()
         host.settle()
-    host.wait(lambda: read_pins(host, "shop") == dict.fromkeys("012", pool), "placed again")
-    host.wait(lambda: read_mark(read_domain(host, "shop")) == expected_mark(pool), "and marked")
+    wait_placed(host)
 
 
 def test_restored_beside_the_agent_a_live_pin_of_the_operators_stays(host: LabHost) -> None:
