@@ -21,6 +21,9 @@ if TYPE_CHECKING:
 PREFIX: Final = "emulator: "
 _SILENT_S: Final = 90
 """A guest that runs says something every second; one with a small cap in a busy lab every three."""
+_STUCK: Final = re.compile(r"soft lockup - CPU#\d+ stuck for (\d+)s")
+_STUCK_S: Final = 60
+"""Its kernel still says so every 20 s, so that it is not silent."""
 _WHY: Final = re.compile(r"panic|BUG|Oops|RIP:")
 _FELL: Final = "shutting down, reason=shutdown"
 
@@ -34,15 +37,29 @@ def find_faults(host: LabHost) -> Iterator[str]:
             yield f"{PREFIX}guest {name} ended by itself (libvirt: {_FELL}); it said: {words}"
             continue
         console = host.console(name)
+        stuck_s = _read_stuck(console)
+        if stuck_s >= _STUCK_S and _runs(host, name):
+            yield f"{PREFIX}guest {name} runs and is stuck for {stuck_s} s, by its kernel"
+            continue
         silent_s = time.time() - console.stat().st_mtime if console.exists() else 0.0
         if silent_s > _SILENT_S and _runs(host, name):
             yield f"{PREFIX}guest {name} runs and has said nothing for {silent_s:.0f} s"
 
 
+def _read(console: Path) -> str:
+    return console.read_text(errors="replace") if console.exists() else ""
+
+
+def _read_stuck(console: Path) -> int:
+    """For how many seconds one of its vCPUs has done nothing else, since its last report."""
+    since = _read(console).rpartition("VFSTAT")[2]
+    return max(map(int, _STUCK.findall(since)), default=0)
+
+
 def _read_last_words(console: Path) -> list[str]:
     """Why its kernel fell, as far as it says so; else what it said last beside its reports."""
-    text = console.read_text(errors="replace") if console.exists() else ""
-    lines = [line.strip() for line in text.splitlines() if "VFSTAT" not in line and line.strip()]
+    lines = [line.strip() for line in _read(console).splitlines()]
+    lines = [line for line in lines if line and "VFSTAT" not in line]
     return ([line for line in lines if _WHY.search(line)] or lines)[-4:]
 
 
