@@ -4,21 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import queue
+import re
+import select
 import signal
 import subprocess
 import sys
-import threading
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable, Iterator
+    from collections.abc import Iterator
 
 COMMAND = (sys.executable, "-m", "virtfabric.cli.main", "lab")
 UP_S = 900  # with an empty cache; some 30 s with a full one
 BOOT_S = 300  # a guest in a lab; 15 to 30 s on a quiet machine
-SILENT_S = 90  # as in tests/integration/guest_health.py
+# as in tests/integration/guest_health.py
+SILENT_S = 90
+STUCK = re.compile(r"soft lockup - CPU#\d+ stuck for (\d+)s")
 
 
 def lab_command(*words: str, timeout_s: float = 180) -> subprocess.CompletedProcess[str]:
@@ -51,28 +53,28 @@ class RunningLab:
         Raises:
             AssertionError: it does.
         """
-        lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
         with subprocess.Popen(
-            [*COMMAND, "run", self.name, command], text=True, errors="replace",
+            [*COMMAND, "run", self.name, command], bufsize=0,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
             process_group=0,
         ) as process:  # fmt: skip
-            reader = threading.Thread(target=_read_into, args=(process.stdout, lines), daemon=True)
-            reader.start()
+            assert process.stdout is not None
+            part = b""
             try:
-                while (line := self._next_line(lines, look_s)) is not None:
-                    yield line
+                # no read that blocks: the lab's ssh keeps the pipe until the command there ends
+                while data := self._read(process.stdout.fileno(), look_s):
+                    *lines, part = (part + data).split(b"\n")
+                    yield from (line.decode(errors="replace") for line in lines)
+                if part:
+                    yield part.decode(errors="replace")
             finally:
-                os.killpg(process.pid, signal.SIGKILL)  # and ssh
-                reader.join()
+                os.killpg(process.pid, signal.SIGKILL)  # and its ssh
 
-    def _next_line(self, lines: queue.SimpleQueue[str | None], look_s: float) -> str | None:
-        while True:
-            try:
-                return lines.get(timeout=look_s)
-            except queue.Empty:
-                faults = self.find_faults()
-                assert not faults, faults
+    def _read(self, pipe: int, look_s: float) -> bytes:
+        while not select.select([pipe], [], [], look_s)[0]:
+            faults = self.find_faults()
+            assert not faults, faults
+        return os.read(pipe, 1 << 16)
 
     def json(self, command: str, **options: Any) -> Any:
         """The JSON that a command in the lab prints."""
@@ -104,8 +106,11 @@ class RunningLab:
         last, now, state, *text = self.run(look).splitlines()
         print(*text, sep="\n")
         silent_s = int(now) - int(last)
+        stuck_s = max(map(int, STUCK.findall("\n".join(text))), default=0)
         if state == "running" and silent_s > SILENT_S:
             self.faults.append(f"guest {name} has said nothing for {silent_s} s of its boot")
+        elif state == "running" and stuck_s > SILENT_S:
+            self.faults.append(f"guest {name} is stuck in its boot for {stuck_s} s, by its kernel")
 
     def tell(self) -> str:
         """What the agent there did and sees, where one runs: to read beside a failure."""
@@ -134,12 +139,6 @@ class RunningLab:
         if done.returncode:  # there is no lab to look into
             return self.faults
         return [*self.faults, *json.loads(done.stdout)["faults"]]
-
-
-def _read_into(output: Iterable[str] | None, lines: queue.SimpleQueue[str | None]) -> None:
-    for line in output or ():
-        lines.put(line.rstrip("\n"))
-    lines.put(None)
 
 
 class Emulated(Protocol):
