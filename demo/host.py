@@ -321,17 +321,22 @@ class Host:
         def ready() -> bool:
             silent = [n for n in names or self.guests if not checker.read_report(self.console(n))]
             for name in silent:
-                self._must_run(name)
+                self.must_run(name)
             return not silent
 
         self.wait(ready, "the guests are up", timeout_s=timeout_s)
 
-    def _must_run(self, name: str) -> None:
+    def must_run(self, name: str) -> None:
+        """Looks whether a guest has ended.
+
+        Raises:
+            HostError: it has; with the end of its console.
+        """
         try:
             checker.find_qemu(self.place, name)
         except checker.CheckerError as error:
             console = self.console(name).read_text(errors="replace").splitlines()[-15:]
-            raise HostError("\n".join([f"guest {name} ended while it booted", *console])) from error
+            raise HostError("\n".join([f"guest {name} has ended", *console])) from error
 
     # -- looking ----------------------------------------------------------------------------------
 

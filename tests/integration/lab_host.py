@@ -108,12 +108,19 @@ class LabHost(Host):
             raise HostError(f"virsh start {name}: {refused}\n{error}") from error
 
     def settle(self, *names: str, timeout_s: float = 30) -> None:
-        """Waits until these guests (all when none is named) hold something and no plan runs."""
+        """Waits until these guests (all when none is named) hold something and no plan runs.
+
+        Raises:
+            HostError: not in time, or one of them has ended.
+        """
 
         def settled() -> bool:
             guests = {g["name"]: g for g in self.cli_json("guests")}
-            wanted = [guests.get(name) for name in names or self.guests]
-            return all(g and not g["busy"] and g["cpu"]["grant"] for g in wanted)
+            wanted = names or tuple(self.guests)
+            placed = {n for n in wanted if n in guests and guests[n]["cpu"]["grant"]}
+            for name in set(wanted) - placed:
+                self.must_run(name)
+            return len(placed) == len(wanted) and not any(guests[n]["busy"] for n in placed)
 
         self.wait(settled, "the agent has placed the guests", timeout_s=timeout_s)
 
